@@ -1,0 +1,18 @@
+"""One ``repr`` for every option object: the call that makes it."""
+
+from __future__ import annotations
+
+import inspect
+
+__all__ = ["CallRepr"]
+
+
+class CallRepr:
+    """Gives ``repr(obj)`` as ``Class(argument=value, ...)``, read from the signature of ``__init__``.
+
+    Every argument must be kept as an attribute of its own name.
+    """
+
+    def __repr__(self) -> str:
+        names = list(inspect.signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"

@@ -1,0 +1,145 @@
+"""Codes: latent values as rows, one for each datum. Plain tensors with their layout; nothing of Pyro."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Codes", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which batch dimensions of a site are the data and the particles; all others belong to a datum.
+
+    Args:
+        site: The site's name, for messages.
+        shape: The batch shape that the site's plates give, 1 where a dimension belongs to no plate.
+        data_dim: The data plate's dimension, counted from the right of ``shape`` (negative).
+        particle_dim: The same for vectorised particles, or None without them.
+    """
+
+    site: str
+    shape: tuple[int, ...]
+    data_dim: int
+    particle_dim: int | None = None
+
+    def rows(self, x: Tensor, event_dim: int) -> Tensor:
+        """Moves particles and data to the front.
+
+        Args:
+            x: A tensor whose last ``event_dim`` dimensions are the event and whose others broadcast to ``shape``.
+            event_dim: Number of event dimensions.
+
+        Returns:
+            Shape (K, n, *inner, *event): K particles, n data, then the other batch dimensions, then the event.
+
+        Raises:
+            ValueError: If a batch dimension of x belongs to no plate.
+        """
+        batch, event = x.shape[: x.ndim - event_dim], x.shape[x.ndim - event_dim :]
+        for dim in range(-len(batch), 0):
+            planned = self.shape[dim] if -dim <= len(self.shape) else 1
+            if batch[dim] not in (1, planned):
+                raise ValueError(
+                    f"At site '{self.site}', batch dimension {dim} has size {batch[dim]} where its plates give "
+                    f"{planned}. Write .to_event({-dim}) if it belongs to the value of one datum, or put the site "
+                    f"under pyro.plate(..., {batch[dim]}, dim={dim})."
+                )
+        x = x.reshape(batch[max(0, len(batch) - len(self.shape)) :] + event).expand(self.shape + event)
+        data = self.data_dim - event_dim
+        if self.particle_dim is None:
+            return x.movedim(data, 0).unsqueeze(0)
+        return x.movedim((self.particle_dim - event_dim, data), (0, 1))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of K particles of n data at one or several sites.
+
+    Args:
+        values: Shape (K, n, d).
+        columns: The columns of each site.
+        kept: Shape (K, n, d), False where an element is masked; None where nothing is.
+    """
+
+    values: Tensor
+    columns: Mapping[str, slice]
+    kept: Tensor | None = None
+
+    @classmethod
+    def of_sites(cls, rows: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Codes:
+        """Sets sites side by side.
+
+        Args:
+            rows: For each site a tensor (K, n, ...) as :meth:`Layout.rows` gives it.
+            kept: For the sites that have a mask, a boolean tensor of the same shape.
+
+        Raises:
+            ValueError: If the sites have different dtypes or devices.
+        """
+        first = next(iter(rows))
+        for site, value in rows.items():
+            if value.dtype != rows[first].dtype or value.device != rows[first].device:
+                raise ValueError(
+                    f"Site '{site}' has values of {value.dtype} on {value.device}, site '{first}' of "
+                    f"{rows[first].dtype} on {rows[first].device}. One code joins all sites: give them one dtype and "
+                    "device, or compare the sites apart with WAELoss({'" + site + "': MMD(), ...})."
+                )
+        flat = {site: value.flatten(2) if value.ndim > 2 else value.unsqueeze(2) for site, value in rows.items()}
+        columns, start = {}, 0
+        for site, value in flat.items():
+            columns[site] = slice(start, start + value.shape[2])
+            start += value.shape[2]
+        masks = None
+        if kept:
+            masks = torch.cat(
+                [kept[s].reshape(v.shape) if s in kept else v.new_ones(v.shape).bool() for s, v in flat.items()], dim=2
+            )
+        return cls(torch.cat(list(flat.values()), dim=2), columns, masks)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Codes]) -> Codes:
+        """Sets the particles of several runs one after the other.
+
+        Raises:
+            ValueError: If the runs disagree in the number of data or the size of a code.
+        """
+        shapes = [tuple(part.values.shape[1:]) for part in parts]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"Runs of one step gave codes of different shapes (data, size): {shapes}. "
+                "The model and guide must have one structure within a step."
+            )
+        masks = [part.kept for part in parts if part.kept is not None]
+        values = torch.cat([part.values for part in parts])
+        return cls(values, parts[0].columns, torch.cat(masks) if len(masks) == len(parts) else None)
+
+    def site(self, name: str) -> Codes:
+        """The codes of one site alone."""
+        columns = self.columns[name]
+        kept = None if self.kept is None else self.kept[..., columns]
+        size = columns.stop - columns.start
+        return Codes(self.values[..., columns], {name: slice(0, size)}, kept)
+
+    def masked(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Leaves out masked data and sets other masked elements to 0, alike in codes and prior draws.
+
+        Args:
+            draws: Prior draws of the same layout, shape (J, n, d).
+
+        Returns:
+            The codes, shape (K, n', d), and the draws, shape (J n', d), with n' data left.
+        """
+        codes = self.values
+        if self.kept is not None:
+            whole = self.kept.any(2).any(0)
+            kept = self.kept[:, whole]
+            codes = codes[:, whole].where(kept, 0.0)
+            repeats = math.ceil(len(draws) / len(kept))
+            draws = draws[:, whole].where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
+        return codes, draws.flatten(0, 1)

@@ -1,0 +1,317 @@
+"""Costs c(x, G(z)): what a reconstruction costs, one number for each datum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor, nn
+
+from pyro_wae._repr import CallRepr
+from pyro_wae.codes import Layout
+
+__all__ = [
+    "AbsoluteError",
+    "Cost",
+    "ExpectedSquaredError",
+    "FunctionCost",
+    "NegativeLogLikelihood",
+    "Observation",
+    "SquaredError",
+    "as_cost",
+    "generator_output",
+]
+
+Decode = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An observed site of one run of the model.
+
+    Args:
+        name: The site's name.
+        distribution: The site's distribution, P_G(. | z).
+        value: The data, shape ``distribution.shape()``.
+        layout: Which batch dimensions are the data.
+        mask: Boolean, broadcasts to ``value``; False where the data are masked. None without a mask.
+        scale: The user's ``poutine.scale``, a number or a tensor that broadcasts to the batch shape.
+    """
+
+    name: str
+    distribution: Any
+    value: Tensor
+    layout: Layout
+    mask: Tensor | None = None
+    scale: float | Tensor = 1.0
+
+    @property
+    def event_dim(self) -> int:
+        """Number of event dimensions of the value."""
+        return self.distribution.event_dim
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Shape (K, n): whether any part of a datum is unmasked. None without a mask."""
+        if self.mask is None:
+            return None
+        rows = self.layout.rows(self.mask.expand(self.value.shape), self.event_dim)
+        return rows.flatten(2).any(2) if rows.ndim > 2 else rows
+
+
+class Cost(CallRepr, nn.Module):
+    """A cost; subclasses define :meth:`forward`.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> SquaredError()(dist.Normal(torch.zeros(5, 3), 1.0).to_event(1), torch.ones(5, 3))
+        tensor([3., 3., 3., 3., 3.])
+    """
+
+    def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        """Gives the cost of each element of the batch.
+
+        Args:
+            distribution: A Pyro distribution, P_G(. | z).
+            value: The data, shape ``batch_shape + event_shape``.
+
+        Returns:
+            Shape ``batch_shape``: event dimensions summed, batch dimensions kept.
+        """
+        raise NotImplementedError
+
+    def per_datum(self, observation: Observation) -> Tensor:
+        """Gives the cost of each datum, masked elements left out and scaled as the user asked.
+
+        Returns:
+            Shape (K, n): event dimensions and inner plates summed.
+
+        Raises:
+            ValueError: If the distribution does not serve or the cost has the wrong shape; the message names the site.
+        """
+        site, value, mask = observation.distribution, observation.value, observation.mask
+        try:
+            if mask is not None:
+                value = self.fill(site, value, mask)
+            costs = self(site, value)
+        except ValueError as error:
+            raise ValueError(f"At observed site '{observation.name}': {error}") from error
+        expected = value.shape[: value.ndim - observation.event_dim]
+        if not isinstance(costs, Tensor) or costs.shape != expected:
+            raise ValueError(_wrong_shape(self, observation.name, costs, tuple(expected)))
+        if mask is not None:
+            kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if observation.event_dim else mask
+            costs = costs.where(kept, 0.0)
+        rows = observation.layout.rows(costs * observation.scale, 0)
+        return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
+
+    def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
+        """Replaces masked data by what costs nothing, if this cost knows what that is."""
+        return value
+
+
+class OutputCost(Cost):
+    """A cost of the data and the generator's output G(z); subclasses define :meth:`difference`.
+
+    Args:
+        decode: Gives G(z) from the site's distribution; None takes :func:`generator_output`, its mean.
+    """
+
+    def __init__(self, *, decode: Decode | None = None) -> None:
+        super().__init__()
+        self.decode = decode
+
+    def output(self, distribution: Any) -> Tensor:
+        """G(z), shape ``batch_shape + event_shape``."""
+        return generator_output(distribution) if self.decode is None else self.decode(distribution)
+
+    def difference(self, value: Tensor, output: Tensor) -> Tensor:
+        """The cost of each number of the value, elementwise."""
+        raise NotImplementedError
+
+    def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        output = _checked_output(self.output(distribution), value)
+        return _sum_event(self.difference(value, output), distribution.event_dim)
+
+    def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
+        # A masked element equals the output: it costs nothing and passes no gradient, NaN data included.
+        return torch.where(mask, value, _checked_output(self.output(distribution), value).detach())
+
+
+class SquaredError(OutputCost):
+    """The sum of squares, c(x, g) = |x - g|^2, the default.
+
+    It is the plain sum. The authors' code multiplies by 0.05, so that a penalty weight of 10 there is 200 here.
+
+    Args:
+        decode: Gives G(z) from the site's distribution; None takes its mean.
+    """
+
+    def difference(self, value: Tensor, output: Tensor) -> Tensor:
+        return (value - output).square()
+
+
+class AbsoluteError(OutputCost):
+    """The sum of absolute differences, c(x, g) = |x - g|_1.
+
+    Args:
+        decode: Gives G(z) from the site's distribution; None takes its mean.
+    """
+
+    def difference(self, value: Tensor, output: Tensor) -> Tensor:
+        return (value - output).abs()
+
+
+class ExpectedSquaredError(SquaredError):
+    """The expected squared error of a random decoder, E|x - Y|^2 = |x - E Y|^2 + Var Y for Y ~ P_G(. | z)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        return super().forward(distribution, value) + _sum_event(
+            self._variance(distribution, value), distribution.event_dim
+        )
+
+    def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
+        if distribution.event_dim and mask.shape[-distribution.event_dim :].numel() > 1:
+            raise ValueError(
+                "ExpectedSquaredError cannot leave out a part of an event. Declare the masked dimensions as plates and "
+                "not by .to_event(...), or take SquaredError()."
+            )
+        return super().fill(distribution, value, mask)
+
+    @staticmethod
+    def _variance(distribution: Any, value: Tensor) -> Tensor:
+        try:
+            return distribution.variance.expand(value.shape)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{_name(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
+                "cost=NegativeLogLikelihood()."
+            ) from error
+
+
+class NegativeLogLikelihood(Cost):
+    """The cost of a random decoder, c(x, z) = -log p_G(x | z), in nats."""
+
+    def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        return -distribution.log_prob(value)
+
+
+class FunctionCost(OutputCost):
+    """A plain function f(x, g) of data and generator output, as a cost.
+
+    Args:
+        function: Called with x and g of shape (n, ...), the data dimension first and inner plates after it; returns
+            shape (n,), one cost for each datum. A masked element reaches it with x equal to g.
+        decode: Gives G(z) from the site's distribution; None takes its mean.
+
+    Raises:
+        ValueError: When used, if the function returns another shape.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *, decode: Decode | None = None) -> None:
+        super().__init__(decode=decode)
+        self.function = function
+
+    def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        return self.function(value, _checked_output(self.output(distribution), value))
+
+    def per_datum(self, observation: Observation) -> Tensor:
+        site, value, layout = observation.distribution, observation.value, observation.layout
+        try:
+            if observation.mask is not None:
+                value = self.fill(site, value, observation.mask)
+            output = _checked_output(self.output(site), value)
+        except ValueError as error:
+            raise ValueError(f"At observed site '{observation.name}': {error}") from error
+        x, g = layout.rows(value, site.event_dim), layout.rows(output, site.event_dim)
+        particles, n = x.shape[:2]
+        costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
+        if not isinstance(costs, Tensor) or costs.shape != (particles * n,):
+            raise ValueError(_wrong_shape(self.function, observation.name, costs, (particles * n,)))
+        return costs.unflatten(0, (particles, n)) * self._scale(observation)
+
+    @staticmethod
+    def _scale(observation: Observation) -> float | Tensor:
+        if not isinstance(observation.scale, Tensor):
+            return observation.scale
+        rows = observation.layout.rows(observation.scale, 0)
+        if rows.ndim > 2 and rows[0, 0].numel() > 1:
+            raise ValueError(
+                f"At observed site '{observation.name}': a cost function gives one number for each datum, and "
+                f"poutine.scale has shape {tuple(observation.scale.shape)}. Scale whole data, or take SquaredError()."
+            )
+        return rows.flatten(2).squeeze(2) if rows.ndim > 2 else rows
+
+
+def generator_output(distribution: Any) -> Tensor:
+    """G(z): the mean of the observed site's distribution.
+
+    It passes through Independent, masked and expanded distributions, and is ``v`` for Delta.
+
+    Returns:
+        Shape ``batch_shape + event_shape``.
+
+    Raises:
+        ValueError: If the distribution has no mean, or none that is finite.
+    """
+    inner = distribution
+    while isinstance(inner, dist.Independent | dist.MaskedDistribution | ExpandedDistribution | dist.MixtureSameFamily):
+        inner = inner.component_distribution if isinstance(inner, dist.MixtureSameFamily) else inner.base_dist
+    remedy = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
+    if isinstance(inner, dist.Categorical | dist.Cauchy | dist.HalfCauchy):
+        raise ValueError(f"{_name(distribution)} has no finite mean to compare the data with. {remedy}")
+    try:
+        return distribution.mean
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{_name(distribution)} has no mean to compare the data with. {remedy}") from error
+
+
+def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:
+    """Makes a :class:`Cost` of a function f(x, g).
+
+    Raises:
+        TypeError: If it cannot be called.
+    """
+    if isinstance(cost, Cost):
+        return cost
+    if callable(cost) and not isinstance(cost, type):
+        return FunctionCost(cost)
+    raise TypeError(
+        f"cost must be a pyro_wae.costs.Cost, a function f(x, g) or a dict of them by observed site, found {cost!r}. "
+        "Write cost=SquaredError() or cost=lambda x, g: (x - g).abs().flatten(1).sum(1)."
+    )
+
+
+def _sum_event(costs: Tensor, event_dim: int) -> Tensor:
+    return costs.flatten(-event_dim).sum(-1) if event_dim else costs
+
+
+def _checked_output(output: Tensor, value: Tensor) -> Tensor:
+    try:
+        return output.expand(value.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the generator's output has shape {tuple(output.shape)}, the data {tuple(value.shape)}. "
+            "Give the distribution or decode= the data's shape."
+        ) from error
+
+
+def _wrong_shape(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> str:
+    described = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    return (
+        f"At observed site '{site}', the cost {cost!r} returned {described} where shape {expected} is needed: one "
+        "number for each datum. Sum over all other dimensions, for instance by .flatten(1).sum(1)."
+    )
+
+
+def _name(distribution: Any) -> str:
+    while isinstance(distribution, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
+        distribution = distribution.base_dist
+    return type(distribution).__name__

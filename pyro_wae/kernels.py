@@ -1,0 +1,453 @@
+"""Kernels k(x, y) on codes, as modules without trainable parameters.
+
+A length that is left as ``None`` is taken from the prior draws when a penalty first sees them; see
+:meth:`Kernel.fit`. Kernels add and multiply: ``Gaussian() + 0.5 * Laplace()``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_wae._repr import CallRepr
+from pyro_wae.numerics import at_least_float32, squared_distances, working_precision
+
+__all__ = [
+    "Energy",
+    "FunctionKernel",
+    "Gaussian",
+    "InverseMultiquadratic",
+    "Kernel",
+    "Laplace",
+    "Matern",
+    "MultiScale",
+    "Product",
+    "RadialKernel",
+    "RationalQuadratic",
+    "Scaled",
+    "Sum",
+]
+
+AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Kernel(CallRepr, nn.Module):
+    """A positive definite kernel; subclasses define :meth:`gram`.
+
+    Example:
+        >>> import torch
+        >>> from pyro_wae.kernels import Gaussian
+        >>> k = Gaussian(bandwidth=1.0) + 0.5 * Gaussian(bandwidth=2.0)
+        >>> k(torch.zeros(3, 2), torch.zeros(4, 2)).shape
+        torch.Size([3, 4])
+    """
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Gives the kernel's values on all pairs of rows.
+
+        Args:
+            x: Shape (n, d).
+            y: Shape (m, d).
+
+        Returns:
+            Shape (n, m), in the precision of ``x`` (float32 at least).
+
+        Raises:
+            ValueError: If a shape is not (rows, d) with one d, or a length has not been set.
+        """
+        if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+            raise ValueError(
+                f"{type(self).__name__}(x, y) takes x of shape (n, d) and y of shape (m, d); "
+                f"found {tuple(x.shape)} and {tuple(y.shape)}. Write x.flatten(1) to make rows of codes."
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            return self.gram(x, y).to(at_least_float32(x).dtype)
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same as a call, unchecked and left in the working precision, for sums that nearly cancel."""
+        raise NotImplementedError
+
+    def fit(self, prior: Tensor) -> None:
+        """Sets every length that is still unset, from draws of the prior.
+
+        The squared length is half the mean squared distance of two independent draws, which for
+        N(0, sigma^2 I) in d dimensions is d sigma^2; kernels state their own multiple of it. It is
+        kept in ``state_dict``. Codes never enter: a length that followed them would let an encoder
+        lower the penalty by moving the length.
+
+        Args:
+            prior: Shape (m, d) with m >= 2.
+
+        Raises:
+            ValueError: If the draws have no finite, positive spread.
+        """
+        unset = [part for part in self.modules() if isinstance(part, RadialKernel) and not part.is_set]
+        if not unset:
+            return
+        if len(prior) < 2:
+            raise ValueError(f"A kernel's length needs at least 2 prior draws, found {len(prior)}.")
+        half_mean_square = working_precision(prior.detach()).var(0).sum()
+        if not (torch.isfinite(half_mean_square) and half_mean_square > 0):
+            raise ValueError(
+                f"The prior draws have a total variance of {half_mean_square.item():g}, from which no length "
+                f"can be taken for {unset[0]!r}. Give the length, as in Gaussian(bandwidth=1.0)."
+            )
+        for part in unset:
+            part.set_squared_length(half_mean_square * part.squared_length_factor)
+
+    def __add__(self, other: Kernel) -> Kernel:
+        return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
+
+    def __mul__(self, other: Kernel | float) -> Kernel:
+        if isinstance(other, Kernel):
+            return Product(self, other)
+        return Scaled(self, other) if isinstance(other, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+
+class RadialKernel(Kernel):
+    """A kernel of the distance alone, k(x, y) = f(|x - y|^2 / l^2); subclasses define :meth:`profile`.
+
+    Args:
+        length: The length l, or None to take it from the prior draws.
+        name: What the subclass calls its length, for messages.
+        squared: Whether ``length`` is l^2 already.
+    """
+
+    squared_length_factor = 1.0
+    """The squared length that is taken from the prior, over half the mean squared distance of its draws."""
+
+    squared_length: Tensor
+
+    def __init__(self, length: float | None, *, name: str, squared: bool = False) -> None:
+        super().__init__()
+        if length is not None:
+            _check_positive(type(self).__name__, name, length)
+        self._length_name = name
+        self._given = None if length is None else float(length if squared else length**2)
+        self._is_fitted = False
+        if length is None:
+            self.register_buffer("squared_length", torch.tensor(math.nan))
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the length was given or has been taken from prior draws."""
+        return self._given is not None or self._is_fitted
+
+    def set_squared_length(self, value: Tensor) -> None:
+        """Keeps ``value``, a scalar, as the squared length."""
+        self.squared_length = value.detach().clone()
+        self._is_fitted = True
+
+    def profile(self, u: Tensor) -> Tensor:
+        """The kernel as a function of u = |x - y|^2 / l^2, elementwise."""
+        raise NotImplementedError
+
+    def scaled_squares(self, x: Tensor, y: Tensor) -> Tensor:
+        """|x - y|^2 / l^2 for all pairs, in the working precision.
+
+        Raises:
+            ValueError: If the length has neither been given nor taken from prior draws.
+        """
+        if not self.is_set:
+            raise ValueError(
+                f"{self!r} has no length yet. Give one, as in {type(self).__name__}({self._length_name}=1.0), "
+                "or take it from prior draws: kernel.fit(prior)."
+            )
+        x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
+        squares = squared_distances(x, y)
+        return squares / (self._given if self._given is not None else self.squared_length.to(squares))
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.profile(self.scaled_squares(x, y))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state_dict.get(prefix + "squared_length")
+        if self._given is None and value is not None:
+            # Assigned and not copied, so that a float64 length is not rounded to an unset float32 one.
+            self.squared_length = value.detach().clone().to(self.squared_length.device)
+            self._is_fitted = not bool(value.isnan())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Gaussian(RadialKernel):
+    """The Gaussian kernel, k(x, y) = exp(-|x - y|^2 / (2 s^2)).
+
+    Args:
+        bandwidth: s, in the units of a code; None takes s^2 = half the mean squared distance of
+            prior draws (d sigma^2 for N(0, sigma^2 I)).
+    """
+
+    def __init__(self, bandwidth: float | None = None) -> None:
+        super().__init__(bandwidth, name="bandwidth")
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        return torch.exp(-u / 2)
+
+
+class InverseMultiquadratic(RadialKernel):
+    """The inverse multiquadratic kernel, k(x, y) = C / (C + |x - y|^2).
+
+    Its tails are heavy, so that codes far from the prior still feel a gradient.
+
+    Args:
+        scale: C, in squared units of a code; None takes the mean squared distance of prior draws
+            (2 d sigma^2 for N(0, sigma^2 I), the choice of the source).
+
+    Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, section 4.
+    """
+
+    squared_length_factor = 2.0
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__(scale, name="scale", squared=True)
+        self.scale = scale
+
+    def profile(self, u: Tensor) -> Tensor:
+        return (1 + u).reciprocal()
+
+    @classmethod
+    def multiscale(cls, scale: float | None = None, factors: Sequence[float] = AUTHORS_FACTORS) -> MultiScale:
+        """The sum of seven kernels with C times 0.1 to 10 that the authors' code uses."""
+        return MultiScale(cls(scale), factors)
+
+
+class Laplace(RadialKernel):
+    """The Laplace kernel, k(x, y) = exp(-|x - y| / s), with the Euclidean distance.
+
+    Args:
+        bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+    """
+
+    def __init__(self, bandwidth: float | None = None) -> None:
+        super().__init__(bandwidth, name="bandwidth")
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        return torch.exp(-_root(u))
+
+
+class Matern(RadialKernel):
+    """The Matern kernel of half-integer order, with t = sqrt(2 nu) |x - y| / s.
+
+    nu = 1/2: exp(-t); nu = 3/2: (1 + t) exp(-t); nu = 5/2: (1 + t + t^2 / 3) exp(-t).
+
+    Args:
+        nu: 0.5, 1.5 or 2.5.
+        bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+
+    Raises:
+        ValueError: For another nu.
+
+    Source: Rasmussen, Williams, "Gaussian Processes for Machine Learning", 2006, equation 4.17.
+    """
+
+    def __init__(self, nu: float, bandwidth: float | None = None) -> None:
+        if nu not in (0.5, 1.5, 2.5):
+            raise ValueError(f"Matern takes nu of 0.5, 1.5 or 2.5, found {nu!r}. Write Matern(1.5).")
+        super().__init__(bandwidth, name="bandwidth")
+        self.nu = nu
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        t = _root(2 * self.nu * u)
+        if self.nu == 0.5:
+            return torch.exp(-t)
+        return (1 + t) * torch.exp(-t) if self.nu == 1.5 else (1 + t + t.square() / 3) * torch.exp(-t)
+
+
+class RationalQuadratic(RadialKernel):
+    """The rational quadratic kernel, k(x, y) = (1 + |x - y|^2 / (2 alpha s^2))^-alpha.
+
+    Args:
+        alpha: The weight of the tails, > 0; alpha to infinity gives :class:`Gaussian`.
+        bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+
+    Raises:
+        ValueError: If alpha is not positive.
+    """
+
+    def __init__(self, alpha: float, bandwidth: float | None = None) -> None:
+        _check_positive("RationalQuadratic", "alpha", alpha)
+        super().__init__(bandwidth, name="bandwidth")
+        self.alpha = alpha
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        return (1 + u / (2 * self.alpha)) ** -self.alpha
+
+
+class Energy(Kernel):
+    """The negative distance, k(x, y) = -|x - y|^exponent.
+
+    It is positive definite only on differences of distributions, which is what a maximum mean
+    discrepancy needs; the discrepancy is then the energy distance. It has no length to choose.
+
+    Args:
+        exponent: In (0, 2).
+
+    Raises:
+        ValueError: For an exponent outside (0, 2).
+
+    Source: Szekely, Rizzo, "Energy statistics", 2013, doi:10.1016/j.jspi.2013.03.018.
+    """
+
+    def __init__(self, exponent: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < exponent < 2:
+            raise ValueError(f"Energy takes an exponent in (0, 2), found {exponent!r}. Write Energy(1.0).")
+        self.exponent = exponent
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
+        return -(_root(squared_distances(x, y)) ** self.exponent)
+
+
+class MultiScale(Kernel):
+    """The sum of one kernel at several lengths: the squared length times each factor.
+
+    Args:
+        kernel: A kernel with a length.
+        factors: Positive factors of its squared length.
+
+    Raises:
+        TypeError: If the kernel has no length.
+        ValueError: If there is no factor, or one is not positive.
+    """
+
+    def __init__(self, kernel: RadialKernel, factors: Sequence[float]) -> None:
+        super().__init__()
+        if not isinstance(kernel, RadialKernel):
+            raise TypeError(
+                f"MultiScale takes a kernel that has a length, found {kernel!r}. "
+                "Write MultiScale(Gaussian(), (0.5, 1.0, 2.0)), or add kernels: k1 + k2."
+            )
+        if len(factors) == 0:
+            raise ValueError("MultiScale takes at least one factor. Write factors=(0.5, 1.0, 2.0).")
+        for factor in factors:
+            _check_positive("MultiScale", "factors", factor)
+        self.kernel = kernel
+        self.factors = tuple(float(factor) for factor in factors)
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        u = self.kernel.scaled_squares(x, y)
+        total = self.kernel.profile(u / self.factors[0])
+        for factor in self.factors[1:]:
+            total = total + self.kernel.profile(u / factor)
+        return total
+
+
+class Composite(Kernel):
+    """Several kernels as one; subclasses say how their values combine."""
+
+    def __init__(self, *kernels: Kernel) -> None:
+        super().__init__()
+        self.kernels = nn.ModuleList(kernels)
+
+    def parts(self) -> list[Kernel]:
+        """The kernels that are combined."""
+        return [kernel for kernel in self.kernels if isinstance(kernel, Kernel)]
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """Combines the values of two kernels."""
+        raise NotImplementedError
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        return functools.reduce(self.combine, (kernel.gram(x, y) for kernel in self.parts()))
+
+
+class Sum(Composite):
+    """k1 + k2 + ...; usually written with ``+``."""
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def __repr__(self) -> str:
+        return f"({' + '.join(map(repr, self.kernels))})"
+
+
+class Product(Composite):
+    """k1 * k2 * ...; usually written with ``*``.
+
+    Raises:
+        ValueError: If a factor is an :class:`Energy` kernel, whose products are not kernels.
+    """
+
+    def __init__(self, *kernels: Kernel) -> None:
+        super().__init__(*kernels)
+        if any(isinstance(part, Energy) for part in self.modules()):
+            raise ValueError(
+                "A product with Energy is not a kernel, because Energy is only conditionally positive definite. "
+                "Write a sum, or Laplace() in its place."
+            )
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def __repr__(self) -> str:
+        return " * ".join(map(repr, self.kernels))
+
+
+class Scaled(Kernel):
+    """A kernel times a positive number; usually written ``2.0 * k``.
+
+    Raises:
+        ValueError: If the number is not positive.
+    """
+
+    def __init__(self, kernel: Kernel, factor: float) -> None:
+        super().__init__()
+        _check_positive("A kernel's multiple", "factor", factor)
+        self.kernel = kernel
+        self.factor = factor
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.factor * self.kernel.gram(x, y)
+
+    def __repr__(self) -> str:
+        return f"{self.factor} * {self.kernel!r}"
+
+
+class FunctionKernel(Kernel):
+    """A plain function k(x, y) of tensors (n, d) and (m, d) with values of shape (n, m), as a kernel.
+
+    Args:
+        function: Called with codes in their own precision (float32 at least).
+
+    Raises:
+        ValueError: When called, if the function's value is not a tensor of shape (n, m).
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        values = self.function(at_least_float32(x), at_least_float32(y))
+        if not isinstance(values, Tensor) or values.shape != (len(x), len(y)):
+            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"The kernel {self.function!r} takes tensors of shape ({len(x)}, d) and ({len(y)}, d) and must "
+                f"return shape ({len(x)}, {len(y)}), found {found}. Return one value for each pair of rows."
+            )
+        return working_precision(values)
+
+
+def _root(u: Tensor) -> Tensor:
+    # The square root has an infinite slope at 0, and 0 times infinity on the diagonal would be NaN:
+    # below the smallest normal number the clamp passes no gradient.
+    return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
+
+
+def _check_positive(owner: str, argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner} takes a number as {argument}, found {type(value).__name__}. Write {argument}=1.0.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{owner} takes a finite {argument} > 0, found {value!r}. Write {argument}=1.0.")

@@ -1,0 +1,402 @@
+"""The Wasserstein auto-encoder loss in the place of Pyro's ELBO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO, ELBOModule
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor, nn
+
+from pyro_wae._repr import CallRepr
+from pyro_wae.codes import Codes
+from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
+from pyro_wae.penalties import MMD, Penalty, PenaltyContext, as_penalty
+from pyro_wae.terms import Terms
+from pyro_wae.traces import Particle, Structure, draw_prior, gather_codes, gather_observations, read_structure, run
+
+__all__ = ["WAELoss", "WAEModule"]
+
+DEFAULT_PENALTY_WEIGHT = 200.0
+
+PenaltyLike = Penalty | Callable[[Tensor, Tensor], Tensor]
+CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
+
+
+class WAELoss(CallRepr, ELBO):
+    """The Wasserstein auto-encoder's loss: E c(x, G(z)) + weight * D(Q_Z, P_Z).
+
+    It takes the place of ``Trace_ELBO()``. The guide is the encoder Q(z|x), deterministic (``Delta``) or stochastic;
+    the model gives the prior P_Z, which needs only to be sampled, and the generator G. The penalty compares the codes
+    of all data in a batch *together* with draws of the prior. The loss is a mean per datum, so that it does not
+    depend on the size of batch or data set. It may be negative when the penalty is an unbiased estimate.
+
+    Args:
+        penalty: A :class:`~pyro_wae.penalties.Penalty`, a function f(codes, prior), or a dict with one of them for
+            each latent site (None leaves a site free). Default: :class:`~pyro_wae.penalties.MMD`.
+        cost: A :class:`~pyro_wae.costs.Cost`, a function f(x, g), or a dict with one of them for each observed site.
+            Default: :class:`~pyro_wae.costs.SquaredError`.
+        penalty_weight: lambda >= 0, in units of cost per unit of penalty.
+        data_plate: Name of the plate that holds the data. Default: the one plate around every latent and observed
+            site; of several, the subsampled one.
+        num_particles: Number of codes for each datum.
+        vectorize_particles: Whether to run them at once in an outermost plate.
+        max_plate_nesting: Bound on nested plates, needed with ``vectorize_particles``; guessed by one more run
+            of model and guide at the first step if not given.
+        retain_graph: Passed to ``backward``.
+        prior_draws: Prior draws for each code; more lower the variance, and nothing is decoded for them.
+
+    Attributes:
+        terms: The :class:`~pyro_wae.terms.Terms` of the last step, or None before the first.
+
+    Raises:
+        ValueError: If an argument is out of range, or, in a step, if model and guide do not fit; the message names
+            the site and the line to write instead.
+        TypeError: If an argument has the wrong type.
+
+    Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro_wae import WAELoss
+        >>> encoder, decoder = torch.nn.Linear(5, 2), torch.nn.Linear(2, 5)
+        >>> def model(x):
+        ...     pyro.module("decoder", decoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        ...         pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     pyro.module("encoder", encoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=WAELoss())
+        >>> loss = svi.step(torch.randn(64, 5))
+    """
+
+    terms: Terms | None
+
+    def __init__(
+        self,
+        penalty: PenaltyLike | Mapping[str, PenaltyLike | None] | None = None,
+        *,
+        cost: CostLike | Mapping[str, CostLike] | None = None,
+        penalty_weight: float = DEFAULT_PENALTY_WEIGHT,
+        data_plate: str | None = None,
+        num_particles: int = 1,
+        vectorize_particles: bool = False,
+        max_plate_nesting: float = math.inf,
+        retain_graph: bool | None = None,
+        prior_draws: int = 1,
+    ) -> None:
+        _check_count("num_particles", num_particles)
+        _check_count("prior_draws", prior_draws)
+        if isinstance(penalty_weight, bool) or not isinstance(penalty_weight, int | float):
+            raise TypeError(
+                f"penalty_weight must be a number, found {type(penalty_weight).__name__}. Write penalty_weight=200.0."
+            )
+        if not (penalty_weight >= 0 and math.isfinite(penalty_weight)):
+            raise ValueError(
+                f"penalty_weight must be finite and >= 0, found {penalty_weight}. Write penalty_weight=200.0."
+            )
+        if data_plate is not None and not isinstance(data_plate, str):
+            raise TypeError(f"data_plate must be a plate's name, found {data_plate!r}. Write data_plate='data'.")
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            retain_graph=retain_graph,
+        )
+        self.penalty = _options(penalty, MMD, as_penalty)
+        self.cost = _options(cost, SquaredError, as_cost)
+        self.penalty_weight = penalty_weight
+        self.data_plate = data_plate
+        self.prior_draws = prior_draws
+        self.terms = None
+
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> WAEModule:
+        """Binds model and guide into a module, for plain torch optimisers; see :class:`WAEModule`."""
+        return WAEModule(model, guide, self)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The penalties and costs that are modules, with a name for each."""
+        for kind, option in (("penalty", self.penalty), ("cost", self.cost)):
+            options = option if isinstance(option, dict) else {"": option}
+            for site, module in options.items():
+                if module is not None:
+                    # A module's name may not hold a dot, a site's may.
+                    yield kind + (f"_{site.replace('.', '_')}" if site else ""), module
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Estimates the loss.
+
+        Returns:
+            The loss per datum.
+
+        Raises:
+            ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
+        """
+        loss, check = self._loss(model, guide, args, kwargs)
+        return check(loss.item())
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Estimates the loss as a scalar tensor with a graph.
+
+        On an accelerator a NaN is looked for only under ``pyro.validation_enabled()``, because looking waits for the
+        device.
+
+        Raises:
+            ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
+        """
+        loss, check = self._loss(model, guide, args, kwargs)
+        if loss.device.type == "cpu" or is_validation_enabled():
+            check(loss.item())
+        return loss
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Estimates the loss and adds its gradients to the parameters'.
+
+        Returns:
+            The loss per datum.
+
+        Raises:
+            ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN; no gradient is then added.
+        """
+        for name, module in self.modules():
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                pyro.module(f"wae_{name}", module)
+        loss, check = self._loss(model, guide, args, kwargs)
+        value = check(loss.item())
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return value
+
+    def _loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Tensor, Callable[[float], float]]:
+        """The loss, and a function that passes its value on unless it is NaN."""
+        codes, prior, costs, kept = [], [], [], []
+        structure: Structure | None = None
+        for particle, programme in self._particles(model, guide, args, kwargs):
+            structure = structure or read_structure(particle, self.data_plate)
+            codes.append(gather_codes(particle, structure))
+            prior += [draw_prior(particle, structure, programme, args, kwargs) for _ in range(self.prior_draws)]
+            observations = list(gather_observations(particle, structure))
+            costs.append(self._costs(observations))
+            kept.append(_kept(observations))
+        assert structure is not None  # num_particles >= 1
+        mean_costs = _mean_costs(costs, kept)
+        penalties = self._penalties(Codes.stack(codes), torch.cat(prior), structure)
+        cost = torch.stack(list(mean_costs.values())).sum()
+        penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
+        loss = cost + self.penalty_weight * penalty
+        self.terms = Terms(
+            cost=cost.detach(),
+            penalty=penalty.detach(),
+            weight=self.penalty_weight,
+            costs={site: value.detach() for site, value in mean_costs.items()},
+            penalties={site: value.detach() for site, value in penalties.items() if site},
+        )
+
+        def check(value: float) -> float:
+            if math.isnan(value):
+                raise ValueError(_nan_message(codes, mean_costs, penalties))
+            return value
+
+        return loss, check
+
+    def _particles(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Iterator[tuple[Particle, Callable[..., Any]]]:
+        """The runs of one step, each with the model as it was run. All see the same data."""
+        if self.vectorize_particles and self.num_particles > 1:
+            if self.max_plate_nesting == math.inf:
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+            model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
+            yield self._get_trace(model, guide, args, kwargs), model
+            return
+        first: Particle | None = None
+        for _ in range(self.num_particles):
+            particle = self._get_trace(model, guide, args, kwargs, subsample_of=first)
+            first = first or particle
+            yield particle, model
+
+    def _get_trace(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        subsample_of: Particle | None = None,
+    ) -> Particle:
+        return run(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting, subsample_of=subsample_of)
+
+    def _guess_max_plate_nesting(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> None:
+        # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
+        state = pyro.util.get_rng_state()
+        with poutine.block(), torch.no_grad():
+            particle = self._get_trace(model, guide, args, kwargs)
+        pyro.util.set_rng_state(state)
+        stacks = [
+            site["cond_indep_stack"]
+            for trace in (particle.model, particle.guide)
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+        ]
+        self.max_plate_nesting = 1 + max((-f.dim for stack in stacks for f in stack if f.dim is not None), default=0)
+
+    def _costs(self, observations: list[Observation]) -> dict[str, Tensor]:
+        names = [observation.name for observation in observations]
+        if isinstance(self.cost, dict):
+            _check_names("cost", self.cost, names, "observed", "SquaredError()")
+        return {
+            observation.name: (self.cost[observation.name] if isinstance(self.cost, dict) else self.cost).per_datum(
+                observation
+            )
+            for observation in observations
+        }
+
+    def _penalties(self, codes: Codes, prior: Tensor, structure: Structure) -> dict[str, Tensor]:
+        """The scaled penalty of each latent site, or under the name "" that of the joint code."""
+        context = PenaltyContext(
+            data_size=structure.data_size, shared_data=codes.kept is not None or not structure.is_root
+        )
+        if not isinstance(self.penalty, dict):
+            return {"": _joint_scale(structure) * self.penalty(*codes.masked(prior), context)}
+        _check_names("penalty", self.penalty, list(structure.latents), "latent", "MMD()")
+        values = {}
+        for site, penalty in self.penalty.items():
+            if penalty is not None:
+                rows = codes.site(site).masked(prior[..., codes.columns[site]])
+                values[site] = structure.scale[site] * penalty(*rows, context)
+        return values
+
+
+class WAEModule(ELBOModule):
+    """A WAE loss bound to its model and guide, for plain torch optimisers and everything that takes a module.
+
+    ``parameters()`` and ``state_dict()`` hold the model, the guide and what the penalty and cost own: a discriminator,
+    a bandwidth. Model and guide may be modules or methods of one. A call gives the differentiable loss.
+
+    Args:
+        model: A Pyro model: a module, a module's method, or a function.
+        guide: Its guide, likewise.
+        loss: The loss.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_wae import WAELoss
+        >>> class AutoEncoder(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = torch.nn.Linear(5, 2), torch.nn.Linear(2, 5)
+        ...     def model(self, x):
+        ...         with pyro.plate("data", len(x)):
+        ...             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        ...             pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+        ...     def guide(self, x):
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+        >>> wae = AutoEncoder()
+        >>> loss_fn = WAELoss()(wae.model, wae.guide)
+        >>> optimiser = torch.optim.Adam(loss_fn.parameters())
+        >>> loss_fn(torch.randn(64, 5)).backward()
+        >>> optimiser.step()
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], loss: WAELoss) -> None:
+        nn.Module.__init__(self)
+        self.elbo = loss
+        for role, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"The {role} must be a module or a function, found {program!r}.")
+            setattr(self, role, program)
+            owner = getattr(program, "__self__", None)
+            if isinstance(owner, nn.Module):
+                self.add_module(f"{role}_owner", owner)
+        for name, module in loss.modules():
+            self.add_module(name, module)
+
+    @property
+    def terms(self) -> Terms | None:
+        """The parts of the last loss."""
+        return self.elbo.terms
+
+
+def _options(given: Any, default: Callable[[], Any], convert: Callable[[Any], Any]) -> Any:
+    if given is None:
+        return default()
+    if isinstance(given, Mapping):
+        return {site: None if option is None else convert(option) for site, option in given.items()}
+    return convert(given)
+
+
+def _kept(observations: list[Observation]) -> Tensor | None:
+    """Shape (K, n): which data have anything observed; None if all have."""
+    masks = [observation.kept for observation in observations]
+    known = [mask for mask in masks if mask is not None]
+    return torch.stack(known).any(0) if len(known) == len(masks) else None
+
+
+def _mean_costs(costs: list[dict[str, Tensor]], kept: list[Tensor | None]) -> dict[str, Tensor]:
+    """The mean over particles and unmasked data of each observed site's cost."""
+    masks = [mask for mask in kept if mask is not None]
+    mask = torch.cat(masks) if len(masks) == len(kept) else None
+    means = {}
+    for site in costs[0]:
+        values = torch.cat([run_costs[site] for run_costs in costs])
+        means[site] = values.mean() if mask is None else values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+    return means
+
+
+def _joint_scale(structure: Structure) -> float | Tensor:
+    scales = list(structure.scale.values())
+    if any(scale is not scales[0] and float(scale) != float(scales[0]) for scale in scales):
+        found = ", ".join(f"'{site}': {float(scale):g}" for site, scale in structure.scale.items())
+        raise ValueError(
+            f"The latent sites have different scales ({found}), and one penalty compares their joint code. Give them "
+            "one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
+        )
+    return scales[0]
+
+
+def _check_names(argument: str, options: Mapping[str, Any], sites: list[str], kind: str, example: str) -> None:
+    unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
+    if unknown:
+        raise ValueError(
+            f"{argument} names '{unknown[0]}', which is no {kind} site; these are {sites}. "
+            f"Write {argument}={{'{sites[0]}': {example}, ...}}."
+        )
+    if missing:
+        raise ValueError(
+            f"{argument} has no entry for the {kind} site '{missing[0]}'. Write {argument}={{..., '{missing[0]}': "
+            f"{example}}}" + (", or None to leave it free." if kind == "latent" else ".")
+        )
+
+
+def _check_count(argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}=1.")
+
+
+def _nan_message(codes: list[Codes], costs: Mapping[str, Tensor], penalties: Mapping[str, Tensor]) -> str:
+    for run_codes in codes:
+        for site, columns in run_codes.columns.items():
+            if run_codes.values[..., columns].isnan().any():
+                return f"The codes of latent site '{site}' hold NaN: look at the guide's output or lower the rate."
+    for site, value in costs.items():
+        if value.isnan():
+            return f"The cost of observed site '{site}' is NaN: look at the data and at the model's output."
+    for site, value in penalties.items():
+        if value.isnan():
+            return "The penalty" + (f" of latent site '{site}'" if site else "") + " is NaN, though the codes are not."
+    return "The loss is NaN, though its parts are not: the penalty weight times the penalty overflows."

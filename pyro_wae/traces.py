@@ -1,0 +1,347 @@
+"""Runs model and guide, and reads from their traces which sites are codes, costs and prior draws."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import NonlocalExit
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.util import check_if_enumerated, check_model_guide_match
+from torch import Tensor, nn
+
+from pyro_wae.codes import Codes, Layout
+from pyro_wae.costs import Observation
+from pyro_wae.plates import data_size, find_data_plate, plate_scale, site_layout
+
+__all__ = ["Particle", "Structure", "draw_prior", "gather_codes", "gather_observations", "read_structure", "run"]
+
+Program = Callable[..., Any]
+Site = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Particle:
+    """One run of the guide with the model replayed against it.
+
+    Args:
+        model: The model's trace.
+        guide: The guide's trace.
+    """
+
+    model: Any
+    guide: Any
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the sites of a run are to a WAE.
+
+    Args:
+        latents: Layout of each site of the code, in the order of the model.
+        observed: Layout of each site that has a cost, by the name the user gave it.
+        is_root: Whether the code is one site that no other random choice precedes.
+        data_size: Number of data, where the data plate takes a part of them; else None.
+        scale: The user's scale of each latent site.
+    """
+
+    latents: Mapping[str, Layout]
+    observed: Mapping[str, Layout]
+    is_root: bool
+    data_size: int | None
+    scale: Mapping[str, float | Tensor]
+
+
+def run(
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    max_plate_nesting: float,
+    subsample_of: Particle | None = None,
+) -> Particle:
+    """Runs the guide and replays the model against it; no log_prob is computed.
+
+    Args:
+        model: A Pyro model.
+        guide: Its guide, a messenger guide included.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        max_plate_nesting: Bound on nested plates, for Pyro's check that model and guide match.
+        subsample_of: An earlier run of the same step, whose data this one takes too.
+    """
+    with _ReplaySubsamples(subsample_of.model if subsample_of else None):
+        unwrapped = poutine.unwrap(guide)
+        if isinstance(unwrapped, poutine.messenger.Messenger):
+            guide(*args, **kwargs)
+            model_trace, guide_trace = unwrapped.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+        check_if_enumerated(guide_trace)
+    return Particle(model_trace, guide_trace)
+
+
+def read_structure(particle: Particle, data_plate: str | None) -> Structure:
+    """Tells codes, costs and plates of a run apart.
+
+    Args:
+        particle: A run of model and guide.
+        data_plate: Name of the data plate, or None to find it.
+
+    Raises:
+        ValueError: If a latent cannot be part of a code, there is no code or no observed site, or the data plate is
+            in doubt.
+    """
+    latents = dict(_latent_sites(particle))
+    observed = {_user_name(name, particle.model): site for name, site in _observed_sites(particle.model)}
+    if not latents:
+        raise ValueError(
+            "Model and guide share no latent site, so that there are no codes. Sample one under the same name in "
+            "both, inside the data plate: z = pyro.sample('z', ...)."
+        )
+    if not observed:
+        raise ValueError(
+            "The model has no observed site, so that nothing is reconstructed. Write pyro.sample('x', ..., obs=x); "
+            "pyro.factor and pyro.deterministic are not costs."
+        )
+    plate = find_data_plate(list(latents.values()), list(observed.values()), data_plate)
+    first = next(iter(latents.values()))
+    frame = next(frame for frame in first["cond_indep_stack"] if frame.name == plate)
+    random = [name for name, site in particle.model.nodes.items() if _is_random(site)]
+    return Structure(
+        latents={name: site_layout(site, plate) for name, site in latents.items()},
+        observed={name: site_layout(site, plate) for name, site in observed.items()},
+        is_root=len(latents) == 1 and random[0] in latents,
+        data_size=data_size(frame),
+        scale={name: _latent_scale(site) for name, site in latents.items()},
+    )
+
+
+def gather_codes(particle: Particle, structure: Structure) -> Codes:
+    """The codes of one run, one row for each particle and datum."""
+    rows, kept = {}, {}
+    for name, layout in structure.latents.items():
+        site, guide_site = particle.model.nodes[name], particle.guide.nodes[name]
+        rows[name] = layout.rows(site["value"], site["fn"].event_dim)
+        mask = _mask(site, guide_site)
+        if mask is not None:
+            shape = torch.broadcast_shapes(layout.shape + site["fn"].event_shape, mask.shape)
+            kept[name] = layout.rows(mask.expand(shape), site["fn"].event_dim).expand(rows[name].shape)
+    return Codes.of_sites(rows, kept)
+
+
+def gather_observations(particle: Particle, structure: Structure) -> Iterator[Observation]:
+    """The observed sites of one run."""
+    for name, site in _observed_sites(particle.model):
+        user_name = _user_name(name, particle.model)
+        fn, value = site["fn"], site["value"]
+        yield Observation(
+            name=user_name,
+            distribution=fn,
+            value=value.expand(torch.broadcast_shapes(value.shape, fn.shape())),
+            layout=structure.observed[user_name],
+            mask=_mask(site),
+            scale=_user_scale(site),
+        )
+
+
+def draw_prior(
+    particle: Particle, structure: Structure, model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Draws the latent sites afresh from the model; the decoder does not run.
+
+    A single latent at the root comes from its own distribution. Anything else runs the model again on the same data
+    and leaves it right after the last latent. The draws have a graph only if the prior has parameters to learn.
+
+    Returns:
+        Shape (K, n, d), laid out as :func:`gather_codes` lays out the codes.
+
+    Raises:
+        ValueError: If the model does not reach a latent site when it runs again.
+    """
+    if structure.is_root:
+        (name,) = structure.latents
+        fn = particle.model.nodes[name]["fn"]
+        sites: dict[str, Site] = {name: {"fn": fn, "value": fn.rsample() if fn.has_rsample else fn.sample()}}
+    else:
+        sites = _run_to_last_latent(particle, structure, model, args, kwargs)
+    rows = {}
+    for name, site in sites.items():
+        rows[name] = structure.latents[name].rows(site["value"], site["fn"].event_dim)
+        if torch.is_grad_enabled() and not site["fn"].has_rsample and _has_parameters(site["fn"]):
+            warnings.warn(
+                f"The prior at site '{name}' ({type(site['fn']).__name__}) has parameters to learn but cannot be "
+                "reparameterised: the penalty gives them no gradient. Take a prior with rsample, or detach them.",
+                UserWarning,
+                stacklevel=2,
+            )
+    return Codes.of_sites(rows, {}).values
+
+
+class _ReplaySubsamples(Messenger):
+    """Gives every plate the subsample that it had in a trace."""
+
+    def __init__(self, trace: Any | None) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.trace is not None and site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
+            msg["value"] = self.trace.nodes[msg["name"]]["value"]
+
+
+class _StopAfter(_ReplaySubsamples):
+    """Records the named sites and leaves the program as soon as all have been seen."""
+
+    def __init__(self, trace: Any, names: set[str]) -> None:
+        super().__init__(trace)
+        self.names = names
+        self.sites: dict[str, Site] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.names:
+            return
+        self.sites[msg["name"]] = msg.copy()
+        if len(self.sites) == len(self.names):
+            # A continuation runs after every other handler has seen the site.
+            msg["continuation"] = _leave
+
+
+def _leave(msg: Any) -> None:
+    raise NonlocalExit(msg)
+
+
+def _run_to_last_latent(
+    particle: Particle, structure: Structure, model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Site]:
+    stop = _StopAfter(particle.model, set(structure.latents))
+    try:
+        with stop:
+            model(*args, **kwargs)
+    except NonlocalExit:
+        pass
+    missing = [name for name in structure.latents if name not in stop.sites]
+    if missing:
+        raise ValueError(
+            f"When the model ran again for prior draws it did not sample site '{missing[0]}'. A WAE needs a model "
+            "that samples the same sites in every run."
+        )
+    return {name: stop.sites[name] for name in structure.latents}
+
+
+def _is_random(site: Site) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
+def _latent_sites(particle: Particle) -> Iterator[tuple[str, Site]]:
+    for name, site in particle.model.nodes.items():
+        if not _is_random(site) or site["infer"].get("is_auxiliary") or _is_imputed(name, particle.model):
+            continue
+        in_guide = name in particle.guide.nodes
+        fn = particle.guide.nodes[name]["fn"] if in_guide else site["fn"]
+        if in_guide and not getattr(fn, "has_rsample", False):
+            _raise_not_reparameterised(name, fn)
+        if not in_guide and site["infer"].get("enumerate"):
+            raise ValueError(
+                f"Latent site '{name}' of the model is to be enumerated, and WAELoss does not enumerate. Sum it out "
+                "in the likelihood (dist.MixtureSameFamily), or sample it in the guide through a relaxation."
+            )
+        if in_guide and not any(mask is False for mask, _ in _masks(site)):
+            yield name, site
+
+
+def _raise_not_reparameterised(name: str, fn: Any) -> None:
+    support = getattr(fn, "support", None)
+    if getattr(support, "is_discrete", False):
+        raise ValueError(
+            f"Latent site '{name}' is discrete in the guide ({type(fn).__name__}): no gradient of the penalty reaches "
+            "the encoder, and WAELoss does not enumerate. Write dist.OneHotCategoricalStraightThrough or "
+            "dist.RelaxedOneHotCategorical, or a Delta on a continuous code."
+        )
+    raise ValueError(
+        f"Latent site '{name}' cannot be reparameterised in the guide ({type(fn).__name__} has no rsample): no "
+        "gradient of the penalty reaches the encoder. Write dist.Normal(loc, scale), or dist.Delta(loc) for a "
+        "deterministic encoder."
+    )
+
+
+def _observed_sites(model_trace: Any) -> Iterator[tuple[str, Site]]:
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"] or site_is_factor(site):
+            continue
+        if not site["infer"].get("_deterministic") and not site["infer"].get("is_auxiliary"):
+            yield name, site
+
+
+def _is_imputed(name: str, model_trace: Any) -> bool:
+    """Whether the site holds the part of an observed value that ``obs_mask`` left to be imputed."""
+    stem = name.removesuffix("_unobserved")
+    return stem != name and f"{stem}_observed" in model_trace.nodes and stem in model_trace.nodes
+
+
+def _user_name(name: str, model_trace: Any) -> str:
+    stem = name.removesuffix("_observed")
+    return stem if stem != name and f"{stem}_unobserved" in model_trace.nodes else name
+
+
+def _user_scale(site: Site) -> float | Tensor:
+    scale = site["scale"] / plate_scale(site)
+    # N/B divided out again leaves a rounding error, which must not look like a scale of the user's.
+    return 1.0 if not isinstance(scale, Tensor) and abs(scale - 1) < 1e-9 else scale
+
+
+def _latent_scale(site: Site) -> float | Tensor:
+    scale = _user_scale(site)
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(
+            f"Latent site '{site['name']}' has a poutine.scale of shape {tuple(scale.shape)}, and a penalty compares "
+            "all data at once: a latent site takes one number. Write poutine.scale(scale=0.5)."
+        )
+    return scale.reshape(()) if isinstance(scale, Tensor) else scale
+
+
+def _mask(*sites: Site) -> Tensor | None:
+    """Where all masks of the sites are true: a tensor that broadcasts to batch and event dimensions, or None."""
+    total: Tensor | None = None
+    for site in sites:
+        for mask, event_dim in _masks(site):
+            mask = torch.as_tensor(mask, dtype=torch.bool, device=site["value"].device)
+            mask = mask.reshape(mask.shape + (1,) * event_dim)
+            total = mask if total is None else total & mask
+    return total
+
+
+def _masks(site: Site) -> Iterator[tuple[Tensor | bool, int]]:
+    """The masks of ``poutine.mask`` and ``fn.mask``, each with the number of value dimensions to its right."""
+    fn = site["fn"]
+    found = [(site["mask"], fn.event_dim)]
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            found.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    yield from ((mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True)
+
+
+def _has_parameters(value: Any, depth: int = 5) -> bool:
+    """Whether a distribution holds a tensor or module that requires a gradient."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters()):
+        return True
+    if depth and isinstance(value, list | tuple):
+        return any(_has_parameters(item, depth - 1) for item in value)
+    if depth and isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
+        return any(_has_parameters(item, depth - 1) for item in vars(value).values())
+    return False

@@ -1,0 +1,202 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_wae.plotting import codes_and_prior, image_grid, loss_curves, reconstructions
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+
+def mosaic_of(figure):
+    (axes,) = figure.axes
+    (picture,) = axes.images
+    return picture.get_array()
+
+
+def images_in(mosaic, height, width):
+    """How many images lie in a mosaic of random pixels: the pixels that are painted over those of one image."""
+    return np.ma.masked_invalid(mosaic).count() / (height * width)
+
+
+@pytest.mark.parametrize("shape", [(7, 10, 8), (7, 1, 10, 8)])
+@pytest.mark.parametrize("as_input", [torch.Tensor.numpy, torch.Tensor.requires_grad_, torch.Tensor.bfloat16])
+def test_image_grid_shows_every_grey_image_once(shape, as_input):
+    figure = image_grid(as_input(torch.rand(shape)), columns=3)
+    mosaic = mosaic_of(figure)
+    assert images_in(mosaic, 10, 8) == 7
+    assert mosaic.shape == (3 * 10 + 2, 3 * 8 + 2)
+
+
+def test_image_grid_keeps_order_and_pixels():
+    images = torch.rand(4, 5, 5)
+    mosaic = mosaic_of(image_grid(images, columns=2))
+    np.testing.assert_allclose(mosaic[:5, 6:], images[1], rtol=1e-6)
+    np.testing.assert_allclose(mosaic[6:, :5], images[2], rtol=1e-6)
+
+
+def test_image_grid_is_about_square_by_default():
+    height, width = mosaic_of(image_grid(torch.rand(100, 28, 28))).shape
+    assert height == width
+
+
+def test_image_grid_shows_colour():
+    images = torch.rand(2, 3, 6, 6)
+    mosaic = mosaic_of(image_grid(images, columns=2))
+    assert mosaic.shape == (6, 13, 3)
+    np.testing.assert_allclose(mosaic[:, :6], images[0].permute(1, 2, 0), rtol=1e-6)
+
+
+def test_bytes_are_shown_on_the_scale_of_floats():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    np.testing.assert_allclose(mosaic_of(image_grid(images)), mosaic_of(image_grid(images / 255)), rtol=1e-6)
+
+
+def test_values_outside_the_unit_interval_are_clipped():
+    mosaic = mosaic_of(image_grid(torch.tensor([[[-1.0, 2.0]]])))
+    np.testing.assert_array_equal(mosaic, [[0.0, 1.0]])
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (5, 2, 28, 28), (5, 28, 28, 3), (0, 1, 28, 28), (5, 1, 0, 28)])
+def test_image_grid_names_a_wrong_shape(shape):
+    with pytest.raises(ValueError, match=r"images must have shape \(n, h, w\), .* but has") as caught:
+        image_grid(torch.rand(shape))
+    assert str(shape) in str(caught.value)
+
+
+def test_image_grid_needs_a_column():
+    with pytest.raises(ValueError, match="columns must be at least 1, but is 0"):
+        image_grid(torch.rand(4, 5, 5), columns=0)
+
+
+def test_reconstructions_put_each_output_below_its_input():
+    inputs, outputs = torch.rand(5, 1, 10, 10), torch.rand(5, 1, 10, 10)
+    figure = reconstructions(inputs, outputs, columns=3)
+    mosaic = mosaic_of(figure)
+    assert images_in(mosaic, 10, 10) == 10
+    np.testing.assert_allclose(mosaic[:10, :10], inputs[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(mosaic[11:21, :10], outputs[0, 0], rtol=1e-6)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["input", "output", "input", "output"]
+
+
+def test_reconstructions_must_have_the_shape_of_the_inputs():
+    with pytest.raises(
+        ValueError, match=r"outputs must have the shape of inputs, \(5, 1, 8, 8\), .*\(4, 1, 8, 8\)"
+    ):
+        reconstructions(torch.rand(5, 1, 8, 8), torch.rand(4, 1, 8, 8))
+
+
+def test_reconstructions_name_the_argument_that_is_no_image():
+    with pytest.raises(ValueError, match="outputs must have shape"):
+        reconstructions(torch.rand(5, 1, 8, 8), torch.rand(5, 64))
+
+
+def test_codes_and_prior_draws_both_clouds_on_the_same_limits():
+    figure = codes_and_prior(torch.randn(50, 8), torch.randn(70, 8))
+    left, right = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["codes", "prior draws"]
+    assert len(left.collections[0].get_offsets()) == 50
+    assert len(right.collections[0].get_offsets()) == 70
+    assert left.get_xlim() == right.get_xlim()
+    assert left.get_ylim() == right.get_ylim()
+
+
+def test_codes_and_prior_shows_the_plane_that_fits_worst():
+    generator = torch.Generator().manual_seed(0)
+    prior = torch.randn(4000, 6, generator=generator)
+    codes = torch.randn(4000, 6, generator=generator)
+    codes[:, 4] *= 3.0  # the variance is 9 where the prior's is 1: an eigenvalue of 8
+    codes[:, 1] += 2.0  # the mean is off by 2: an eigenvalue of 4
+    codes[:, 3] *= 0.1  # the variance is 0.01: an eigenvalue of -0.99
+    figure = codes_and_prior(codes, prior)
+    shown = np.asarray(figure.axes[0].collections[0].get_offsets())
+    for column, expected in ((0, codes[:, 4]), (1, codes[:, 1])):
+        assert abs(np.corrcoef(shown[:, column], expected)[0, 1]) > 0.99
+
+
+def test_codes_and_prior_shows_the_chosen_coordinates():
+    codes = torch.randn(20, 5)
+    figure = codes_and_prior(codes, torch.randn(20, 5), plane=(3, 1))
+    np.testing.assert_allclose(figure.axes[0].collections[0].get_offsets(), codes[:, [3, 1]], rtol=1e-6)
+    assert figure.axes[0].get_xlabel() == "coordinate 3"
+
+
+def test_two_dimensional_codes_are_shown_as_they_are():
+    codes = torch.randn(20, 2)
+    figure = codes_and_prior(codes, torch.randn(20, 2))
+    np.testing.assert_allclose(figure.axes[0].collections[0].get_offsets(), codes, rtol=1e-6)
+
+
+def test_classes_have_colours_and_names():
+    labels = torch.arange(10).repeat(5)
+    figure = codes_and_prior(torch.randn(50, 3), torch.randn(50, 3), labels)
+    left = figure.axes[0]
+    assert [text.get_text() for text in left.texts] == [str(label) for label in range(10)]
+    assert len(np.unique(left.collections[0].get_facecolors(), axis=0)) == 10
+
+
+@pytest.mark.parametrize(
+    ("codes", "prior", "options", "message"),
+    [
+        (torch.randn(9), torch.randn(9, 2), {}, r"codes must have shape \(n, d\).*\(9,\)"),
+        (torch.randn(9, 1), torch.randn(9, 1), {}, r"codes must have shape .* d >= 2, but has \(9, 1\)"),
+        (torch.randn(9, 3), torch.randn(0, 3), {}, r"prior must have shape"),
+        (torch.randn(9, 3), torch.randn(9, 4), {}, r"prior must have the columns of codes, 3, .*\(9, 4\)"),
+        (torch.full((9, 3), torch.nan), torch.randn(9, 3), {}, "codes must be finite, but 27 of its values"),
+        (torch.randn(9, 3), torch.randn(9, 3), {"labels": torch.zeros(8)}, r"labels must have shape \(9,\)"),
+        (
+            torch.randn(9, 3),
+            torch.randn(9, 3),
+            {"plane": (0, 3)},
+            r"plane must be .* from 0 to 2, but is \(0, 3\)",
+        ),
+        (torch.randn(9, 3), torch.randn(9, 3), {"plane": (1, 1)}, r"plane must be two different coordinates"),
+    ],
+)
+def test_codes_and_prior_names_what_does_not_fit(codes, prior, options, message):
+    with pytest.raises(ValueError, match=message):
+        codes_and_prior(codes, prior, **options)
+
+
+def test_loss_curves_have_a_panel_each_against_the_unit():
+    history = {"cost": [torch.tensor(3.0), 2.0, 1.0], "penalty": [0.2, 0.0, -0.1]}
+    figure = loss_curves(history, unit="step")
+    cost, penalty = figure.axes
+    assert (cost.get_title(), penalty.get_title()) == ("cost", "penalty")
+    np.testing.assert_array_equal(cost.lines[0].get_xydata(), [[1, 3], [2, 2], [3, 1]])
+    np.testing.assert_array_equal(penalty.lines[0].get_ydata(), history["penalty"])
+    assert penalty.get_xlabel() == "step"
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ({"cost": [1.0]}, r"history must hold \"cost\" and \"penalty\", but holds \['cost'\]"),
+        ({"cost": [1.0], "penalty": [1.0, 2.0]}, "of lengths 1 and 2"),
+        ({"cost": [], "penalty": []}, "of lengths 0 and 0"),
+    ],
+)
+def test_loss_curves_name_what_is_missing(history, message):
+    with pytest.raises(ValueError, match=message):
+        loss_curves(history)
+
+
+def test_figures_can_be_saved_and_leave_pyplot_alone(tmp_path):
+    from matplotlib import pyplot
+
+    before = dict(matplotlib.rcParams)
+    figure = image_grid(torch.rand(4, 5, 5), title="four")
+    figure.savefig(tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert figure._suptitle.get_text() == "four"
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_missing_matplotlib_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "pyro-wae\[tutorials\]"'):
+        image_grid(torch.rand(4, 5, 5))

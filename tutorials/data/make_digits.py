@@ -1,0 +1,85 @@
+"""Makes digits.npz, the part of MNIST that travels with the tutorials.
+
+    python tutorials/data/make_digits.py --root ./mnist
+
+No random number is drawn: each class gives its share of the digits (its share of MNIST, rounded by largest
+remainders), evenly spaced through MNIST's own order, so that early and late writers are represented alike.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+DIGITS = Path(__file__).with_name("digits.npz")
+
+
+def balanced_indices(labels: np.ndarray, size: int) -> np.ndarray:
+    """Indices of a subset in which every class has the share it has in ``labels``.
+
+    Args:
+        labels: Class of every datum, shape ``(n,)``, integers from 0.
+        size: How many data to take, at most ``n``.
+
+    Returns:
+        Ascending indices into ``labels``, shape ``(size,)``.
+
+    Raises:
+        ValueError: If ``size`` exceeds the number of labels.
+    """
+    if size > len(labels):
+        raise ValueError(f"size must be at most the number of labels, {len(labels)}, but is {size}")
+    exact = np.bincount(labels) * size / len(labels)
+    quotas = np.floor(exact).astype(int)
+    largest_remainders = np.argsort(quotas - exact, kind="stable")[: size - quotas.sum()]
+    quotas[largest_remainders] += 1
+    chosen = []
+    for label, quota in enumerate(quotas):
+        members = np.flatnonzero(labels == label)
+        chosen.append(members[np.arange(quota) * len(members) // max(quota, 1)])
+    return np.sort(np.concatenate(chosen))
+
+
+def make_digits(root: str, *, train_size: int = 10_000, test_size: int = 2_000) -> dict[str, np.ndarray]:
+    """Takes a balanced part of MNIST's training set and one of its test set.
+
+    Args:
+        root: Folder of torchvision's MNIST, downloaded if it is not there.
+        train_size: Digits to take from the 60,000 training digits.
+        test_size: Digits to take from the 10,000 test digits.
+
+    Returns:
+        ``train_images`` and ``test_images``, uint8 of shape ``(size, 28, 28)``, and ``train_labels`` and
+        ``test_labels``, uint8 of shape ``(size,)``.
+    """
+    from torchvision.datasets import MNIST
+
+    arrays = {}
+    for part, size in (("train", train_size), ("test", test_size)):
+        mnist = MNIST(root, train=part == "train", download=True)
+        chosen = balanced_indices(mnist.targets.numpy(), size)
+        arrays[f"{part}_images"] = mnist.data.numpy()[chosen]
+        arrays[f"{part}_labels"] = mnist.targets.numpy()[chosen].astype(np.uint8)
+    return arrays
+
+
+def main() -> None:
+    """Writes digits.npz and prints the checksums that README.md lists."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root", default="./mnist", help="folder of torchvision's MNIST (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=DIGITS, help="file to write (default: %(default)s)")
+    args = parser.parse_args()
+    arrays = make_digits(args.root)
+    np.savez_compressed(args.out, **arrays)
+    for name, array in arrays.items():
+        print(f"{name:13s} {array.shape!s:16s} sha256 {hashlib.sha256(array.tobytes()).hexdigest()}")
+    print(f"{args.out.name:30s} sha256 {hashlib.sha256(args.out.read_bytes()).hexdigest()}")
+
+
+if __name__ == "__main__":
+    main()
