@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +15,30 @@ from torch import Tensor, nn
 from pyro_wae._repr import CallRepr
 from pyro_wae.numerics import at_least_float32
 
-__all__ = ["FunctionPenalty", "Penalty", "PenaltyContext", "as_penalty"]
+__all__ = ["FunctionPenalty", "Penalty", "PenaltyContext", "ScaledPenalty", "SumPenalty", "as_penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PenaltyContext:
-    """How the rows that a penalty receives were drawn.
+    """What is known of the codes and the prior beyond their draws. Everything has a default.
+
+    The last three are functions, called only by a penalty that needs them.
 
     Args:
         data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
         shared_data: Whether row i of the codes and row i of the prior draws (counted modulo the number of data)
             come from the same datum and so are not independent: with masks, or a prior that depends on the data.
+        prior: Gives the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
+            where it is not one distribution.
+        prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
+        encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
     """
 
     data_size: int | None = None
     shared_data: bool = False
+    prior: Callable[[], Any] | None = None
+    prior_log_prob: Callable[[Tensor], Tensor] | None = None
+    encoder_variance: Callable[[], Tensor] | None = None
 
 
 class Penalty(CallRepr, nn.Module):
@@ -39,13 +52,19 @@ class Penalty(CallRepr, nn.Module):
         torch.Size([])
     """
 
-    def forward(self, codes: Tensor, prior: Tensor, context: PenaltyContext | None = None) -> Tensor:
+    needs_prior_draws = True
+    """Whether :meth:`estimate` reads the prior draws; without, a prior need not be sampled at all."""
+
+    def prepare(self, codes: Tensor) -> None:
+        """Makes what depends on the size d of a code, such as a discriminator; called before :meth:`estimate`."""
+
+    def forward(self, codes: Tensor, prior: Tensor | None = None, context: PenaltyContext | None = None) -> Tensor:
         """Estimates the divergence.
 
         Args:
             codes: Shape (n, d): a code a row, n >= 2. Or (K, n, d) for K particles of each datum, whose
                 codes of one datum are not independent draws of Q_Z.
-            prior: Shape (m, d): independent prior draws, m >= 2.
+            prior: Shape (m, d): independent prior draws, m >= 2. None where :attr:`needs_prior_draws` is False.
             context: How the rows were drawn; the default is independent rows of an unlimited number of data.
 
         Returns:
@@ -54,8 +73,13 @@ class Penalty(CallRepr, nn.Module):
         Raises:
             ValueError: If a shape, dtype or device does not fit, or there are fewer than 2 rows.
         """
+        if prior is None:
+            if self.needs_prior_draws:
+                raise ValueError(f"{self!r} compares codes with prior draws, found none. Write penalty(codes, prior).")
+            prior = codes.new_empty(2, codes.shape[-1])
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
+        self.prepare(codes)
         with torch.autocast(codes.device.type, enabled=False):
             value = self.estimate(at_least_float32(codes), at_least_float32(prior), context or PenaltyContext())
         return value.to(at_least_float32(codes).dtype)
@@ -63,6 +87,62 @@ class Penalty(CallRepr, nn.Module):
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         """Estimates the divergence from checked codes (K, n, d) and prior draws (m, d), outside autocast."""
         raise NotImplementedError
+
+    def __add__(self, other: Penalty) -> Penalty:
+        return SumPenalty(self, other) if isinstance(other, Penalty) else NotImplemented
+
+    def __rmul__(self, factor: float) -> Penalty:
+        return ScaledPenalty(self, factor) if isinstance(factor, int | float) else NotImplemented
+
+    __mul__ = __rmul__
+
+
+class SumPenalty(Penalty):
+    """The sum of penalties, usually written with ``+``: ``MMD() + 0.1 * SlicedWasserstein()``."""
+
+    def __init__(self, *penalties: Penalty) -> None:
+        super().__init__()
+        self.penalties = nn.ModuleList(penalties)
+        self.needs_prior_draws = any(penalty.needs_prior_draws for penalty in penalties)
+
+    def prepare(self, codes: Tensor) -> None:
+        for penalty in self.parts():
+            penalty.prepare(codes)
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        return functools.reduce(operator.add, (part.estimate(codes, prior, context) for part in self.parts()))
+
+    def parts(self) -> list[Penalty]:
+        """The penalties that are added."""
+        return [penalty for penalty in self.penalties if isinstance(penalty, Penalty)]
+
+    def __repr__(self) -> str:
+        return f"({' + '.join(map(repr, self.penalties))})"
+
+
+class ScaledPenalty(Penalty):
+    """A penalty times a number >= 0, usually written ``0.1 * penalty``.
+
+    Raises:
+        ValueError: If the number is negative or not finite.
+    """
+
+    def __init__(self, penalty: Penalty, factor: float) -> None:
+        super().__init__()
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"A penalty's factor must be finite and >= 0, found {factor}. Write 0.1 * {penalty!r}.")
+        self.penalty = penalty
+        self.factor = factor
+        self.needs_prior_draws = penalty.needs_prior_draws
+
+    def prepare(self, codes: Tensor) -> None:
+        self.penalty.prepare(codes)
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        return self.factor * self.penalty.estimate(codes, prior, context)
+
+    def __repr__(self) -> str:
+        return f"{self.factor} * {self.penalty!r}"
 
 
 class FunctionPenalty(Penalty):

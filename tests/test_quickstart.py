@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+sys.path.insert(0, str(TUTORIALS))
+
+from digits import load_digits  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The folder and the printed text of one quick run."""
+    out = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, str(TUTORIALS / "quickstart.py"), "--smoke", "--out", str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    return out, finished.stdout
+
+
+@pytest.mark.parametrize("name", ["samples", "reconstructions", "codes", "losses"])
+def test_quickstart_draws_every_picture(smoke, name):
+    image = pytest.importorskip("matplotlib.image")
+    out, _ = smoke
+    pixels = image.imread(out / f"{name}.png")
+    assert pixels.shape[1] == 900
+    assert pixels.std() > 0
+
+
+def test_quickstart_writes_what_it_reached(smoke):
+    out, _ = smoke
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {"test_cost", "test_mmd2", "null_mmd2_std", "seconds", "history", "options"}
+    assert all(np.isfinite(metrics[key]) for key in ("test_cost", "test_mmd2", "null_mmd2_std", "seconds"))
+    assert len(metrics["history"]["cost"]) == len(metrics["history"]["penalty"]) == 1
+    assert metrics["options"]["smoke"] is True
+
+
+def test_quickstart_says_what_it_reached_and_where_it_is(smoke):
+    out, printed = smoke
+    for text in ("squared error", "MMD^2", "seconds", str(out)):
+        assert text in printed
+
+
+def test_bundled_digits_are_images_with_labels():
+    train_images, train_labels, test_images, test_labels = load_digits()
+    for images, labels, size in ((train_images, train_labels, 10_000), (test_images, test_labels, 2_000)):
+        assert images.shape == (size, 1, 28, 28)
+        assert images.dtype == torch.float32
+        assert (images.min(), images.max()) == (0, 1)
+        assert labels.shape == (size,)
+        assert labels.dtype == torch.int64
+
+
+def test_bundled_digits_have_the_class_shares_of_mnist():
+    # The counts of the 60,000 and of the 10,000 digits, as MNIST is published.
+    mnist_train = torch.tensor([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949])
+    mnist_test = torch.tensor([980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])
+    _, train_labels, _, test_labels = load_digits()
+    for labels, counts in ((train_labels, mnist_train), (test_labels, mnist_test)):
+        expected = counts * len(labels) / counts.sum()
+        assert (labels.bincount(minlength=10) - expected).abs().max() < 1
+
+
+def test_unknown_digits_are_named():
+    with pytest.raises(ValueError, match='name must be "bundled" or "mnist", but is \'fashion\''):
+        load_digits("fashion")
+
+
+def test_missing_mnist_says_what_to_do_without_a_network(tmp_path, monkeypatch):
+    mnist = pytest.importorskip("torchvision.datasets").MNIST
+
+    def no_network(self):
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr(mnist, "download", no_network)
+    with pytest.raises(RuntimeError, match="--data bundled") as caught:
+        load_digits("mnist", root=tmp_path)
+    assert "train-images-idx3-ubyte.gz" in str(caught.value)
+    assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
+
+
+def test_missing_torchvision_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "pyro-wae\[tutorials\]"'):
+        load_digits("mnist")
