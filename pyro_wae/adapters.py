@@ -33,8 +33,12 @@ class ModuleKernel(FunctionKernel):
             return super().gram(x, y)
         # A PyroModule writes its parameters into the param store under names as short as "lengthscale", where
         # two kernels would overwrite each other and SVI would find parameters that nobody trains.
-        with poutine.block(), pyro.get_param_store().scope():
-            return super().gram(x, y)
+        store = pyro.get_param_store()
+        with poutine.block(), store.scope():
+            values = super().gram(x, y)
+        # Leaving a scope strips the store's parameters of the link by which SVI finds them; reading restores it.
+        list(store.values())
+        return values
 
 
 def as_kernel(kernel: Kernel | Callable[[Tensor, Tensor], Tensor]) -> Kernel:

@@ -28,6 +28,11 @@ class Layout:
     data_dim: int
     particle_dim: int | None = None
 
+    @property
+    def data(self) -> int:
+        """The number of data."""
+        return self.shape[self.data_dim]
+
     def rows(self, x: Tensor, event_dim: int) -> Tensor:
         """Moves particles and data to the front.
 
@@ -55,6 +60,24 @@ class Layout:
         if self.particle_dim is None:
             return x.movedim(data, 0).unsqueeze(0)
         return x.movedim((self.particle_dim - event_dim, data), (0, 1))
+
+    def unrows(self, rows: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+        """Undoes :meth:`rows` and the flattening of what belongs to a datum.
+
+        Args:
+            rows: Shape (K, n, size).
+            event_shape: The site's event shape.
+
+        Returns:
+            Shape ``shape + event_shape``.
+        """
+        moved = (self.particle_dim, self.data_dim)
+        inner = [size for dim, size in zip(range(-len(self.shape), 0), self.shape, strict=True) if dim not in moved]
+        x = rows.reshape((*rows.shape[:2], *inner, *event_shape))
+        data = self.data_dim - len(event_shape)
+        if self.particle_dim is None:
+            return x.squeeze(0).movedim(0, data)
+        return x.movedim((0, 1), (self.particle_dim - len(event_shape), data))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -71,6 +71,9 @@ class Cost(CallRepr, nn.Module):
         >>> SquaredError()(dist.Normal(torch.zeros(5, 3), 1.0).to_event(1), torch.ones(5, 3))
         tensor([3., 3., 3., 3., 3.])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         """Gives the cost of each element of the batch.
@@ -228,6 +231,9 @@ class FunctionCost(OutputCost):
             if observation.mask is not None:
                 value = self.fill(site, value, observation.mask)
             output = _checked_output(self.output(site), value)
+            if observation.mask is not None:
+                # A function such as a root may have an infinite slope where x equals g.
+                output = torch.where(observation.mask, output, output.detach())
         except ValueError as error:
             raise ValueError(f"At observed site '{observation.name}': {error}") from error
         x, g = layout.rows(value, site.event_dim), layout.rows(output, site.event_dim)
@@ -239,15 +245,17 @@ class FunctionCost(OutputCost):
 
     @staticmethod
     def _scale(observation: Observation) -> float | Tensor:
-        if not isinstance(observation.scale, Tensor):
-            return observation.scale
-        rows = observation.layout.rows(observation.scale, 0)
-        if rows.ndim > 2 and rows[0, 0].numel() > 1:
+        scale, layout = observation.scale, observation.layout
+        if not isinstance(scale, Tensor):
+            return scale
+        outer = (layout.data_dim, layout.particle_dim)
+        if any(size > 1 and dim not in outer for dim, size in enumerate(scale.shape, -scale.ndim)):
             raise ValueError(
                 f"At observed site '{observation.name}': a cost function gives one number for each datum, and "
-                f"poutine.scale has shape {tuple(observation.scale.shape)}. Scale whole data, or take SquaredError()."
+                f"poutine.scale has shape {tuple(scale.shape)}. Scale whole data, or take SquaredError()."
             )
-        return rows.flatten(2).squeeze(2) if rows.ndim > 2 else rows
+        shape = tuple(size if dim in outer else 1 for dim, size in enumerate(layout.shape, -len(layout.shape)))
+        return replace(layout, shape=shape).rows(scale, 0).flatten(1)
 
 
 def generator_output(distribution: Any) -> Tensor:

@@ -47,6 +47,9 @@ class Kernel(CallRepr, nn.Module):
         torch.Size([3, 4])
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Gives the kernel's values on all pairs of rows.
 
@@ -58,12 +61,16 @@ class Kernel(CallRepr, nn.Module):
             Shape (n, m), in the precision of ``x`` (float32 at least).
 
         Raises:
-            ValueError: If a shape is not (rows, d) with one d, or a length has not been set.
+            ValueError: If a shape is not (rows, d) with one d, a dtype is no float, or a length has not been set.
         """
         if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
             raise ValueError(
                 f"{type(self).__name__}(x, y) takes x of shape (n, d) and y of shape (m, d); "
                 f"found {tuple(x.shape)} and {tuple(y.shape)}. Write x.flatten(1) to make rows of codes."
+            )
+        if not (x.is_floating_point() and y.is_floating_point()):
+            raise ValueError(
+                f"{type(self).__name__}(x, y) takes floats, found {x.dtype} and {y.dtype}. Write x.float()."
             )
         with torch.autocast(x.device.type, enabled=False):
             return self.gram(x, y).to(at_least_float32(x).dtype)
@@ -162,7 +169,11 @@ class RadialKernel(Kernel):
             )
         x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
         squares = squared_distances(x, y)
-        return squares / (self._given if self._given is not None else self.squared_length.to(squares))
+        return squares / self.squared_length_like(squares)
+
+    def squared_length_like(self, x: Tensor) -> Tensor:
+        """l^2 as a scalar with the precision and device of ``x``; the length must be set."""
+        return self.squared_length.to(x) if self._given is None else x.new_tensor(self._given)
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return self.profile(self.scaled_squares(x, y))

@@ -18,11 +18,20 @@ from pyro_wae.codes import Codes
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, as_penalty
 from pyro_wae.terms import Terms
-from pyro_wae.traces import Particle, Structure, draw_prior, gather_codes, gather_observations, read_structure, run
+from pyro_wae.traces import (
+    Particle,
+    Structure,
+    batch_norm_at_rest,
+    draw_prior,
+    gather_codes,
+    gather_observations,
+    read_structure,
+    run,
+)
 
 __all__ = ["WAELoss", "WAEModule"]
 
-DEFAULT_PENALTY_WEIGHT = 200.0
+DEFAULT_PENALTY_WEIGHT = 100.0
 
 PenaltyLike = Penalty | Callable[[Tensor, Tensor], Tensor]
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
@@ -98,11 +107,11 @@ class WAELoss(CallRepr, ELBO):
         _check_count("prior_draws", prior_draws)
         if isinstance(penalty_weight, bool) or not isinstance(penalty_weight, int | float):
             raise TypeError(
-                f"penalty_weight must be a number, found {type(penalty_weight).__name__}. Write penalty_weight=200.0."
+                f"penalty_weight must be a number, found {type(penalty_weight).__name__}. Write penalty_weight=100.0."
             )
         if not (penalty_weight >= 0 and math.isfinite(penalty_weight)):
             raise ValueError(
-                f"penalty_weight must be finite and >= 0, found {penalty_weight}. Write penalty_weight=200.0."
+                f"penalty_weight must be finite and >= 0, found {penalty_weight}. Write penalty_weight=100.0."
             )
         if data_plate is not None and not isinstance(data_plate, str):
             raise TypeError(f"data_plate must be a plate's name, found {data_plate!r}. Write data_plate='data'.")
@@ -112,7 +121,7 @@ class WAELoss(CallRepr, ELBO):
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,
         )
-        self.penalty = _options(penalty, MMD, as_penalty)
+        self.penalty = _options(penalty, MMD, lambda option: None if option is None else as_penalty(option))
         self.cost = _options(cost, SquaredError, as_cost)
         self.penalty_weight = penalty_weight
         self.data_plate = data_plate
@@ -243,7 +252,7 @@ class WAELoss(CallRepr, ELBO):
     ) -> None:
         # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
         state = pyro.util.get_rng_state()
-        with poutine.block(), torch.no_grad():
+        with poutine.block(), torch.no_grad(), batch_norm_at_rest():
             particle = self._get_trace(model, guide, args, kwargs)
         pyro.util.set_rng_state(state)
         stacks = [
@@ -268,7 +277,7 @@ class WAELoss(CallRepr, ELBO):
     def _penalties(self, codes: Codes, prior: Tensor, structure: Structure) -> dict[str, Tensor]:
         """The scaled penalty of each latent site, or under the name "" that of the joint code."""
         context = PenaltyContext(
-            data_size=structure.data_size, shared_data=codes.kept is not None or not structure.is_root
+            data_size=structure.data_size, shared_data=codes.kept is not None or structure.prior_varies
         )
         if not isinstance(self.penalty, dict):
             return {"": _joint_scale(structure) * self.penalty(*codes.masked(prior), context)}
@@ -336,7 +345,7 @@ def _options(given: Any, default: Callable[[], Any], convert: Callable[[Any], An
     if given is None:
         return default()
     if isinstance(given, Mapping):
-        return {site: None if option is None else convert(option) for site, option in given.items()}
+        return {site: convert(option) for site, option in given.items()}
     return convert(given)
 
 
@@ -360,8 +369,9 @@ def _mean_costs(costs: list[dict[str, Tensor]], kept: list[Tensor | None]) -> di
 
 def _joint_scale(structure: Structure) -> float | Tensor:
     scales = list(structure.scale.values())
-    if any(scale is not scales[0] and float(scale) != float(scales[0]) for scale in scales):
-        found = ", ".join(f"'{site}': {float(scale):g}" for site, scale in structure.scale.items())
+    numbers = [scale.item() if isinstance(scale, Tensor) else scale for scale in scales] if len(scales) > 1 else []
+    if len(set(numbers)) > 1:
+        found = ", ".join(f"'{site}': {number:g}" for site, number in zip(structure.scale, numbers, strict=True))
         raise ValueError(
             f"The latent sites have different scales ({found}), and one penalty compares their joint code. Give them "
             "one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."

@@ -62,9 +62,17 @@ def site_layout(site: Site, data_plate: str) -> Layout:
     frames = {frame.name: frame for frame in site["cond_indep_stack"] if frame.dim is not None}
     shape = [1] * max(-frame.dim for frame in frames.values())
     for frame in frames.values():
-        shape[frame.dim] = frame.size
+        shape[frame.dim] = _frame_size(site, frame)
     particles = frames.get(PARTICLE_PLATE)
     return Layout(site["name"], tuple(shape), frames[data_plate].dim, particles.dim if particles else None)
+
+
+def _frame_size(site: Site, frame: Any) -> int:
+    """The plate's size in this run; one made without a size is as large as the site makes it."""
+    if frame.size != -1:
+        return frame.size
+    batch = site["fn"].batch_shape
+    return batch[frame.dim] if len(batch) >= -frame.dim else 1
 
 
 def data_size(frame: Any) -> int | None:

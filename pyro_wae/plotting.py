@@ -165,7 +165,7 @@ def codes_and_prior(
     Args:
         codes: Codes of data, shape ``(n, d)`` with ``d >= 2``.
         prior: Prior draws, shape ``(m, d)``. Take ``m`` near ``n``, so that the clouds look equally dense.
-        labels: Class of each code, shape ``(n,)``: classes get colours, and their names at their centres.
+        labels: Class of each code, shape ``(n,)``: classes get colours and a legend.
         plane: Two coordinates to show instead, for example ``(0, 1)``.
         title: A line above both panels.
 
@@ -193,7 +193,8 @@ def codes_and_prior(
     limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999)
     # Fewer points can be larger and darker; at 2,000 a cloud still shows its density.
     size = float(np.clip(12_000 / max(len(points), len(draws)), 2, 30))
-    with _styled_figure((WIDTH, 3.9 if title else 3.5)) as figure:
+    height = 3.5 + (0.4 if title else 0) + (0.4 if classes is not None else 0)
+    with _styled_figure((WIDTH, height)) as figure:
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         if classes is None:
             left.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.5, linewidths=0)
@@ -354,22 +355,20 @@ def _plane(points: np.ndarray, draws: np.ndarray, plane: tuple[int, int] | None)
 
 
 def _scatter_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, size: float) -> None:
-    from matplotlib.patheffects import withStroke
+    """Scatters points in their classes' colours, with a legend below the whole figure."""
+    from matplotlib.lines import Line2D
 
     names, indices = np.unique(classes, return_inverse=True)
-    colours = np.array([PALETTE[index % len(PALETTE)] for index in range(len(names))])
+    colours = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
     # All classes in one call and in the data's order, so that the last class does not cover the others.
-    axes.scatter(points[:, 0], points[:, 1], s=size, c=colours[indices], alpha=0.7, linewidths=0)
-    for index, name in enumerate(names):
-        x, y = np.median(points[indices == index], axis=0)
-        axes.text(
-            x,
-            y,
-            str(name),
-            color="black",
-            fontsize=15,
-            fontweight="bold",
-            ha="center",
-            va="center",
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-        )
+    axes.scatter(points[:, 0], points[:, 1], s=size, c=np.array(colours)[indices], alpha=0.8, linewidths=0)
+    dots = [Line2D([], [], color=colour, marker="o", markersize=8, linestyle="none") for colour in colours]
+    axes.figure.legend(
+        dots,
+        [str(name) for name in names],
+        loc="outside lower center",
+        ncols=min(10, len(names)),
+        frameon=False,
+        handletextpad=-0.3,
+        columnspacing=0.6,
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +19,23 @@ from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pyro_wae.codes import Codes, Layout
 from pyro_wae.costs import Observation
 from pyro_wae.plates import data_size, find_data_plate, plate_scale, site_layout
 
-__all__ = ["Particle", "Structure", "draw_prior", "gather_codes", "gather_observations", "read_structure", "run"]
+__all__ = [
+    "Particle",
+    "Structure",
+    "batch_norm_at_rest",
+    "draw_prior",
+    "gather_codes",
+    "gather_observations",
+    "read_structure",
+    "run",
+]
 
 Program = Callable[..., Any]
 Site = Mapping[str, Any]
@@ -49,6 +62,7 @@ class Structure:
         latents: Layout of each site of the code, in the order of the model.
         observed: Layout of each site that has a cost, by the name the user gave it.
         is_root: Whether the code is one site that no other random choice precedes.
+        prior_varies: Whether the prior of a datum's code may depend on the datum, so far as can be seen.
         data_size: Number of data, where the data plate takes a part of them; else None.
         scale: The user's scale of each latent site.
     """
@@ -56,6 +70,7 @@ class Structure:
     latents: Mapping[str, Layout]
     observed: Mapping[str, Layout]
     is_root: bool
+    prior_varies: bool
     data_size: int | None
     scale: Mapping[str, float | Tensor]
 
@@ -120,26 +135,55 @@ def read_structure(particle: Particle, data_plate: str | None) -> Structure:
     first = next(iter(latents.values()))
     frame = next(frame for frame in first["cond_indep_stack"] if frame.name == plate)
     random = [name for name, site in particle.model.nodes.items() if _is_random(site)]
+    layouts = {name: site_layout(site, plate) for name, site in latents.items()}
+    is_root = len(latents) == 1 and random[0] in latents
     return Structure(
-        latents={name: site_layout(site, plate) for name, site in latents.items()},
+        latents=layouts,
         observed={name: site_layout(site, plate) for name, site in observed.items()},
-        is_root=len(latents) == 1 and random[0] in latents,
+        is_root=is_root,
+        prior_varies=not is_root or _varies(first["fn"], layouts[first["name"]].data),
         data_size=data_size(frame),
         scale={name: _latent_scale(site) for name, site in latents.items()},
     )
 
 
 def gather_codes(particle: Particle, structure: Structure) -> Codes:
-    """The codes of one run, one row for each particle and datum."""
+    """The codes of one run, one row for each particle and datum.
+
+    Raises:
+        ValueError: If the run has other sites than the structure, or its guide samples a site outside a plate that
+            the model has it in.
+    """
+    latents = dict(_latent_sites(particle))
+    observed = {_user_name(name, particle.model) for name, _ in _observed_sites(particle.model)}
+    changed = (set(latents) ^ set(structure.latents)) | (observed ^ set(structure.observed))
+    if changed:
+        raise ValueError(
+            f"Site '{min(changed)}' is in one particle's run of model and guide and not in another's. WAELoss needs "
+            "the same sites in every run: write the choice into the site's distribution, not around the site."
+        )
     rows, kept = {}, {}
     for name, layout in structure.latents.items():
-        site, guide_site = particle.model.nodes[name], particle.guide.nodes[name]
+        site, guide_site = latents[name], particle.guide.nodes[name]
         rows[name] = layout.rows(site["value"], site["fn"].event_dim)
+        _check_own_codes(site, layout)
         mask = _mask(site, guide_site)
         if mask is not None:
             shape = torch.broadcast_shapes(layout.shape + site["fn"].event_shape, mask.shape)
             kept[name] = layout.rows(mask.expand(shape), site["fn"].event_dim).expand(rows[name].shape)
     return Codes.of_sites(rows, kept)
+
+
+def _check_own_codes(site: Site, layout: Layout) -> None:
+    value, event_dim = site["value"], site["fn"].event_dim
+    batch = tuple(value.shape[: value.ndim - event_dim])
+    aligned = (1,) * (len(layout.shape) - len(batch)) + batch[max(0, len(batch) - len(layout.shape)) :]
+    if aligned != layout.shape:
+        raise ValueError(
+            f"Latent site '{site['name']}' has batch shape {batch} in the guide and {layout.shape} in the "
+            "model, so that several data or particles would share one code. Write the guide's pyro.sample("
+            f"'{site['name']}', ...) inside the same plates as the model's."
+        )
 
 
 def gather_observations(particle: Particle, structure: Structure) -> Iterator[Observation]:
@@ -163,7 +207,8 @@ def draw_prior(
     """Draws the latent sites afresh from the model; the decoder does not run.
 
     A single latent at the root comes from its own distribution. Anything else runs the model again on the same data
-    and leaves it right after the last latent. The draws have a graph only if the prior has parameters to learn.
+    and leaves it right after the last latent; what runs before that leaves BatchNorm's statistics alone. The draws
+    have a graph only if the prior has parameters to learn.
 
     Returns:
         Shape (K, n, d), laid out as :func:`gather_codes` lays out the codes.
@@ -228,7 +273,7 @@ def _run_to_last_latent(
 ) -> dict[str, Site]:
     stop = _StopAfter(particle.model, set(structure.latents))
     try:
-        with stop:
+        with batch_norm_at_rest(), stop:
             model(*args, **kwargs)
     except NonlocalExit:
         pass
@@ -239,6 +284,34 @@ def _run_to_last_latent(
             "that samples the same sites in every run."
         )
     return {name: stop.sites[name] for name in structure.latents}
+
+
+@contextmanager
+def batch_norm_at_rest() -> Iterator[None]:
+    """Keeps the running statistics of BatchNorm layers as they are through a run beyond the one that a step counts.
+
+    In training mode a layer normalises by the batch all the same, so that no output changes.
+    """
+    resting: list[_BatchNorm] = []
+
+    def rest(layer: nn.Module, inputs: Any) -> None:
+        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats:
+            layer.track_running_stats = False
+            resting.append(layer)
+
+    def resume(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(layer, _BatchNorm) and layer in resting:
+            resting.remove(layer)
+            layer.track_running_stats = True
+
+    hooks = register_module_forward_pre_hook(rest), register_module_forward_hook(resume)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in resting:
+            layer.track_running_stats = True
 
 
 def _is_random(site: Site) -> bool:
@@ -332,6 +405,22 @@ def _masks(site: Site) -> Iterator[tuple[Tensor | bool, int]]:
             found.append((fn._mask, fn.event_dim))
         fn = fn.base_dist
     yield from ((mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True)
+
+
+def _varies(value: Any, n: int, depth: int = 5) -> bool:
+    """Whether a distribution may differ between n data: it holds a function, or a tensor not merely expanded to n.
+
+    A false alarm is harmless: the pairs that it leaves out of a penalty cost a little variance and no bias.
+    """
+    if isinstance(value, Tensor):
+        return any(size == n and stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    if isinstance(value, list | tuple):
+        return depth == 0 or any(_varies(item, n, depth - 1) for item in value)
+    if isinstance(value, dist.Distribution | torch.distributions.Distribution | torch.distributions.Transform):
+        # A transform keeps its last draw, which is as long as the data and says nothing about them.
+        parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
+        return depth == 0 or any(_varies(part, n, depth - 1) for part in parts)
+    return callable(value) and not isinstance(getattr(value, "__self__", value), nn.Module | type | weakref.ref)
 
 
 def _has_parameters(value: Any, depth: int = 5) -> bool:

@@ -83,9 +83,7 @@ def test_reconstructions_put_each_output_below_its_input():
 
 
 def test_reconstructions_must_have_the_shape_of_the_inputs():
-    with pytest.raises(
-        ValueError, match=r"outputs must have the shape of inputs, \(5, 1, 8, 8\), .*\(4, 1, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"outputs must have the shape of inputs, \(5, 1, 8, 8\), .*\(4, 1, 8, 8\)"):
         reconstructions(torch.rand(5, 1, 8, 8), torch.rand(4, 1, 8, 8))
 
 
@@ -130,11 +128,12 @@ def test_two_dimensional_codes_are_shown_as_they_are():
     np.testing.assert_allclose(figure.axes[0].collections[0].get_offsets(), codes, rtol=1e-6)
 
 
-def test_classes_have_colours_and_names():
+def test_classes_have_colours_and_a_legend():
     labels = torch.arange(10).repeat(5)
     figure = codes_and_prior(torch.randn(50, 3), torch.randn(50, 3), labels)
     left = figure.axes[0]
-    assert [text.get_text() for text in left.texts] == [str(label) for label in range(10)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [str(label) for label in range(10)]
     assert len(np.unique(left.collections[0].get_facecolors(), axis=0)) == 10
 
 

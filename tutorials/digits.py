@@ -16,9 +16,7 @@ MNIST_FILES = (
 )
 
 
-def load_digits(
-    name: str = "bundled", *, root: str | Path = "./mnist"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def load_digits(name: str = "bundled", *, root: str | Path = "./mnist") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loads handwritten digits with their labels.
 
     Args:

@@ -35,16 +35,16 @@ class DigitWAE(nn.Module):
         # GroupNorm, not BatchNorm: it treats each digit alone. BatchNorm would tie the codes of a batch together,
         # and the penalty, which sees them together, would look better than it is.
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.GroupNorm(8, 32), nn.ReLU(),  # 32 x 14 x 14
-            nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.GroupNorm(8, 64), nn.ReLU(),  # 64 x 7 x 7
-            nn.Flatten(), nn.Linear(64 * 7 * 7, 256), nn.ReLU(),
-            nn.Linear(256, zdim),
+            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.GroupNorm(8, 16), nn.ReLU(),  # 16 x 14 x 14
+            nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.GroupNorm(8, 32), nn.ReLU(),  # 32 x 7 x 7
+            nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(),
+            nn.Linear(128, zdim),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Linear(zdim, 256), nn.ReLU(), nn.Linear(256, 64 * 7 * 7),
-            nn.Unflatten(1, (64, 7, 7)), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1), nn.Sigmoid(),
+            nn.Linear(zdim, 128), nn.ReLU(), nn.Linear(128, 32 * 7 * 7),
+            nn.Unflatten(1, (32, 7, 7)), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1), nn.Sigmoid(),
         )  # fmt: skip
 
     def model(self, x: Tensor) -> None:
@@ -121,11 +121,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="12,000 digits, or all 70,000")
     parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
     parser.add_argument("--out", type=Path, default=Path("results/quickstart"), help="folder for what is made")
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--penalty-weight", type=float, default=200.0)
+    parser.add_argument("--penalty-weight", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     train_images, _, test_images, test_labels = load_digits(args.data, root=args.root)
     if args.smoke:
         args.epochs = 1
-        train_images, test_images, test_labels = train_images[:500], test_images[:200], test_labels[:200]
+        train_images, test_images, test_labels = train_images[:200], test_images[:200], test_labels[:200]
     args.out.mkdir(parents=True, exist_ok=True)
 
     wae = DigitWAE(args.zdim).to(args.device)

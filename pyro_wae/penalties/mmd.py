@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_wae.adapters import as_kernel
-from pyro_wae.kernels import InverseMultiquadratic, Kernel
+from pyro_wae.kernels import FunctionKernel, InverseMultiquadratic, Kernel
+from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 __all__ = ["MMD"]
@@ -30,6 +31,7 @@ class MMD(Penalty):
 
     Raises:
         TypeError: If the kernel cannot be called.
+        ValueError: When called, if the prior draws share their data with the codes and are no multiple of them.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6;
     Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 2.
@@ -53,15 +55,26 @@ class MMD(Penalty):
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         self.kernel.fit(prior)
+        if not any(isinstance(part, FunctionKernel) for part in self.kernel.modules()):
+            # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
+            codes, prior = working_precision(codes), working_precision(prior)
         particles, n, d = codes.shape
         rows = codes.reshape(-1, d)
-        repeats = len(prior) // n if context.shared_data else 1
         if not self.unbiased:
             return self._mean(rows, rows) + self._mean(prior, prior) - 2 * self._mean(rows, prior)
-        qq = self._mean_within(rows, particles, data_size=context.data_size)
-        pp = self._mean_within(prior, repeats)
-        qp = self._mean_across(rows, prior, particles, repeats) if context.shared_data else self._mean(rows, prior)
-        return qq + pp - 2 * qp
+        if not context.shared_data:
+            qq = self._mean_within(rows, particles, context.data_size)
+            return qq + self._mean_within(prior, 1) - 2 * self._mean(rows, prior)
+        repeats, rest = divmod(len(prior), n)
+        if rest or not repeats:
+            raise ValueError(
+                f"With shared_data, row i of the prior draws has the datum of code i, so that they come in multiples "
+                f"of the {n} data, found {len(prior)}. Draw the prior once or several times for each datum."
+            )
+        # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
+        data_size = context.data_size if min(particles, repeats) > 1 else None
+        qq, pp = self._mean_within(rows, particles, data_size), self._mean_within(prior, repeats, data_size)
+        return qq + pp - 2 * self._mean_across(rows, prior, particles, repeats, data_size)
 
     def _mean(self, x: Tensor, y: Tensor) -> Tensor:
         return self.kernel.gram(x, y).mean()
@@ -77,11 +90,13 @@ class MMD(Penalty):
         within = (same.sum() - gram.diagonal().sum()) / (repeats * (repeats - 1) * n)
         return torch.lerp(between, within, 1 / data_size)
 
-    def _mean_across(self, rows: Tensor, prior: Tensor, particles: int, repeats: int) -> Tensor:
+    def _mean_across(self, rows: Tensor, prior: Tensor, particles: int, repeats: int, data_size: int | None) -> Tensor:
+        """Mean over pairs of a code and a prior draw of different data."""
         n = len(rows) // particles
         gram = self.kernel.gram(rows, prior)
         same = _same_datum(gram, particles, repeats)
-        return (gram.sum() - same.sum()) / (particles * repeats * n * (n - 1))
+        between = (gram.sum() - same.sum()) / (particles * repeats * n * (n - 1))
+        return between if data_size is None else torch.lerp(between, same.mean(), 1 / data_size)
 
 
 def _same_datum(gram: Tensor, row_repeats: int, column_repeats: int) -> Tensor:

@@ -66,12 +66,8 @@ def make_digits(root: str, *, train_size: int = 10_000, test_size: int = 2_000) 
 
 def main() -> None:
     """Writes digits.npz and prints the checksums that README.md lists."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--root", default="./mnist", help="folder of torchvision's MNIST (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="./mnist", help="folder of torchvision's MNIST (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DIGITS, help="file to write (default: %(default)s)")
     args = parser.parse_args()
     arrays = make_digits(args.root)

@@ -1,0 +1,719 @@
+"""Every error names the site or argument, what was found, and the line to write instead."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from contextlib import nullcontext
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.poutine import runtime
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.costs import NegativeLogLikelihood, SquaredError
+from pyro_wae.penalties import MMD
+
+N = 6
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    assert runtime._PYRO_STACK == []
+    assert runtime._DIM_ALLOCATOR._stack == []
+
+
+# A silent wrong answer would follow without these errors: they hold without Pyro's validation too.
+@pytest.fixture(params=[True, False], ids=["validated", "unvalidated"])
+def validation(request):
+    with pyro.validation_enabled(request.param), warnings.catch_warnings():
+        # Pyro warns of what is about to be refused.
+        warnings.filterwarnings("ignore", message=r"(Found|z\nIf you want to enumerate)")
+        yield request.param
+
+
+def gap(codes, prior):
+    return (codes.mean() - prior.mean()) ** 2
+
+
+def raises(error, *parts):
+    """The error's message holds all parts, in this order, whatever stands between."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+def plain_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+
+def plain_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 1).to_event(1))
+
+
+def x_of(n=N):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+
+
+def step(model=plain_model, guide=plain_guide, x=None, penalty=gap, **options):
+    return WAELoss(penalty, **options).loss_and_grads(model, guide, x_of() if x is None else x)
+
+
+# Latent and observed sites
+
+
+def test_a_global_latent(validation):
+    def model(x):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("scale", dist.Delta(torch.tensor(1.0)))
+        plain_guide(x)
+
+    for options in ({}, {"data_plate": "data"}):
+        with raises(
+            ValueError, "'scale' is global", "outside the data plate 'data'", "scale = pyro.param('scale', ...)"
+        ):
+            step(model, guide, **options)
+
+
+def test_nothing_but_a_global_latent(validation):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1).expand([len(x), 2]).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(x.mean(0), 1).to_event(1))
+
+    with raises(ValueError, "'z' is global", "in no plate", "z = pyro.param('z', ...)"):
+        step(model, guide)
+
+
+def test_a_global_latent_of_several_dimensions(validation):
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 2), 1).to_event(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z @ w, 1).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Delta(torch.eye(2), event_dim=2))
+        plain_guide(x)
+
+    for options in ({}, {"num_particles": 2, "vectorize_particles": True}):
+        with raises(ValueError, "'w' is global", "pyro.param('w', ...)"):
+            step(model, guide, **options)
+
+
+def test_latents_made_without_a_plate(validation):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1).expand([len(x), 2]).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(x, 1).to_event(1))
+
+    with raises(ValueError, "'z' of batch shape (6,) is in no plate", f"with pyro.plate('data', {N}): pyro.sample('z'"):
+        step(model, guide)
+
+
+def test_an_observed_site_outside_the_data_plate(validation):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    parts = (
+        "Observed site 'x' of batch shape (6,) is",
+        "the data plate 'data'",
+        "pyro.plate('data', 6): pyro.sample('x'",
+    )
+    with raises(ValueError, *parts):
+        step(model)
+    with raises(ValueError, *parts):
+        step(model, data_plate="data")
+
+
+def test_only_a_sequential_plate(validation):
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{i}", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample(f"x{i}", dist.Normal(z, 1).to_event(1), obs=x[i])
+
+    def guide(x):
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"z{i}", dist.Normal(x[i], 1).to_event(1))
+
+    with raises(
+        ValueError, "'z0' is only inside the sequential plate 'data'", "with pyro.plate('data', n): pyro.sample"
+    ):
+        step(model, guide)
+
+
+def test_no_shared_latent(validation):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.param("p", torch.zeros(2))
+
+    with raises(ValueError, "share no latent site", "z = pyro.sample('z', ...)"):
+        step(plain_model, guide)
+
+
+def test_no_observed_site(validation):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.factor("f", z.sum(-1))
+            pyro.deterministic("d", z, event_dim=1)
+
+    with raises(ValueError, "no observed site", "pyro.sample('x', ..., obs=x)"):
+        step(model)
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, lambda fn: fn.mask(True)])
+def test_a_guide_that_cannot_be_reparameterised(validation, wrap):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", wrap(dist.VonMises(x, 1.0).to_event(1)))
+
+    with raises(ValueError, "'z' cannot be reparameterised in the guide", "dist.Normal(loc, scale)", "dist.Delta(loc)"):
+        step(plain_model, guide)
+
+
+def discrete(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(z[..., None].expand(len(x), 2), 1).to_event(1), obs=x)
+
+
+def discrete_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(x[:, 0].sigmoid()))
+
+
+def test_a_discrete_latent(validation):
+    with raises(ValueError, "'z' is discrete in the guide (Bernoulli)", "dist.OneHotCategoricalStraightThrough"):
+        step(discrete, discrete_guide)
+
+
+def test_a_latent_that_the_guide_enumerates(validation):
+    with raises(ValueError, "'z' is discrete in the guide", "does not enumerate", "RelaxedOneHotCategorical"):
+        step(discrete, config_enumerate(discrete_guide))
+
+
+def test_pyro_warns_of_an_enumerated_guide():
+    with pytest.warns(UserWarning, match="TraceEnum_ELBO"), pytest.raises(ValueError, match="'z' is discrete"):
+        step(discrete, config_enumerate(discrete_guide))
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_a_latent_that_the_model_enumerates(validation, kind):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": kind})
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z + k[..., None], 1).to_event(1), obs=x)
+
+    if validation and kind == "sequential":
+        with pytest.raises(NotImplementedError, match="'k'"):  # Pyro's own
+            step(model)
+    else:
+        with raises(ValueError, "'k' of the model is to be enumerated", "dist.MixtureSameFamily"):
+            step(model)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_guide_that_gives_all_data_one_code(validation, vectorize):
+    def guide(x):
+        pyro.sample("z", dist.Normal(x.mean(0), 1).to_event(1))
+
+    # With validation Pyro finds it first and words it its own way.
+    with raises(ValueError, *(["disagree at site 'z'"] if validation else ["'z'", "share one code", "same plates"])):
+        step(plain_model, guide, num_particles=1 + vectorize, vectorize_particles=vectorize)
+
+
+def test_a_guide_that_lacks_an_inner_plate(validation):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x[:, :1], 1))
+
+    parts = ["disagree at site 'z'"] if validation else ["'z'", "(6, 1) in the guide and (6, 2) in the model"]
+    with raises(ValueError, *parts):
+        step(model, guide, data_plate="data")
+
+
+def test_a_guide_whose_data_lie_in_another_dimension(validation):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x[:, :1])
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x[:, 0], 1))
+
+    with raises(ValueError, "'z'"):
+        step(model, guide)
+
+
+def test_an_observation_that_broadcasts_against_its_distribution(validation):
+    """x of shape (n, 1) against a batch of (n,): n^2 costs, the classic."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1), obs=x[:, :1])
+
+    with raises(ValueError, "At site 'x', batch dimension -2 has size 6 where its plates give 1", ".to_event("):
+        step(model)
+
+
+def test_a_batch_dimension_without_a_plate(validation):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x, 1))
+
+    with raises(ValueError, "At site 'z', batch dimension -1 has size 2", ".to_event(1)", "pyro.plate(..., 2, dim=-1)"):
+        step(model, guide)
+
+
+def test_a_model_that_changes_between_runs(validation):
+    class Changing:
+        def __init__(self, when):
+            self.runs, self.when = 0, when
+
+        def name(self):
+            return "z" if self.runs < self.when else "other"
+
+        def model(self, x):
+            name = self.name()
+            self.runs += 1
+            with pyro.plate("data", len(x)):
+                a = pyro.sample("a", dist.Normal(0.0, 1))
+                z = pyro.sample(name, dist.Normal(a[..., None].expand(N, 2), 1).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("a", dist.Normal(x[:, 0], 1))
+                pyro.sample(self.name(), dist.Normal(x, 1).to_event(1))
+
+    changing = Changing(1)
+    with raises(ValueError, "ran again for prior draws", "did not sample site 'z'", "same sites in every run"):
+        step(changing.model, changing.guide)
+    changing = Changing(2)
+    with raises(ValueError, "Site 'other' is in one particle's run", "not in another's", "same sites in every run"):
+        step(changing.model, changing.guide, num_particles=2)
+
+
+# The data plate
+
+
+def two_plates(x):
+    with pyro.plate("time", len(x), dim=-2), pyro.plate("data", 2, dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1))
+        pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+
+def two_plates_guide(x):
+    with pyro.plate("time", len(x), dim=-2), pyro.plate("data", 2, dim=-1):
+        pyro.sample("z", dist.Normal(x, 1))
+
+
+def test_an_unknown_data_plate(validation):
+    with raises(
+        ValueError, "data_plate='batch' is no vectorised plate", "'data' (dim=-1, size 6)", "data_plate='data'"
+    ):
+        step(data_plate="batch")
+
+
+def test_several_plates_in_doubt(validation):
+    listing = "'time' (dim=-2, size 6)", "'data' (dim=-1, size 2)"
+    with raises(ValueError, "Several plates hold every latent and observed site", "WAELoss(data_plate='"):
+        step(two_plates, two_plates_guide)
+    for one in listing:
+        with raises(ValueError, one):
+            step(two_plates, two_plates_guide)
+
+
+def test_two_subsampled_plates_in_doubt(validation):
+    def model(x):
+        with pyro.plate("a", 60, subsample=torch.arange(6), dim=-2), pyro.plate("b", 20, subsample_size=2, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+    def guide(x):
+        with pyro.plate("a", 60, subsample=torch.arange(6), dim=-2), pyro.plate("b", 20, subsample_size=2, dim=-1):
+            pyro.sample("z", dist.Normal(x, 1))
+
+    with raises(ValueError, "Several plates", "WAELoss(data_plate="):
+        step(model, guide)
+
+
+def test_sites_in_separate_plates(validation):
+    def model(x):
+        with pyro.plate("a", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        with pyro.plate("b", len(x)):
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("a", len(x)):
+            pyro.sample("z", dist.Normal(x, 1).to_event(1))
+
+    with raises(ValueError, "Observed site 'x'", "outside the data plate 'a'", "pyro.plate('a', 6): pyro.sample('x'"):
+        step(model, guide)
+
+
+# Costs and penalties
+
+
+@pytest.mark.parametrize(
+    ("cost", "found"),
+    [
+        (lambda x, g: (x - g).square(), "shape (6, 2)"),
+        (lambda x, g: (x - g).square().mean(), "shape ()"),
+        (lambda x, g: (x - g).square().sum(1, keepdim=True), "shape (6, 1)"),
+        (lambda x, g: 1.0, "float"),
+        (lambda x, g: None, "NoneType"),
+    ],
+)
+def test_a_cost_of_the_wrong_shape(validation, cost, found):
+    with raises(ValueError, "At observed site 'x'", f"returned {found}", "shape (6,)", ".flatten(1).sum(1)"):
+        step(cost=cost)
+
+
+def test_a_decode_of_the_wrong_shape(validation):
+    with raises(ValueError, "At observed site 'x'", "(6, 3)", "(6, 2)", "decode="):
+        step(cost=SquaredError(decode=lambda fn: torch.zeros(6, 3)))
+
+
+@pytest.mark.parametrize(
+    ("penalty", "found"),
+    [
+        (lambda codes, prior: (codes - prior).square(), "shape (6, 2)"),
+        (lambda codes, prior: codes.sum().reshape(1), "shape (1,)"),
+        (lambda codes, prior: 1.0, "float"),
+    ],
+)
+def test_a_penalty_of_the_wrong_shape(validation, penalty, found):
+    with raises(ValueError, "The penalty", "must return a scalar tensor", f"found {found}", ".mean()"):
+        step(penalty=penalty)
+
+
+@pytest.mark.parametrize("penalty", [None, gap])
+def test_fewer_than_two_data(validation, penalty):
+    with raises(ValueError, "at least 2 data and 2 prior draws, found 1 and 1", "drop_last=True"):
+        step(x=x_of(1), penalty=penalty)
+    with raises(ValueError, "at least 2 data", "found 1 and 4"):
+        step(x=x_of(1), penalty=penalty, prior_draws=4)
+    with raises(ValueError, "at least 2 data", "found 1 and"):
+        step(x=x_of(1), penalty=penalty, num_particles=3, vectorize_particles=True)
+
+
+def test_fewer_than_two_unmasked_data(validation):
+    mask = torch.arange(N) < 1
+    with raises(ValueError, "at least 2 data", "found 1 and 1"):
+        step(poutine.mask(plain_model, mask=mask), plain_guide)
+
+
+def test_sites_of_two_dtypes(validation):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("b", dist.Normal(x.new_zeros(2).double(), 1).to_event(1))
+            pyro.sample("x", dist.Normal(a, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x, 1).to_event(1))
+            pyro.sample("b", dist.Normal(x.double(), 1).to_event(1))
+
+    with raises(ValueError, "'b' has values of torch.float64", "'a' of torch.float32", "WAELoss({'b': MMD(), ...})"):
+        step(model, guide)
+
+
+def test_codes_and_prior_of_two_dtypes(validation):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.double(), 1).to_event(1))
+
+    parts = "one floating dtype, found torch.float64 and torch.float32", "dist.Normal(x.new_zeros(d), 1)"
+    with raises(ValueError, *parts):
+        step(plain_model, guide)
+
+
+def test_codes_and_prior_on_two_devices(validation):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x.to("meta"), event_dim=1, validate_args=False))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(x, 1).to_event(1), obs=x)
+
+    with raises(ValueError, "on one device, found meta and cpu", "dist.Normal(x.new_zeros(d), 1)"):
+        step(model, guide)
+
+
+def test_sites_on_two_devices(validation):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1))
+            pyro.sample("b", dist.Normal(0.0, 1))
+            pyro.sample("x", dist.Normal(a, 1), obs=x[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Delta(x[:, 0]))
+            pyro.sample("b", dist.Delta(x[:, 1].to("meta"), validate_args=False))
+
+    with raises(
+        ValueError, "'b' has values of torch.float32 on meta", "'a' of torch.float32 on cpu", "one dtype and device"
+    ):
+        step(model, guide)
+
+
+# Scales
+
+
+def test_a_scale_for_each_datum_on_a_latent_site(validation):
+    def model(x):
+        with poutine.scale(scale=torch.arange(1.0, N + 1)):
+            plain_model(x)
+
+    with raises(ValueError, "'z' has a poutine.scale of shape (6,)", "poutine.scale(scale=0.5)"):
+        step(model)
+
+
+def two_scales(x):
+    with pyro.plate("data", len(x)):
+        with poutine.scale(scale=2.0):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("b", dist.Normal(a, 1).to_event(1))
+        pyro.sample("x", dist.Normal(a, 1).to_event(1), obs=x)
+
+
+def two_scales_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("a", dist.Normal(x, 1).to_event(1))
+        pyro.sample("b", dist.Normal(x, 1).to_event(1))
+
+
+def test_a_joint_code_of_sites_with_different_scales(validation):
+    with raises(ValueError, "different scales ('a': 2, 'b': 1)", "WAELoss({'z1': MMD(), 'z2': MMD()})"):
+        step(two_scales, two_scales_guide)
+
+
+# NaN
+
+
+@pytest.mark.parametrize("method", ["loss", "differentiable_loss", "loss_and_grads"])
+def test_nan_names_its_part_and_adds_no_gradient(method):
+    weight = torch.ones(2, requires_grad=True)
+
+    def nan_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x * weight * torch.tensor([1.0, math.nan]), event_dim=1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x * weight, event_dim=1))
+
+    def nan_model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("y", dist.Normal(z, 1).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def call(model, guide, **options):
+        getattr(WAELoss(**options), method)(model, guide, x_of())
+
+    def nan_cost(x, g):
+        return ((x - g) * math.nan).sum(1)
+
+    def nan_penalty(codes, prior):
+        return codes.sum() * math.nan
+
+    with pyro.validation_enabled(False):
+        # On the processor a NaN is looked for whether or not Pyro validates.
+        with raises(ValueError, "codes of latent site 'z' hold NaN", "guide's output"):
+            call(plain_model, nan_guide, penalty=gap)
+        with raises(ValueError, "cost of observed site 'x' is NaN", "model's output"):
+            call(nan_model, guide, penalty=gap, cost={"x": nan_cost, "y": SquaredError()})
+        with raises(ValueError, "The penalty is NaN, though the codes are not"):
+            call(plain_model, guide, penalty=nan_penalty)
+        with raises(ValueError, "The penalty of latent site 'z' is NaN"):
+            call(plain_model, guide, penalty={"z": nan_penalty})
+        with raises(ValueError, "The penalty is NaN"):
+            call(plain_model, guide, penalty=nan_penalty, penalty_weight=0.0)
+        with raises(ValueError, "The loss is NaN, though its parts are not", "overflows"):
+            call(plain_model, guide, penalty=lambda c, p: c.sum() * 0 + math.inf, penalty_weight=0.0)
+    assert weight.grad is None
+
+
+def test_nan_in_the_data_names_the_cost(validation):
+    x = x_of()
+    x[2, 1] = math.nan
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(torch.zeros(N, 2), event_dim=1))
+
+    with raises(ValueError, "'x'"):
+        step(plain_model, guide, x)
+
+
+def test_nan_in_one_of_several_particles(validation):
+    calls = []
+
+    def guide(x):
+        calls.append(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x * (math.nan if len(calls) == 2 else 1), event_dim=1))
+
+    if validation:
+        # Pyro's own check of the decoder's arguments comes first.
+        with raises(ValueError, "Normal", "found invalid values", "nan"):
+            step(plain_model, guide, num_particles=3)
+        return
+    with raises(ValueError, "codes of latent site 'z' hold NaN"):
+        step(plain_model, guide, num_particles=3)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("penalty", "parts"),
+    [
+        ({"y": MMD()}, ("penalty names 'y', which is no latent site", "['z']", "penalty={'z': MMD(), ...}")),
+        ({"x": MMD()}, ("penalty names 'x', which is no latent site",)),
+        ({}, ("penalty has no entry for the latent site 'z'", "'z': MMD()", "None to leave it free")),
+        ({"z": MMD(), "u": None}, ("penalty names 'u'",)),
+    ],
+)
+def test_a_penalty_dict_with_wrong_sites(validation, penalty, parts):
+    with raises(ValueError, *parts):
+        step(penalty=penalty)
+
+
+@pytest.mark.parametrize(
+    ("cost", "parts"),
+    [
+        (
+            {"y": SquaredError()},
+            ("cost names 'y', which is no observed site", "['x']", "cost={'x': SquaredError(), ...}"),
+        ),
+        ({"z": SquaredError()}, ("cost names 'z', which is no observed site",)),
+        ({}, ("cost has no entry for the observed site 'x'", "'x': SquaredError()")),
+    ],
+)
+def test_a_cost_dict_with_wrong_sites(validation, cost, parts):
+    with raises(ValueError, *parts):
+        step(cost=cost)
+
+
+@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.inf, math.nan, -math.inf])
+def test_a_penalty_weight_out_of_range(weight):
+    with raises(ValueError, "penalty_weight must be finite and >= 0", f"found {weight}", "penalty_weight=100.0"):
+        WAELoss(penalty_weight=weight)
+
+
+@pytest.mark.parametrize("weight", ["1", None, True, [1.0], torch.tensor(1.0)])
+def test_a_penalty_weight_that_is_no_number(weight):
+    with raises(TypeError, "penalty_weight must be a number", type(weight).__name__, "penalty_weight=100.0"):
+        WAELoss(penalty_weight=weight)
+
+
+@pytest.mark.parametrize("argument", ["num_particles", "prior_draws"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, True, "2", None])
+def test_a_count_out_of_range(argument, value):
+    with raises(ValueError, f"{argument} must be a whole number >= 1", f"found {value!r}", f"Write {argument}=1"):
+        WAELoss(**{argument: value})
+
+
+@pytest.mark.parametrize("value", [3, MMD, "mmd", [MMD()], {"z": "mmd"}, {"z": 3}])
+def test_a_penalty_that_cannot_be_called(value):
+    with raises(TypeError, "penalty must be a pyro_wae.penalties.Penalty", "found", "Write WAELoss(MMD())"):
+        WAELoss(value)
+
+
+@pytest.mark.parametrize("value", [3, SquaredError, "squared", {"x": "squared"}, {"x": None}])
+def test_a_cost_that_cannot_be_called(value):
+    with raises(TypeError, "cost must be a pyro_wae.costs.Cost", "found", "Write cost=SquaredError()"):
+        WAELoss(cost=value)
+
+
+def test_a_data_plate_that_is_no_name():
+    with raises(TypeError, "data_plate must be a plate's name", "found 3", "data_plate='data'"):
+        WAELoss(data_plate=3)
+    with raises(TypeError, "data_plate must be a plate's name"):
+        WAELoss(data_plate=pyro.plate("data", 3))
+
+
+def test_the_arguments_after_the_penalty_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        WAELoss(MMD(), SquaredError())
+
+
+@pytest.mark.parametrize("role", ["model", "guide"])
+def test_a_model_or_guide_that_cannot_be_called(role):
+    programs = {"model": plain_model, "guide": plain_guide} | {role: 3}
+    with raises(TypeError, f"The {role} must be a module or a function, found 3"):
+        WAELoss()(**programs)
+
+
+@pytest.mark.parametrize("fn", [dist.Cauchy(0.0, 1.0), dist.Categorical(torch.ones(3))])
+def test_an_observed_distribution_without_a_mean(validation, fn):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", fn, obs=torch.zeros(len(x)))
+
+    with raises(ValueError, "At observed site 'x'", type(fn).__name__, "NegativeLogLikelihood()"):
+        step(model)
+    step(model, cost=NegativeLogLikelihood())
+
+
+def test_an_error_in_a_step_leaves_the_loss_usable():
+    loss = WAELoss(gap)
+    with pytest.raises(ValueError, match="at least 2"):
+        loss.loss(plain_model, plain_guide, x_of(1))
+    with nullcontext():
+        assert math.isfinite(loss.loss(plain_model, plain_guide, x_of()))
+
+
+def test_nothing_is_refused_that_is_right(validation):
+    net = nn.Linear(2, 2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 1).to_event(1))
+
+    for options in ({}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}, {"penalty_weight": 0}):
+        assert math.isfinite(step(plain_model, guide, **options))

@@ -1,0 +1,643 @@
+import copy
+import math
+import pickle
+import weakref
+
+import numpy as np
+import pyro
+import pyro.contrib.gp.kernels as pyro_kernels
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from references import KERNELS, distances, half_mean_square
+from scipy.spatial.distance import cdist
+from scipy.special import gamma, kv
+from sklearn.gaussian_process import kernels as sklearn_kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_wae import WAELoss
+from pyro_wae.adapters import ModuleKernel, as_kernel
+from pyro_wae.kernels import (
+    Energy,
+    FunctionKernel,
+    Gaussian,
+    InverseMultiquadratic,
+    Laplace,
+    Matern,
+    MultiScale,
+    Product,
+    RationalQuadratic,
+    Scaled,
+    Sum,
+)
+from pyro_wae.penalties import MMD
+
+LENGTHS = [
+    Gaussian,
+    InverseMultiquadratic,
+    Laplace,
+    lambda *a: Matern(0.5, *a),
+    lambda *a: Matern(1.5, *a),
+    lambda *a: Matern(2.5, *a),
+    lambda *a: RationalQuadratic(0.7, *a),
+]
+
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+every_length = pytest.mark.parametrize("kernel", LENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+
+
+def rows(n, d=3, dtype=torch.float64):
+    return torch.randn(n, d, dtype=dtype)
+
+
+def fitted(name, prior):
+    kernel = KERNELS[name][0]()
+    kernel.fit(prior)
+    return kernel
+
+
+# Values
+
+
+SCIKIT_LEARN = {
+    "gaussian": (Gaussian(1.3), sklearn_kernels.RBF(1.3)),
+    "laplace": (Laplace(1.3), sklearn_kernels.Matern(1.3, nu=0.5)),
+    "matern12": (Matern(0.5, 1.3), sklearn_kernels.Matern(1.3, nu=0.5)),
+    "matern32": (Matern(1.5, 1.3), sklearn_kernels.Matern(1.3, nu=1.5)),
+    "matern52": (Matern(2.5, 1.3), sklearn_kernels.Matern(1.3, nu=2.5)),
+    "rational": (RationalQuadratic(0.7, 1.3), sklearn_kernels.RationalQuadratic(1.3, alpha=0.7)),
+    # C / (C + r^2) is the rational quadratic with alpha = 1 and C = 2 s^2.
+    "imq": (InverseMultiquadratic(2 * 1.3**2), sklearn_kernels.RationalQuadratic(1.3, alpha=1.0)),
+    "sum": (Gaussian(1.3) + 0.5 * Laplace(0.7), sklearn_kernels.RBF(1.3) + 0.5 * sklearn_kernels.Matern(0.7, nu=0.5)),
+    "product": (
+        Gaussian(1.3) * RationalQuadratic(2.0, 0.7),
+        sklearn_kernels.RBF(1.3) * sklearn_kernels.RationalQuadratic(0.7, alpha=2.0),
+    ),
+    "multiscale": (MultiScale(Gaussian(1.3), (0.25, 4.0)), sklearn_kernels.RBF(0.65) + sklearn_kernels.RBF(2.6)),
+}
+
+
+@pytest.mark.parametrize(("kernel", "theirs"), SCIKIT_LEARN.values(), ids=SCIKIT_LEARN)
+def test_values_are_those_of_scikit_learn(kernel, theirs):
+    x, y = rows(11), rows(7)
+    np.testing.assert_allclose(kernel(x, y), theirs(x.numpy(), y.numpy()), rtol=1e-12)
+
+
+def lengthscale(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+PYRO = {
+    "gaussian": (Gaussian(1.3), lambda: pyro_kernels.RBF(3, lengthscale=lengthscale(1.3))),
+    "laplace": (Laplace(1.3), lambda: pyro_kernels.Exponential(3, lengthscale=lengthscale(1.3))),
+    "matern32": (Matern(1.5, 1.3), lambda: pyro_kernels.Matern32(3, lengthscale=lengthscale(1.3))),
+    "matern52": (Matern(2.5, 1.3), lambda: pyro_kernels.Matern52(3, lengthscale=lengthscale(1.3))),
+    "rational": (
+        RationalQuadratic(0.7, 1.3),
+        lambda: pyro_kernels.RationalQuadratic(3, lengthscale=lengthscale(1.3), scale_mixture=lengthscale(0.7)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kernel", "theirs"), PYRO.values(), ids=PYRO)
+def test_values_are_those_of_pyro(kernel, theirs):
+    x, y = rows(11), rows(7)
+    # Pyro adds 1e-12 under the root.
+    torch.testing.assert_close(kernel(x, y), theirs()(x, y).detach(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("nu", [0.5, 1.5, 2.5])
+def test_matern_is_the_bessel_function_of_its_definition(nu):
+    x, y = rows(11), rows(7)
+    t = math.sqrt(2 * nu) * cdist(x, y) / 1.3
+    np.testing.assert_allclose(
+        Matern(nu, bandwidth=1.3)(x, y), 2 ** (1 - nu) / gamma(nu) * t**nu * kv(nu, t), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("exponent", [0.3, 1, 1.0, 1.7])
+def test_energy_is_the_negative_power_of_scipys_distance(exponent):
+    x, y = rows(11), rows(7)
+    np.testing.assert_allclose(Energy(exponent)(x, y), -(cdist(x, y) ** exponent), rtol=1e-12)
+
+
+@every_kernel
+def test_values_with_lengths_from_the_prior_follow_the_formula(name):
+    x, y, prior = rows(11), rows(7), 2 * rows(50) + 1
+    expected = KERNELS[name][1](distances(x, y), half_mean_square(prior))
+    torch.testing.assert_close(fitted(name, prior)(x, y), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_rational_quadratic_tends_to_gaussian():
+    x, y = rows(11), rows(7)
+    torch.testing.assert_close(RationalQuadratic(1e8, 1.3)(x, y), Gaussian(1.3)(x, y), rtol=1e-6, atol=0)
+
+
+def test_authors_multiscale_is_the_sum_over_seven_scales():
+    x, y = rows(11), rows(7)
+    squares = distances(x, y) ** 2
+    expected = sum(c / (c + squares) for c in (0.6, 1.2, 3.0, 6.0, 12.0, 30.0, 60.0))
+    torch.testing.assert_close(InverseMultiquadratic.multiscale(6.0)(x, y), expected)
+
+
+def test_multiples_may_be_written_on_either_side():
+    x, y = rows(11), rows(7)
+    for kernel in (3 * Laplace(1.0), Laplace(1.0) * 3, 3.0 * Laplace(1.0)):
+        torch.testing.assert_close(kernel(x, y), 3 * torch.exp(-distances(x, y)))
+
+
+def test_sums_and_products_take_any_number_of_kernels():
+    x, y = rows(11), rows(7)
+    r = distances(x, y)
+    a, b, c = torch.exp(-(r**2) / 2), torch.exp(-r), 3 / (3 + r**2)
+    parts = Gaussian(1.0), Laplace(1.0), InverseMultiquadratic(3.0)
+    torch.testing.assert_close(Sum(*parts)(x, y), a + b + c)
+    torch.testing.assert_close(Product(*parts)(x, y), a * b * c)
+    torch.testing.assert_close((parts[0] * (parts[1] + 2 * parts[2]))(x, y), a * (b + 2 * c))
+
+
+@every_kernel
+def test_the_kernel_is_symmetric_and_one_on_slices_and_copies(name):
+    x = rows(20) + 5
+    kernel = fitted(name, x)
+    gram = kernel(x, x)
+    torch.testing.assert_close(gram, gram.mT, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(kernel(x[:5], x[5:]), gram[:5, 5:], rtol=1e-10, atol=1e-12)
+    # On a copy the squared distance of equal points is 0 but for rounding, 1e-14, and a root of it is more.
+    torch.testing.assert_close(kernel(x, x.clone()), gram, rtol=1e-6, atol=1e-3 if name == "energy05" else 1e-6)
+
+
+@every_kernel
+@pytest.mark.parametrize("d", [1, 8])
+def test_gram_matrices_are_positive_definite(name, d):
+    """Energy kernels are so on weights that sum to 0, which is what centring leaves."""
+    x = rows(60, d)
+    gram = fitted(name, rows(100, d))(x, x)
+    if any(isinstance(part, Energy) for part in KERNELS[name][0]().modules()):
+        centring = torch.eye(60, dtype=x.dtype) - 1 / 60
+        assert torch.linalg.eigvalsh(gram).min() < -1e-3
+        gram = centring @ gram @ centring
+    assert torch.linalg.eigvalsh(gram).min() > -1e-11 * torch.linalg.eigvalsh(gram).max()
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_values_come_in_the_precision_of_the_codes_and_half_precision_is_cast_up(name, dtype):
+    x, y = rows(6).to(dtype), rows(5).to(dtype)
+    kernel = fitted(name, rows(50))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = kernel(x, y)
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(values.double(), kernel(x.double(), y.double()), rtol=1e-6, atol=1e-7)
+
+
+@every_kernel
+def test_gradients_agree_with_finite_differences(name):
+    kernel = fitted(name, rows(50))
+    assert torch.autograd.gradcheck(kernel, (rows(4).requires_grad_(), rows(5).requires_grad_()))
+
+
+@every_kernel
+def test_gradients_stay_finite_at_coinciding_points(name):
+    """A kink has no slope at 0, but by symmetry the gradient of a pair of equal points is 0."""
+    kernel = fitted(name, rows(50))
+    x = rows(1).expand(4, 3).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(kernel(x, x).sum(), x)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    y = torch.cat([x.detach(), rows(2)]).requires_grad_()
+    gradients = torch.autograd.grad(kernel(x, y).sum(), (x, y))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@every_length
+def test_profiles_have_a_finite_slope_at_0(kernel):
+    """Whether the clamp of the squared distances passes a gradient at its bound differs between versions of torch."""
+    u = torch.zeros(3, requires_grad=True)
+    kernel(1.0).profile(u).sum().backward()
+    assert u.grad.isfinite().all()
+
+
+# Memory
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+@every_kernel
+def test_no_tensor_is_larger_than_the_matrix_of_pairs(name):
+    n, m, d = 60, 50, 50
+    x, prior = rows(n, d).requires_grad_(), rows(m, d)
+    with LargestTensor() as largest:
+        kernel = fitted(name, prior)
+        (kernel(x, prior).sum() + kernel(x, x).sum()).backward()
+    assert n * m <= largest.numel <= n * n
+
+
+def test_the_memory_test_sees_a_direct_difference():
+    with LargestTensor() as largest:
+        FunctionKernel(lambda x, y: (x[:, None] - y).norm(dim=2))(rows(60, 50), rows(50, 50))
+    assert largest.numel == 60 * 50 * 50
+
+
+# Lengths from the prior
+
+
+@pytest.mark.parametrize(("sigma", "d"), [(0.3, 2), (5.0, 64)])
+@every_length
+def test_an_unset_length_is_half_the_mean_squared_distance_of_prior_draws(kernel, sigma, d):
+    """d sigma^2 for N(0, sigma^2 I), for the IMQ 2 d sigma^2; 20,000 draws, seed 0, 4 standard errors."""
+    kernel = kernel()
+    kernel.fit(sigma * rows(20_000, d, torch.float32) + 7)
+    expected = (2 if isinstance(kernel, InverseMultiquadratic) else 1) * d * sigma**2
+    # sum_j s_j^2 has the variance 2 d sigma^4 / (n - 1).
+    assert kernel.squared_length.item() == pytest.approx(expected, rel=4 * math.sqrt(2 / (d * 19_999)))
+
+
+def test_an_unset_length_equals_the_pairwise_mean():
+    prior = 3 * rows(40) + 100
+    kernel = Gaussian() + 2.0 * MultiScale(InverseMultiquadratic(), (1.0, 2.0))
+    kernel.fit(prior)
+    lengths = sorted(value.item() for value in kernel.buffers())
+    assert lengths == pytest.approx([half_mean_square(prior), 2 * half_mean_square(prior)], rel=1e-12)
+
+
+@every_length
+def test_a_length_never_moves_once_set(kernel):
+    x, y = rows(5), rows(6)
+    taken, given = kernel(), kernel(1.5)
+    taken.fit(rows(50))
+    before = taken(x, y), given(x, y)
+    taken.fit(100 * rows(50))
+    given.fit(100 * rows(50))
+    assert torch.equal(taken(x, y), before[0])
+    assert torch.equal(given(x, y), before[1])
+
+
+def test_a_penalty_takes_the_length_from_the_prior_and_not_from_codes():
+    prior = rows(50).requires_grad_()
+    near, far = MMD(Gaussian()), MMD(Gaussian())
+    near(0.01 * rows(30), prior)
+    far(100 * rows(30), prior)
+    assert torch.equal(near.kernel.squared_length, far.kernel.squared_length)
+    assert near.kernel.squared_length.item() == pytest.approx(half_mean_square(prior))
+    assert not near.kernel.squared_length.requires_grad
+    assert list(near.parameters()) == []
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lengths_are_kept_in_the_state_and_load_exactly_into_an_unset_kernel(name, dtype):
+    x, y = rows(5), rows(6)
+    kernel, other = fitted(name, rows(50, dtype=dtype)), KERNELS[name][0]()
+    assert all(not value.isnan() for value in kernel.state_dict().values())
+    other.load_state_dict(kernel.state_dict())
+    other.fit(100 * rows(50))
+    assert torch.equal(other(x, y), kernel(x, y))
+
+
+def test_a_length_survives_a_file_and_a_kernel_that_was_fitted_otherwise(tmp_path):
+    x, y = rows(5), rows(6)
+    kernel, other = fitted("authors", rows(50)), fitted("authors", 100 * rows(50))
+    torch.save(kernel.state_dict(), tmp_path / "kernel.pt")
+    other.load_state_dict(torch.load(tmp_path / "kernel.pt", weights_only=True))
+    assert torch.equal(other(x, y), kernel(x, y))
+    kernel.fit(rows(9))
+    assert torch.equal(other(x, y), kernel(x, y))
+
+
+def test_an_unset_state_leaves_a_kernel_unset():
+    kernel = Gaussian()
+    kernel.load_state_dict(Gaussian().state_dict())
+    assert not kernel.is_set
+    kernel.fit(rows(50))
+    assert kernel.is_set
+
+
+def test_a_state_with_a_length_does_not_load_where_a_length_was_given():
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*squared_length"):
+        Gaussian(1.0).load_state_dict(fitted("gaussian", rows(9)).state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*squared_length"):
+        Gaussian().load_state_dict(Gaussian(1.0).state_dict())
+
+
+@every_kernel
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))], ids=["deepcopy", "pickle"])
+def test_copies_have_the_same_values_and_lengths_of_their_own(name, copied):
+    x, y = rows(5), rows(6)
+    kernel, unset = fitted(name, rows(50)), KERNELS[name][0]()
+    assert torch.equal(copied(kernel)(x, y), kernel(x, y))
+    duplicate = copied(unset)
+    duplicate.fit(rows(50))
+    kernels = [part for part in unset.modules() if hasattr(part, "is_set") and "squared_length" in part._buffers]
+    assert not any(part.is_set for part in kernels)
+
+
+# repr
+
+
+@every_kernel
+def test_a_repr_evaluates_to_an_equal_kernel(name):
+    kernel, prior = KERNELS[name][0](), rows(50)
+    again = eval(repr(kernel))
+    assert repr(again) == repr(kernel)
+    kernel.fit(prior)
+    again.fit(prior)
+    x, y = rows(5), rows(6)
+    assert torch.equal(again(x, y), kernel(x, y))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        (Gaussian(), "Gaussian(bandwidth=None)"),
+        (Matern(1.5, 2.0), "Matern(nu=1.5, bandwidth=2.0)"),
+        (RationalQuadratic(0.5), "RationalQuadratic(alpha=0.5, bandwidth=None)"),
+        (Energy(), "Energy(exponent=1.0)"),
+        (2.0 * (Laplace(1.0) + Energy()), "2.0 * (Laplace(bandwidth=1.0) + Energy(exponent=1.0))"),
+        (
+            MultiScale(InverseMultiquadratic(3.0), [1, 2]),
+            "MultiScale(kernel=InverseMultiquadratic(scale=3.0), factors=(1.0, 2.0))",
+        ),
+    ],
+)
+def test_repr_is_the_call_that_makes_it(kernel, expected):
+    assert repr(kernel) == expected
+
+
+def test_compound_reprs_keep_their_precedence():
+    x, y = rows(5), rows(6)
+    a, b, c = Gaussian(1.0), Laplace(2.0), InverseMultiquadratic(3.0)
+    for kernel in ((a + b) * c, a + b * c, 2.0 * (a + b), 2.0 * a + b, 2.0 * (a * b), a * (2.0 * b), (a + b) + c):
+        torch.testing.assert_close(eval(repr(kernel))(x, y), kernel(x, y), rtol=1e-14, atol=0)
+
+
+def test_kernels_of_users_have_a_repr_that_names_them():
+    assert repr(FunctionKernel(torch.mm)).startswith("FunctionKernel(function=<built-in")
+    assert repr(as_kernel(pyro_kernels.RBF(3))) == "ModuleKernel(function=RBF())"
+
+
+# Kernels that users bring
+
+
+def dot_product(x, y):
+    return x @ y.mT
+
+
+def test_any_callable_is_a_kernel():
+    x, y = rows(5), rows(6)
+    torch.testing.assert_close(as_kernel(dot_product)(x, y), x @ y.mT)
+    assert as_kernel(lambda x, y: x.new_ones(len(x), len(y)))(x, y).sum() == 30
+    kernel = Gaussian(1.0)
+    assert as_kernel(kernel) is kernel
+
+
+def test_a_function_enters_sums_and_survives_a_pickle():
+    x, y = rows(5), rows(6)
+    kernel = pickle.loads(pickle.dumps(2.0 * FunctionKernel(dot_product) + Gaussian(1.0)))
+    torch.testing.assert_close(kernel(x, y), 2 * x @ y.mT + torch.exp(-(distances(x, y) ** 2) / 2))
+
+
+def test_a_function_receives_plain_tensors_of_its_own_precision():
+    seen = []
+
+    def spy(x, y):
+        seen.extend([x, y])
+        return x @ y.mT
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        as_kernel(spy)(rows(5, dtype=dtype), rows(6, dtype=dtype))
+    assert [x.dtype for x in seen[::2]] == [torch.float32, torch.float32, torch.float64]
+    assert all(type(x) is torch.Tensor for x in seen)
+
+
+class Bilinear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(3, dtype=torch.float64))
+
+    def forward(self, x, y):
+        return x @ self.weight @ y.mT
+
+
+@pytest.mark.parametrize("module", [Bilinear, lambda: pyro_kernels.RBF(3)], ids=["torch", "pyro"])
+def test_a_module_is_frozen_and_passes_gradients_to_codes(module):
+    kernel = as_kernel(module())
+    assert isinstance(kernel, ModuleKernel)
+    x = rows(5).requires_grad_()
+    kernel(x, rows(6)).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert list(kernel.parameters())
+    assert all(not p.requires_grad and p.grad is None for p in kernel.parameters())
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        lambda: pyro_kernels.RBF(3, variance=lengthscale(2.0), lengthscale=lengthscale(1.3)),
+        lambda: pyro_kernels.RBF(3, lengthscale=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)),
+        lambda: pyro_kernels.Linear(3),
+        lambda: pyro_kernels.Sum(pyro_kernels.RBF(3), pyro_kernels.Matern32(3, lengthscale=lengthscale(0.5))),
+        lambda: pyro_kernels.Product(pyro_kernels.Exponential(3), pyro_kernels.Polynomial(3, degree=2)),
+    ],
+    ids=["rbf", "ard", "linear", "sum", "product"],
+)
+def test_pyro_kernels_keep_their_values_and_the_param_store_stays_empty(theirs):
+    x, y = rows(11), rows(7)
+    expected = theirs()(x, y).detach()
+    pyro.clear_param_store()
+    kernel = as_kernel(theirs())
+    with poutine.trace(param_only=True) as captured:
+        values = kernel(x, y)
+    torch.testing.assert_close(values, expected)
+    assert list(pyro.get_param_store().keys()) == []
+    assert not captured.trace.nodes
+
+
+def test_two_pyro_kernels_with_different_lengthscales_do_not_overwrite_each_other():
+    x, y = rows(11), rows(7)
+    squares = distances(x, y) ** 2
+    narrow, wide = (as_kernel(pyro_kernels.RBF(3, lengthscale=lengthscale(s))) for s in (0.5, 4.0))
+    with poutine.trace(param_only=True):
+        for _ in range(2):
+            torch.testing.assert_close(narrow(x, y), torch.exp(-squares / (2 * 0.25)))
+            torch.testing.assert_close(wide(x, y), torch.exp(-squares / (2 * 16)))
+    torch.testing.assert_close((narrow + wide)(x, y), torch.exp(-squares / 0.5) + torch.exp(-squares / 32))
+
+
+def test_a_pyro_kernel_takes_no_notice_of_a_users_parameter_of_the_same_name():
+    x, y = rows(11), rows(7)
+    pyro.param("lengthscale", torch.tensor(100.0), constraint=dist.constraints.positive)
+    pyro.param("variance", torch.tensor(7.0))
+    kernel = as_kernel(pyro_kernels.RBF(3, lengthscale=lengthscale(0.5)))
+    torch.testing.assert_close(kernel(x, y), torch.exp(-(distances(x, y) ** 2) / 0.5))
+    assert pyro.param("lengthscale").item() == pytest.approx(100)
+    assert pyro.param("variance").item() == 7
+
+
+def test_pyro_kernels_leave_svi_its_own_parameters():
+    """SVI finds what to step by an attribute of the parameters, which leaving a scope of the store takes away."""
+
+    def model(x):
+        scale = pyro.param("decoder", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(scale * z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("encoder", torch.tensor(0.5))
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc * x, scale).to_event(1))
+
+    kernels = [pyro_kernels.RBF(2, lengthscale=torch.tensor(s)) for s in (0.5, 4.0)]
+    loss = WAELoss(MMD(as_kernel(kernels[0]) + as_kernel(kernels[1])))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
+    before = None
+    for _ in range(3):
+        svi.step(rows(20, 2, torch.float32))
+        store = pyro.get_param_store()
+        after = {name: value.item() for name, value in store.items()}
+        assert set(after) == {"decoder", "encoder", "scale"}
+        assert before is None or all(before[name] != after[name] for name in after)
+        before = after
+    assert all(isinstance(value.unconstrained, weakref.ref) for value in store.values())
+    assert [kernel.lengthscale.item() for kernel in kernels] == pytest.approx([0.5, 4.0])
+
+
+# Errors
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (Gaussian, "bandwidth"),
+        (InverseMultiquadratic, "scale"),
+        (Laplace, "bandwidth"),
+        (lambda v: Matern(1.5, v), "bandwidth"),
+        (lambda v: RationalQuadratic(1.0, v), "bandwidth"),
+        (RationalQuadratic, "alpha"),
+        (lambda v: MultiScale(Gaussian(), (1.0, v)), "factors"),
+        (lambda v: v * Gaussian(), "factor"),
+        (lambda v: Scaled(Gaussian(), v), "factor"),
+    ],
+)
+def test_numbers_that_must_be_positive_are_refused_by_name(make, argument, value):
+    with pytest.raises(ValueError, match=rf"finite {argument} > 0, found {value!r}\. Write {argument}=1\.0"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", ["1", True, torch.tensor(1.0), [1.0]])
+def test_lengths_that_are_no_numbers_are_refused_by_type(value):
+    with pytest.raises(TypeError, match=rf"Gaussian takes a number as bandwidth, found {type(value).__name__}"):
+        Gaussian(value)
+
+
+@pytest.mark.parametrize("nu", [0, 1, 2.0, 3.5, "1.5"])
+def test_other_orders_of_matern_are_refused(nu):
+    with pytest.raises(ValueError, match=rf"nu of 0\.5, 1\.5 or 2\.5, found {nu!r}\. Write Matern\(1\.5\)"):
+        Matern(nu)
+
+
+@pytest.mark.parametrize("exponent", [0, -1.0, 2, 2.5, math.nan])
+def test_exponents_outside_0_and_2_are_refused(exponent):
+    with pytest.raises(ValueError, match=rf"exponent in \(0, 2\), found {exponent!r}\. Write Energy\(1\.0\)"):
+        Energy(exponent)
+
+
+def test_a_multiscale_needs_a_length_and_a_factor():
+    with pytest.raises(
+        TypeError, match=r"a kernel that has a length, found Energy\(exponent=1\.0\)\. Write MultiScale"
+    ):
+        MultiScale(Energy(), (1.0, 2.0))
+    with pytest.raises(TypeError, match=r"add kernels: k1 \+ k2"):
+        MultiScale(Gaussian() + Laplace(), (1.0, 2.0))
+    with pytest.raises(ValueError, match="at least one factor"):
+        MultiScale(Gaussian(), ())
+
+
+def test_a_product_with_energy_is_refused_wherever_it_hides():
+    for other in (Energy(), Laplace() + Energy(), 2.0 * Energy(1.5)):
+        with pytest.raises(ValueError, match=r"A product with Energy is not a kernel.*Write a sum"):
+            Gaussian() * other
+
+
+def test_only_kernels_and_numbers_combine():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Gaussian() + 1.0
+    with pytest.raises(TypeError):
+        Gaussian() * "2"
+
+
+@pytest.mark.parametrize(("x", "y"), [((4,), (5, 3)), ((4, 3), (5, 2)), ((2, 4, 3), (5, 3))])
+def test_shapes_that_are_no_rows_are_refused(x, y):
+    with pytest.raises(ValueError, match=r"Gaussian\(x, y\) takes x of shape \(n, d\).*found \(.*x\.flatten\(1\)"):
+        Gaussian(1.0)(torch.zeros(x), torch.zeros(y))
+
+
+def test_whole_numbers_are_refused_and_not_rounded():
+    with pytest.raises(ValueError, match=r"takes floats, found torch\.int64 and torch\.int64\. Write x\.float\(\)"):
+        Gaussian(1.0)(torch.arange(6).view(3, 2), torch.arange(6).view(3, 2))
+
+
+@every_length
+def test_an_unset_length_says_how_to_set_it(kernel):
+    name = "scale" if kernel is InverseMultiquadratic else "bandwidth"
+    with pytest.raises(
+        ValueError, match=rf"has no length yet\. Give one, as in \w+\({name}=1\.0\).*kernel\.fit\(prior\)"
+    ):
+        kernel()(rows(4), rows(5))
+
+
+@pytest.mark.parametrize(
+    ("prior", "found"),
+    [(torch.ones(9, 3), "0"), (torch.full((9, 3), math.nan), "nan"), (torch.tensor([[0.0], [math.inf]]), "nan")],
+)
+def test_a_prior_without_spread_gives_no_length(prior, found):
+    with pytest.raises(ValueError, match=rf"total variance of {found},.*Laplace\(bandwidth=None\)\. Give the length"):
+        (Gaussian(1.0) + Laplace()).fit(prior)
+    Gaussian(1.0).fit(prior)
+
+
+def test_a_single_prior_draw_gives_no_length():
+    with pytest.raises(ValueError, match="at least 2 prior draws, found 1"):
+        Gaussian().fit(rows(1))
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x, y: (x @ y.mT).sum(), r"shape \(\)"),
+        (lambda x, y: y @ x.mT, r"shape \(6, 5\)"),
+        (lambda x, y: x.sum(1), r"shape \(5,\)"),
+        (lambda x, y: 1.0, "float"),
+    ],
+)
+def test_a_function_of_the_wrong_shape_is_refused(function, found):
+    with pytest.raises(
+        ValueError, match=rf"must return shape \(5, 6\), found {found}\. Return one value for each pair"
+    ):
+        as_kernel(function)(rows(5), rows(6))
+
+
+@pytest.mark.parametrize("kernel", [3.0, "gaussian", Gaussian])
+def test_what_cannot_be_called_is_no_kernel(kernel):
+    with pytest.raises(TypeError, match=r"kernel must be a pyro_wae\.kernels\.Kernel or a function.*Write MMD\("):
+        MMD(kernel)

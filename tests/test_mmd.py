@@ -1,0 +1,593 @@
+import copy
+import functools
+import itertools
+import pickle
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from references import KERNELS, differences, distances, half_mean_square, mean_is_zero
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace
+from pyro_wae.penalties import MMD, FunctionPenalty, PenaltyContext, as_penalty
+
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def rows(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def penalty(name, **options):
+    return MMD(KERNELS[name][0](), **options)
+
+
+def off_diagonal(n):
+    return ~torch.eye(n, dtype=torch.bool)
+
+
+def other_datum(row_repeats, column_repeats, n):
+    """Pairs of rows whose data differ, row i having the datum i modulo n."""
+    data = torch.arange(n)
+    return data.repeat(row_repeats)[:, None] != data.repeat(column_repeats)
+
+
+def kernel_mean(name, x, y, prior, pairs=None):
+    values = KERNELS[name][1](distances(x, y), half_mean_square(prior))
+    return values.mean() if pairs is None else values[pairs].mean()
+
+
+# The estimate against direct sums
+
+
+@every_kernel
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 33), (2, 2)])
+def test_unbiased_estimate_is_the_direct_sum_without_diagonals(name, n, m):
+    codes, prior = 0.5 * rows(n, 3) + 1, rows(m, 3)
+    expected = (
+        kernel_mean(name, codes, codes, prior, off_diagonal(n))
+        + kernel_mean(name, prior, prior, prior, off_diagonal(m))
+        - 2 * kernel_mean(name, codes, prior, prior)
+    )
+    torch.testing.assert_close(penalty(name)(codes, prior), expected, rtol=1e-11, atol=1e-13)
+
+
+@every_kernel
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 33)])
+def test_biased_estimate_is_the_direct_sum_over_all_pairs(name, n, m):
+    codes, prior = 0.5 * rows(n, 3) + 1, rows(m, 3)
+    expected = (
+        kernel_mean(name, codes, codes, prior)
+        + kernel_mean(name, prior, prior, prior)
+        - 2 * kernel_mean(name, codes, prior, prior)
+    )
+    value = penalty(name, unbiased=False)(codes, prior)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    assert value > 0
+
+
+def test_the_explicit_double_loop_gives_the_same():
+    codes, prior = rows(6, 2) + 1, rows(7, 2)
+
+    def k(x, y):
+        return np.exp(-sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / (2 * 1.3**2))
+
+    q, p = codes.tolist(), prior.tolist()
+    qq = sum(k(q[i], q[j]) for i in range(6) for j in range(6) if i != j) / (6 * 5)
+    pp = sum(k(p[i], p[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
+    qp = sum(k(a, b) for a in q for b in p) / (6 * 7)
+    assert MMD(Gaussian(bandwidth=1.3))(codes, prior).item() == pytest.approx(qq + pp - 2 * qp, rel=1e-12)
+
+
+def test_with_the_energy_kernel_it_is_the_energy_distance():
+    """On the line the energy distance is twice the squared Cramer distance, here from the cumulative distributions."""
+    codes, prior = rows(40, 1) + 0.3, rows(25, 1)
+    grid = np.sort(np.concatenate([codes, prior]).ravel())
+    difference = (
+        np.searchsorted(np.sort(codes.ravel()), grid[:-1], side="right") / 40
+        - np.searchsorted(np.sort(prior.ravel()), grid[:-1], side="right") / 25
+    )
+    expected = 2 * (difference**2 * np.diff(grid)).sum()
+    assert MMD(Energy(), unbiased=False)(codes, prior).item() == pytest.approx(expected, rel=1e-12)
+
+
+@every_kernel
+@pytest.mark.parametrize("m", [20, 33])
+def test_particles_of_one_datum_do_not_meet(name, m):
+    codes, prior = rows(4, 10, 3) + 1, rows(m, 3)
+    pooled = torch.cat(list(codes))
+    expected = (
+        kernel_mean(name, pooled, pooled, prior, other_datum(4, 4, 10))
+        + kernel_mean(name, prior, prior, prior, off_diagonal(m))
+        - 2 * kernel_mean(name, pooled, prior, prior)
+    )
+    torch.testing.assert_close(penalty(name)(codes, prior), expected, rtol=1e-11, atol=1e-13)
+
+
+@every_kernel
+def test_with_the_data_size_particles_of_one_datum_meet_with_its_weight(name):
+    codes, prior, size = rows(4, 10, 3) + 1, rows(33, 3), 50
+    pooled = torch.cat(list(codes))
+    within = ~other_datum(4, 4, 10) & off_diagonal(40)
+    expected = (
+        (1 - 1 / size) * kernel_mean(name, pooled, pooled, prior, other_datum(4, 4, 10))
+        + 1 / size * kernel_mean(name, pooled, pooled, prior, within)
+        + kernel_mean(name, prior, prior, prior, off_diagonal(33))
+        - 2 * kernel_mean(name, pooled, prior, prior)
+    )
+    value = penalty(name)(codes, prior, PenaltyContext(data_size=size))
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+
+
+@every_kernel
+@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (1, 5), (3, 1), (3, 3)])
+def test_with_shared_data_only_pairs_of_different_data_meet(name, particles, repeats):
+    codes, prior = rows(particles, 10, 3) + 1, rows(repeats * 10, 3)
+    pooled = torch.cat(list(codes))
+    expected = (
+        kernel_mean(name, pooled, pooled, prior, other_datum(particles, particles, 10))
+        + kernel_mean(name, prior, prior, prior, other_datum(repeats, repeats, 10))
+        - 2 * kernel_mean(name, pooled, prior, prior, other_datum(particles, repeats, 10))
+    )
+    value = penalty(name)(codes, prior, PenaltyContext(shared_data=True))
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_one_particle_is_no_different_from_none_and_a_data_size_adds_nothing_to_it():
+    codes, prior = rows(20, 3), rows(20, 3)
+    value = MMD()(codes, prior)
+    assert torch.equal(MMD()(codes[None], prior), value)
+    assert torch.equal(MMD()(codes, prior, PenaltyContext(data_size=1000)), value)
+
+
+@every_kernel
+def test_gradients_agree_with_finite_differences(name):
+    prior, shared = rows(6, 2), PenaltyContext(data_size=30, shared_data=True)
+    for codes, context in ((rows(3, 2), None), (rows(2, 3, 2), None), (rows(2, 3, 2), shared)):
+        mmd = penalty(name)
+        mmd.kernel.fit(prior)
+        arguments = (codes.clone().requires_grad_(), prior.clone().requires_grad_())
+        assert torch.autograd.gradcheck(functools.partial(mmd, context=context), arguments)
+
+
+@every_kernel
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_gradients_stay_finite_where_codes_coincide(name, unbiased):
+    codes = torch.zeros(5, 3, requires_grad=True)
+    prior = torch.cat([torch.zeros(2, 3), rows(4, 3, dtype=torch.float32)])
+    penalty(name, unbiased=unbiased)(codes, prior).backward()
+    assert codes.grad.isfinite().all()
+
+
+@every_kernel
+def test_the_order_of_rows_does_not_matter(name):
+    codes, prior = rows(3, 20, 3) + 1, rows(33, 3)
+    value = penalty(name)(codes, prior)
+    shuffled = codes[:, torch.randperm(20)][torch.randperm(3)], prior[torch.randperm(33)]
+    torch.testing.assert_close(penalty(name)(*shuffled), value, rtol=1e-11, atol=1e-13)
+
+
+# float32
+
+
+def far_apart(d):
+    return rows(512, d, dtype=torch.float32) + 10, rows(512, d, dtype=torch.float32)
+
+
+def nearly_equal(d):
+    return 1.02 * rows(512, d, dtype=torch.float32) + 0.02, rows(512, d, dtype=torch.float32)
+
+
+def equal_up_to_noise(d):
+    prior = rows(512, d, dtype=torch.float32)
+    return prior + 1e-3 * torch.randn_like(prior), prior
+
+
+def with_mean(mean, d):
+    return tuple(x + mean for x in nearly_equal(d))
+
+
+CASES = {
+    "far apart": far_apart,
+    "nearly equal": nearly_equal,
+    "equal up to noise": equal_up_to_noise,
+    "mean 100": functools.partial(with_mean, 100.0),
+    "mean 1000": functools.partial(with_mean, 1000.0),
+}
+
+
+@pytest.fixture(scope="module", params=itertools.product(CASES, (8, 64)), ids=lambda p: f"{p[0]}, d={p[1]}")
+def float32_case(request):
+    """Codes and prior in float32, with what their float64 references share: direct differences and distances."""
+    torch.manual_seed(0)
+    case, d = request.param
+    codes, prior = CASES[case](d)
+    pairs = [(delta, delta.square().sum(2).sqrt()) for delta in (differences(codes, codes), differences(codes, prior))]
+    return codes, prior, *pairs, distances(prior, prior), half_mean_square(prior)
+
+
+@every_kernel
+def test_float32_values_and_gradients_keep_their_digits(name, float32_case):
+    """Against float64 and direct differences on the same numbers; the length too comes from direct differences."""
+    codes, prior, (delta_qq, r_qq), (delta_qp, r_qp), r_pp, h = float32_case
+    formula, n, m = KERNELS[name][1], len(codes), len(prior)
+
+    def value_and_pull(r, delta, pairs, weight):
+        """The weighted sum of k over pairs, and of k'(r) times the unit vector over the pairs of each row."""
+        r = r[pairs].requires_grad_()
+        value = weight * formula(r, h).sum()
+        slope = torch.zeros(pairs.shape, dtype=torch.float64)
+        slope[pairs] = torch.autograd.grad(value, r)[0] / r.detach()
+        return value.item(), torch.einsum("ij,ijd->id", slope, delta)
+
+    # A code is in a pair with itself twice, as row and as column.
+    qq, pull_qq = value_and_pull(r_qq, delta_qq, off_diagonal(n), 1 / (n * (n - 1)))
+    qp, pull_qp = value_and_pull(r_qp, delta_qp, torch.ones_like(r_qp, dtype=torch.bool), 1 / (n * m))
+    pp = formula(r_pp[off_diagonal(m)], h).mean().item()
+    expected, expected_gradient = qq + pp - 2 * qp, 2 * pull_qq - 2 * pull_qp
+
+    codes = codes.clone().requires_grad_()
+    value = penalty(name)(codes, prior)
+    (gradient,) = torch.autograd.grad(value, codes)
+    assert value.dtype == gradient.dtype == torch.float32
+    value_error = abs(value.item() - expected) / abs(expected)
+    gradient_error = ((gradient - expected_gradient).norm() / expected_gradient.norm()).item()
+    assert value_error <= 2e-5
+    assert gradient_error <= 5e-6
+
+
+@every_kernel
+def test_half_precision_codes_are_cast_up_under_autocast(name):
+    codes, prior = (rows(40, 8) + 3).bfloat16().requires_grad_(), (rows(40, 8) + 3).bfloat16()
+    mmd = penalty(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = mmd(codes, prior)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert codes.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(value.double(), penalty(name)(codes.double(), prior.double()), rtol=2e-6, atol=1e-8)
+
+
+def test_values_come_in_the_precision_of_the_codes():
+    for dtype in (torch.float32, torch.float64):
+        assert MMD()(rows(5, 2).to(dtype), rows(6, 2).to(dtype)).dtype == dtype
+
+
+# Bias
+
+
+REPLICATES = 400
+
+
+def replicates(estimate):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return torch.stack([estimate() for _ in range(REPLICATES)])
+
+
+def noisy_codes(n, d, *, particles=5, share=0.5):
+    """Particles of an encoder N(mu, share I) with mu ~ N(0, (1 - share) I), so that Q_Z = N(0, I) exactly."""
+    return (1 - share) ** 0.5 * rows(n, d) + share**0.5 * rows(particles, n, d)
+
+
+@pytest.mark.parametrize(
+    "kernel", [Gaussian(1.5), InverseMultiquadratic.multiscale(4.0), Laplace(1.5), Energy()], ids=repr
+)
+@pytest.mark.parametrize(("n", "m"), [(10, 25), (25, 10)])
+def test_null_of_independent_codes_has_mean_0(kernel, n, m):
+    """Null: n codes and m draws from N(0, I_2); 400 replicates, seed 1."""
+    values = replicates(lambda: MMD(kernel)(rows(n, 2), rows(m, 2)))
+    assert mean_is_zero(values)
+    assert (values < 0).any()
+
+
+def test_null_of_the_biased_estimate_has_not():
+    values = replicates(lambda: MMD(Gaussian(1.5), unbiased=False)(rows(10, 2), rows(25, 2)))
+    assert values.mean() > 10 * values.std() / REPLICATES**0.5
+
+
+@pytest.mark.parametrize("m", [10, 50])
+def test_null_of_five_particles_has_mean_0_and_pooling_them_has_not(m):
+    """Null: K = 5 particles of n = 10 data whose aggregate is the prior, N(0, I_2); 400 replicates, seed 1."""
+    mmd = MMD(Gaussian(1.5))
+    assert mean_is_zero(replicates(lambda: mmd(noisy_codes(10, 2, share=0.1), rows(m, 2))))
+    pooled = replicates(lambda: mmd(noisy_codes(10, 2, share=0.1).flatten(0, 1), rows(m, 2)))
+    assert not mean_is_zero(pooled, standard_errors=10)
+
+
+def shared_offset(particles=1, repeats=1):
+    """Codes and prior draws that are N(offset, I) with one offset for each of 20 data: q_i = p_i."""
+    offset = 2 * rows(20, 2)
+    return rows(particles, 20, 2) + offset, (rows(repeats, 20, 2) + offset).flatten(0, 1)
+
+
+def shared_mask(particles=1, repeats=1):
+    """Codes and prior draws of N(3, I) with the same random elements set to 0, as ragged sequences have them."""
+    mask = torch.rand(20, 4) < torch.rand(20, 1)
+    return (rows(particles, 20, 4) + 3) * mask, ((rows(repeats, 20, 4) + 3) * mask).flatten(0, 1)
+
+
+@pytest.mark.parametrize("draw", [shared_offset, shared_mask])
+@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (1, 5), (3, 3)])
+def test_null_of_shared_data_has_mean_0_and_all_pairs_have_not(draw, particles, repeats):
+    """Null: q_i = p_i given each of n = 20 data; 400 replicates, seed 1."""
+    mmd, shared = MMD(Gaussian(1.5)), PenaltyContext(shared_data=True)
+    assert mean_is_zero(replicates(lambda: mmd(*draw(particles, repeats), shared)))
+    all_pairs = replicates(lambda: mmd(*draw(particles, repeats)))
+    assert not mean_is_zero(all_pairs, standard_errors=10)
+
+
+def test_more_prior_draws_keep_the_mean_and_lower_the_variance():
+    """Null: one mean for m = n and m = 5 n, codes N(0.5, I_2) of n = 20; 400 replicates, seed 1."""
+    mmd = MMD(Gaussian(1.5))
+    few, many = (replicates(lambda m=m: mmd(rows(20, 2) + 0.5, rows(m, 2))) for m in (20, 100))
+    standard_error = ((few.var() + many.var()) / REPLICATES).sqrt()
+    assert abs(few.mean() - many.mean()) < 3.5 * standard_error
+    assert many.mean() > 10 * standard_error
+    assert many.var() < 0.8 * few.var()
+
+
+# Expectations without sampling: every outcome of a discrete encoder is enumerated.
+
+ATOMS = torch.tensor(
+    [[[0.0, 0.1], [1.0, -0.4]], [[2.0, 0.3], [0.5, 1.9]], [[-1.0, 0.7], [-0.2, -2.0]], [[0.4, 0.9], [3.0, 0.0]]],
+    dtype=torch.float64,
+)
+"""Each of 4 data has a code that is one of two atoms, with equal chance."""
+
+PRIOR_ATOMS = ATOMS.flip(0) * 0.7 + 0.2
+
+
+def gaussian_mean(x, y, pairs=None):
+    """The mean of exp(-r^2 / 2) over pairs of the rows of x and y, by scipy's distances."""
+    values = np.exp(-(cdist(x.reshape(-1, 2), y.reshape(-1, 2)) ** 2) / 2)
+    return values.mean() if pairs is None else values[pairs].mean()
+
+
+def outcomes(atoms, count):
+    """All equally likely (count, n, d) draws of `count` particles of n data with two atoms each."""
+    n = len(atoms)
+    for picks in itertools.product((0, 1), repeat=count * n):
+        yield atoms[torch.arange(n), torch.tensor(picks).view(count, n)]
+
+
+def expectation(particles, *, shared_with=None, repeats=1, data_size=None):
+    """The exact mean of the estimate over batches of 2 of 4 data, the particles and the prior draws."""
+    mmd = MMD(Gaussian(1.0))
+    context, values = PenaltyContext(data_size=data_size, shared_data=shared_with is not None), []
+    for batch in itertools.combinations(range(4), 2):
+        if shared_with is None:
+            draws = [torch.stack(pair) for pair in itertools.product(PRIOR_ATOMS[0:2].flatten(0, 1), repeat=2)]
+        else:
+            draws = [draw.flatten(0, 1) for draw in outcomes(shared_with[list(batch)], repeats)]
+        for codes in outcomes(ATOMS[list(batch)], particles):
+            values += [mmd(codes, draw, context) for draw in draws]
+    return torch.stack(values).mean().item()
+
+
+def test_mmd_plus_plus_averages_to_that_of_the_whole_finite_data_set():
+    prior = PRIOR_ATOMS[0:2]
+    exact = gaussian_mean(ATOMS, ATOMS) + gaussian_mean(prior, prior) - 2 * gaussian_mean(ATOMS, prior)
+    assert expectation(2, data_size=4) == pytest.approx(exact, rel=1e-12)
+    assert abs(expectation(1) - exact) > 0.01
+
+
+def test_without_a_data_size_it_averages_to_that_of_pairs_of_different_data():
+    prior = PRIOR_ATOMS[0:2]
+    different = np.kron(1 - np.eye(4), np.ones((2, 2))) == 1
+    exact = gaussian_mean(ATOMS, ATOMS, different) + gaussian_mean(prior, prior) - 2 * gaussian_mean(ATOMS, prior)
+    assert expectation(1) == pytest.approx(exact, rel=1e-12)
+
+
+def test_mmd_plus_plus_with_shared_data_averages_to_that_of_both_finite_mixtures():
+    exact = (
+        gaussian_mean(ATOMS, ATOMS) + gaussian_mean(PRIOR_ATOMS, PRIOR_ATOMS) - 2 * gaussian_mean(ATOMS, PRIOR_ATOMS)
+    )
+    assert expectation(2, shared_with=PRIOR_ATOMS, repeats=2, data_size=4) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (2, 1), (1, 2)])
+def test_a_prior_that_is_the_encoder_of_every_datum_averages_to_0(particles, repeats):
+    value = expectation(particles, shared_with=ATOMS, repeats=repeats, data_size=4)
+    assert value == pytest.approx(0, abs=1e-14)
+
+
+# The optimum of a WAE
+
+
+def test_an_encoder_needs_not_be_the_prior_to_have_penalty_0():
+    """Null: Q_Z = P_Z = N(0, I_4), n = 30, MMD() as it is made; 400 replicates, seed 1.
+
+    A nearly deterministic encoder and one that ignores its data reach it alike.
+    """
+    for share in (1e-4, 1.0):
+        assert mean_is_zero(
+            replicates(lambda share=share: MMD()(noisy_codes(30, 4, particles=2, share=share), rows(30, 4)))
+        )
+
+
+def test_a_collapsed_encoder_has_a_penalty():
+    """The same estimate with all codes near 0, and with codes of half the spread."""
+    for spread in (1e-2, 0.5):
+        values = replicates(lambda spread=spread: MMD()(spread * rows(30, 4), rows(30, 4)))
+        assert not mean_is_zero(values, standard_errors=30)
+        assert (values > 0).all()
+
+
+def test_descent_on_the_penalty_alone_moves_codes_onto_the_prior():
+    """Free codes lose nine tenths of their exact squared Wasserstein distance to prior draws."""
+    fresh = rows(100, 2)
+
+    def wasserstein(x):
+        squares = cdist(x.detach(), fresh, "sqeuclidean")
+        return squares[linear_sum_assignment(squares)].mean()
+
+    codes = (0.1 * rows(100, 2) + 2).requires_grad_()
+    mmd, optimiser = MMD(), torch.optim.SGD([codes], lr=30.0)
+    before = wasserstein(codes)
+    for _ in range(100):
+        optimiser.zero_grad()
+        mmd(codes, rows(100, 2)).backward()
+        optimiser.step()
+    assert wasserstein(codes) < 0.1 * before
+
+
+# Functions as penalties
+
+
+def mean_distance(codes, prior):
+    return (codes.mean(0) - prior.mean(0)).square().sum()
+
+
+def test_a_function_is_a_penalty_of_plain_rows():
+    codes, prior = rows(20, 3), rows(30, 3)
+    penalty = as_penalty(mean_distance)
+    assert isinstance(penalty, FunctionPenalty)
+    torch.testing.assert_close(penalty(codes, prior), (codes.mean(0) - prior.mean(0)).square().sum())
+    assert as_penalty(penalty) is penalty
+
+
+def test_a_function_sees_one_particle_at_a_time_and_its_values_are_averaged():
+    codes, prior, seen = rows(3, 20, 3), rows(60, 3), []
+
+    def spy(codes, prior):
+        seen.append((codes, prior))
+        return mean_distance(codes, prior)
+
+    value = as_penalty(spy)(codes, prior)
+    expected = (codes.mean(1) - prior.view(3, 20, 3).mean(1)).square().sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    assert [(tuple(q.shape), tuple(p.shape)) for q, p in seen] == [((20, 3), (20, 3))] * 3
+    torch.testing.assert_close(torch.cat([p for _, p in seen]), prior)
+
+
+def test_a_function_gets_all_prior_draws_where_they_do_not_divide():
+    codes, prior = rows(3, 20, 3), rows(25, 3)
+    expected = (codes.mean(1) - prior.mean(0)).square().sum(1).mean()
+    torch.testing.assert_close(as_penalty(mean_distance)(codes, prior), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda codes, prior: codes.mean(0), r"shape \(3,\)"),
+        (lambda codes, prior: codes.sum().view(1), r"shape \(1,\)"),
+        (lambda codes, prior: 0.0, "float"),
+    ],
+)
+def test_a_function_that_gives_no_scalar_is_refused(function, found):
+    with pytest.raises(ValueError, match=rf"must return a scalar tensor, found {found}\. Reduce it over the codes"):
+        as_penalty(function)(rows(5, 3), rows(5, 3))
+
+
+@pytest.mark.parametrize("penalty", [1.0, "mmd", MMD])
+def test_what_cannot_be_called_is_no_penalty(penalty):
+    with pytest.raises(TypeError, match=r"penalty must be a pyro_wae\.penalties\.Penalty.*Write WAELoss\(MMD\(\)\)"):
+        WAELoss(penalty)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("codes", "prior"), [((5,), (5,)), ((5, 3), (5, 2)), ((5, 3), (2, 5, 3)), ((2, 2, 5, 3), (5, 3)), ((5, 3), (3,))]
+)
+def test_shapes_that_do_not_fit_are_refused(codes, prior):
+    with pytest.raises(ValueError, match=r"codes of shape \(n, d\), or \(K, n, d\).*found \(.*codes\.flatten\(1\)"):
+        MMD()(rows(*codes), rows(*prior))
+
+
+@pytest.mark.parametrize(
+    ("codes", "prior", "found"),
+    [
+        ((1, 3), (5, 3), "1 and 5"),
+        ((5, 3), (1, 3), "5 and 1"),
+        ((4, 1, 3), (5, 3), "1 and 5"),
+        ((0, 3), (5, 3), "0 and 5"),
+    ],
+)
+def test_fewer_than_two_rows_are_refused(codes, prior, found):
+    with pytest.raises(ValueError, match=rf"at least 2 data and 2 prior draws, found {found}\. .*drop_last=True"):
+        MMD()(rows(*codes), rows(*prior))
+
+
+def test_different_and_whole_dtypes_are_refused():
+    with pytest.raises(
+        ValueError, match=r"one floating dtype, found torch\.float64 and torch\.float32\..*x\.new_zeros"
+    ):
+        MMD()(rows(5, 3), rows(5, 3).float())
+    with pytest.raises(ValueError, match=r"one floating dtype, found torch\.int64 and torch\.int64"):
+        MMD()(torch.ones(5, 3).long(), torch.ones(5, 3).long())
+
+
+def test_different_devices_are_refused():
+    with pytest.raises(ValueError, match=r"on one device, found cpu and meta\..*x\.new_zeros"):
+        MMD()(rows(5, 3), torch.zeros(5, 3, dtype=torch.float64, device="meta"))
+
+
+@pytest.mark.parametrize("m", [5, 25])
+def test_shared_data_with_draws_for_a_part_of_the_data_are_refused(m):
+    with pytest.raises(
+        ValueError, match=rf"multiples of the 10 data, found {m}\. Draw the prior once or several times"
+    ):
+        MMD()(rows(10, 3), rows(m, 3), PenaltyContext(shared_data=True))
+
+
+def test_a_prior_without_spread_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"total variance of 0.*Give the length, as in Gaussian\(bandwidth=1\.0\)"):
+        MMD()(rows(5, 3), torch.zeros(5, 3, dtype=torch.float64))
+
+
+# State
+
+
+def test_the_default_kernel_is_that_of_the_authors():
+    codes, prior = rows(20, 3) + 1, rows(30, 3)
+    torch.testing.assert_close(MMD()(codes, prior), MMD(InverseMultiquadratic.multiscale())(codes, prior))
+    assert repr(MMD().kernel) == repr(InverseMultiquadratic.multiscale())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@every_kernel
+def test_copies_give_the_same_value(name, copied):
+    codes, prior = rows(20, 3) + 1, rows(30, 3)
+    mmd = penalty(name, unbiased=False)
+    mmd(codes, prior)
+    assert torch.equal(copied(mmd)(codes, 9 * prior), mmd(codes, 9 * prior))
+
+
+@every_kernel
+def test_a_state_carries_the_lengths_over(name):
+    codes, prior = rows(20, 3) + 1, rows(30, 3)
+    mmd, other = penalty(name), penalty(name)
+    mmd(codes, prior)
+    other.load_state_dict(mmd.state_dict())
+    assert torch.equal(other(codes, 9 * prior), mmd(codes, 9 * prior))
+
+
+@every_kernel
+def test_repr_names_kernel_and_estimate(name):
+    kernel = KERNELS[name][0]()
+    assert repr(MMD(kernel)) == f"MMD(kernel={kernel!r}, unbiased=True)"
+    assert repr(MMD(kernel, unbiased=False)).endswith(", unbiased=False)")
+
+
+def test_repr_of_a_function_penalty_names_the_function():
+    assert "mean_distance" in repr(as_penalty(mean_distance))
+
+
+def test_draws_of_a_pyro_distribution_serve_as_prior():
+    prior = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([[-3.0, 0], [3, 0]]), 1.0).to_event(1)
+    )
+    values = replicates(lambda: MMD(Laplace(1.0))(prior.sample((20,)), prior.sample((20,))))
+    assert mean_is_zero(values)

@@ -1,0 +1,408 @@
+"""Every prior that can be sampled serves, and what reaches the penalty has its law."""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+from pyro.distributions import transforms
+from pyro.infer import SVI
+from pyro.optim import Adam, ClippedAdam
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import MMD, Penalty
+
+N = 400
+SEED = 11
+# Each test makes some dozens of comparisons at fixed seeds: a true null fails one at this level in 10,000.
+LEVEL = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(SEED)
+
+
+class Capture(nn.Module):
+    """A function penalty that keeps what reaches it and pulls the codes' mean to the draws'."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes, self.prior = [], []
+
+    def forward(self, codes, prior):
+        self.codes.append(codes)
+        self.prior.append(prior)
+        return (codes.mean(0) - prior.mean(0)).square().sum()
+
+
+def same_law(draws, expected):
+    """Whether Kolmogorov and Smirnov find two samples (m, d) alike, in each coordinate and in their sum."""
+    draws = torch.cat([draws, draws.sum(1, keepdim=True)], 1).detach()
+    expected = torch.cat([expected, expected.sum(1, keepdim=True)], 1).detach()
+    tests = [
+        scipy.stats.ks_2samp(a.numpy(), b.numpy(), method="asymp") for a, b in zip(draws.T, expected.T, strict=True)
+    ]
+    return min(test.pvalue for test in tests) > LEVEL
+
+
+def spline_flow():
+    flow = [transforms.spline(3), transforms.affine_coupling(3)]
+    for transform in flow:
+        transform.requires_grad_(False)
+    return dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1).to_event(1), flow)
+
+
+def mixture():
+    components = dist.Normal(torch.tensor([[-3.0, 0.0], [3.0, 1.0]]), 0.5).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components)
+
+
+def empirical():
+    points = torch.arange(10.0)[:, None] * torch.tensor([1.0, -2.0])
+    # Pyro's Empirical cannot be expanded by a plate: its samples and weights bring the batch.
+    return dist.Empirical(points.expand(N, 10, 2), torch.zeros(N, 10))
+
+
+def one_datum_of_empirical():
+    points = torch.arange(10.0)[:, None] * torch.tensor([1.0, -2.0])
+    return dist.Empirical(points, torch.zeros(10))
+
+
+PRIORS = {
+    "Normal": lambda: dist.Normal(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0])).to_event(1),
+    "Uniform": lambda: dist.Uniform(-torch.ones(2), 2 * torch.ones(2)).to_event(1),
+    "Laplace": lambda: dist.Laplace(torch.zeros(2), 1.5).to_event(1),
+    "StudentT": lambda: dist.StudentT(3.0, torch.zeros(2), 1.0).to_event(1),
+    "MixtureSameFamily": mixture,
+    "flow": spline_flow,
+    "Dirichlet": lambda: dist.Dirichlet(torch.tensor([0.5, 1.0, 3.0])),
+    "VonMises": lambda: dist.VonMises(torch.zeros(2), 4.0).to_event(1),
+    "ProjectedNormal": lambda: dist.ProjectedNormal(torch.tensor([1.0, 0.0, 0.5])),
+    "LowRankMultivariateNormal": lambda: dist.LowRankMultivariateNormal(
+        torch.ones(3), torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([0.1, 0.5, 1.0])
+    ),
+    "Empirical": empirical,
+}
+
+
+class Plain(nn.Module):
+    """An encoder and a decoder around any prior of d coordinates."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, d), nn.Linear(d, 4)
+
+    def model(self, x, prior):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x, prior):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.1).to_event(1))
+
+
+def finite_gradients(module):
+    return all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_takes_a_step_and_its_draws_have_its_law(name):
+    prior = PRIORS[name]()
+    net, capture, x = Plain(prior.event_shape[0]), Capture(), torch.randn(N, 4)
+    # VonMises, Dirichlet and the like are no Normal: the guide's support differs and no density is asked for.
+    loss = WAELoss(capture, prior_draws=5)(net.model, net.guide)
+    loss(x, lambda: prior).backward()
+    assert finite_gradients(net)
+    (draws,) = capture.prior
+    assert draws.shape == (5 * N, prior.event_shape[0])
+    assert not draws.requires_grad
+    alone = one_datum_of_empirical() if name == "Empirical" else prior
+    expected = alone.sample((5 * N,))
+    assert same_law(draws, expected)
+    # The test sees a shift by a third of a standard deviation, and draws taken twice over.
+    assert not same_law(draws + expected.std(0) / 3, expected)
+    assert len(torch.unique(draws, dim=0)) == (10 if name == "Empirical" else 5 * N)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_trains_with_the_default_penalty_through_svi(name):
+    prior = PRIORS[name]()
+    net, x = Plain(prior.event_shape[0]), torch.randn(N if name == "Empirical" else 32, 4)
+
+    def model(x, prior):
+        pyro.module("net", net)
+        net.model(x, prior)
+
+    svi = SVI(model, net.guide, Adam({"lr": 1e-2}), loss=WAELoss())
+    before = [p.clone() for p in net.parameters()]
+    svi.step(x, lambda: prior)
+    for old, new in zip(before, net.parameters(), strict=True):
+        assert new.isfinite().all()
+        assert not torch.equal(old, new)
+
+
+def test_vectorised_particles_draw_the_prior_afresh_for_each():
+    net, capture, x = Plain(2), Capture(), torch.randn(N, 4)
+    WAELoss(capture, num_particles=3, vectorize_particles=True, prior_draws=2)(net.model, net.guide)(x, mixture)
+    draws = torch.cat(capture.prior)
+    assert draws.shape == (6 * N, 2)
+    assert len(torch.unique(draws, dim=0)) == 6 * N
+    assert same_law(draws, mixture().sample((6 * N,)))
+
+
+# Priors that depend on something
+
+
+def hierarchical(x):
+    with pyro.plate("data", len(x)):
+        z1 = pyro.sample("z1", dist.Exponential(torch.ones(1)).to_event(1))
+        z2 = pyro.sample("z2", dist.Normal(3 * z1, 0.5).to_event(1))
+        pyro.sample("x", dist.Normal(torch.cat([z1, z2], -1), 1).to_event(1), obs=x)
+
+
+def hierarchical_guide(x):
+    weight = pyro.param("weight", torch.eye(2))
+    z = x @ weight
+    with pyro.plate("data", len(x)):
+        z2 = pyro.sample("z2", dist.Normal(z[:, 1:], 0.1).to_event(1))
+        pyro.sample("z1", dist.Delta(z[:, :1] + 0 * z2).to_event(1))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_hierarchical_prior_is_drawn_from_the_top(vectorize):
+    capture, x = Capture(), torch.randn(N, 2) - 5
+    loss = WAELoss(capture, prior_draws=3, num_particles=2, vectorize_particles=vectorize)
+    loss.loss_and_grads(hierarchical, hierarchical_guide, x)
+    assert pyro.param("weight").grad.isfinite().all()
+    draws = torch.cat(capture.prior)
+    assert draws.shape == (6 * N, 2)
+    z1 = torch.distributions.Exponential(1.0).sample((6 * N, 1))
+    assert same_law(draws, torch.cat([z1, 3 * z1 + 0.5 * torch.randn(6 * N, 1)], 1))
+    # Ancestral: z2 - 3 z1 is Normal(0, 0.5) and independent of z1; with the codes' z1 of about -5 it would not be.
+    rest = draws[:, 1] - 3 * draws[:, 0]
+    assert scipy.stats.kstest(rest.numpy(), "norm", (0, 0.5)).pvalue > LEVEL
+    assert scipy.stats.spearmanr(rest, draws[:, 0]).pvalue > LEVEL
+
+
+def conditional(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(2 * x[:, :1], 0.5).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[:, :1])
+
+
+def conditional_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(2 * x[:, :1], 0.5).to_event(1))
+
+
+def test_a_prior_that_depends_on_the_data_is_drawn_for_the_same_data():
+    capture, x = Capture(), 10 * torch.randn(N, 1)
+    WAELoss(capture, prior_draws=2).loss(conditional, conditional_guide, x)
+    (draws,) = capture.prior
+    rest = (draws - 2 * x.repeat(2, 1)).flatten()
+    assert scipy.stats.kstest(rest.numpy(), "norm", (0, 0.5)).pvalue > LEVEL
+
+
+class Flow(nn.Module):
+    """A conditional flow: its transform holds the data in a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.flow = transforms.conditional_planar(2, 1, [4])
+        self.flow.requires_grad_(False)
+
+    def __call__(self, x):
+        base = dist.Normal(torch.zeros(2), 1).to_event(1)
+        return dist.ConditionalTransformedDistribution(base, [self.flow]).condition(x)
+
+
+def by_data(x):
+    return dist.Normal(x.expand(len(x), 2), 0.01).to_event(1)
+
+
+@pytest.mark.parametrize("kind", ["root", "with particles", "after another site"])
+def test_codes_that_equal_a_prior_given_the_data_have_no_penalty_and_no_bias(kind):
+    """The pairs of a datum's code with its own prior draw are no pairs of independent draws.
+
+    Truth 0; 200 batches of 8. With those pairs kept the mean would be near -0.2, some 100 standard errors away.
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            if kind == "after another site":
+                pyro.sample("noise", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", by_data(x))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.expand(len(x), 2))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            if kind == "after another site":
+                pyro.sample("noise", dist.Normal(0.0, 1.0))
+            pyro.sample("z", by_data(x))
+
+    loss = WAELoss(MMD(Gaussian(1.0)), prior_draws=2, num_particles=2 if kind == "with particles" else 1)
+    penalties = []
+    for _ in range(200):
+        loss.loss(model, guide, torch.randn(8, 1))
+        penalties.append(loss.terms.penalty)
+    values = torch.stack(penalties).double()
+    assert abs(values.mean()) < 4 * values.std() / 200**0.5 + 1e-9
+
+
+class Contexts(Penalty):
+    """A penalty that keeps the context it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def estimate(self, codes, prior, context):
+        self.seen.append(context)
+        return codes.sum() * 0
+
+
+@pytest.mark.parametrize(
+    ("prior", "varies"),
+    [
+        *((prior, name == "Empirical") for name, prior in PRIORS.items()),
+        (lambda: dist.Normal(torch.randn(N, 2), 1).to_event(1), True),
+        (lambda: dist.Normal(0.0, torch.rand(N, 1) + 1).expand([N, 2]).to_event(1), True),
+        (lambda: dist.MixtureSameFamily(dist.Categorical(torch.rand(N, 2)), mixture().component_distribution), True),
+        (lambda: Flow()(torch.randn(N, 1)), True),
+    ],
+)
+def test_a_root_prior_shares_data_with_the_codes_only_if_it_may_depend_on_them(prior, varies):
+    fixed = prior()
+    net, penalty, x = Plain(fixed.event_shape[0]), Contexts(), torch.randn(N, 4)
+    loss = WAELoss(penalty)(net.model, net.guide)
+    for _ in range(2):  # a flow caches its last draw, which must not count
+        loss(x, lambda: fixed)
+    assert [context.shared_data for context in penalty.seen] == [varies] * 2
+
+
+def test_a_learnable_location_gets_its_gradient_from_the_penalty():
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x).to_event(1))
+
+    x, capture = torch.randn(N, 2) + 4, Capture()
+    WAELoss(capture, penalty_weight=1.0).loss_and_grads(model, guide, x)
+    assert capture.prior[0].requires_grad
+    # d/d loc of |mean(codes) - mean(loc + noise)|^2.
+    expected = -2 * (x.mean(0) - capture.prior[0].mean(0)).detach()
+    torch.testing.assert_close(pyro.param("loc").grad, expected)
+    pyro.param("loc").grad = None
+    svi = SVI(model, guide, ClippedAdam({"lr": 0.8, "lrd": 0.92}), loss=WAELoss(MMD(Gaussian(3.0))))
+    for _ in range(40):
+        svi.step(x[:64])
+    torch.testing.assert_close(pyro.param("loc"), x[:64].mean(0), atol=0.5, rtol=0)
+
+
+def test_a_learnable_hierarchical_prior_gets_its_gradient_from_the_penalty():
+    layer = nn.Linear(1, 1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(1), 1).to_event(1))
+            z2 = pyro.sample("z2", dist.Normal(layer(z1), 1).to_event(1))
+            pyro.sample("x", dist.Normal((z1 + z2).detach(), 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Delta(x).to_event(1))
+            pyro.sample("z2", dist.Delta(x).to_event(1))
+
+    loss = WAELoss()(model, guide)
+    loss(torch.randn(32, 1)).backward()
+    assert finite_gradients(layer)
+    assert layer.bias.grad.abs() > 0
+
+
+def test_the_encoder_alone_feels_a_fixed_prior():
+    net, capture = Plain(2), Capture()
+    WAELoss(capture)(net.model, net.guide)(torch.randn(N, 4), PRIORS["Normal"])
+    assert capture.codes[0].requires_grad
+    assert not capture.prior[0].requires_grad
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_learnable_mixture_weight_warns_that_its_gradient_is_lost(vectorize):
+    logits = nn.Parameter(torch.zeros(2))
+
+    def prior():
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), mixture().component_distribution)
+
+    net, x = Plain(2), torch.randn(32, 4)
+    loss = WAELoss(num_particles=2, vectorize_particles=vectorize)(net.model, net.guide)
+    with pytest.warns(UserWarning, match=r"prior at site 'z' \(MixtureSameFamily\) has parameters to learn"):
+        value = loss(x, prior)
+    value.backward()
+    assert logits.grad is None
+    with torch.no_grad(), warnings.catch_warnings(action="error"):
+        loss(x, prior)
+    with warnings.catch_warnings(action="error"):
+        loss(x, mixture)
+
+
+def test_a_learnable_weight_deep_in_a_hierarchy_warns():
+    logits = nn.Parameter(torch.zeros(2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(2), 1).to_event(1))
+            mix = dist.MixtureSameFamily(dist.Categorical(logits=logits), mixture().component_distribution)
+            z2 = pyro.sample("z2", mix.mask(True))
+            pyro.sample("x", dist.Normal(z1 + z2, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Delta(x).to_event(1))
+            pyro.sample("z2", dist.Delta(x).to_event(1))
+
+    with pytest.warns(UserWarning, match="prior at site 'z2'"):
+        WAELoss().loss(model, guide, torch.randn(32, 2))
+
+
+def test_a_learnable_flow_gets_its_gradient():
+    flow = transforms.spline(2)
+
+    def prior():
+        return dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1).to_event(1), [flow])
+
+    net = Plain(2)
+    WAELoss()(net.model, net.guide)(torch.randn(32, 4), prior).backward()
+    assert finite_gradients(flow)
+
+
+def test_a_latent_that_the_guide_leaves_to_the_model_is_no_code_but_is_drawn_afresh():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            noise = pyro.sample("noise", dist.Normal(0.0, 3.0))
+            z = pyro.sample("z", dist.Normal(noise[..., None], 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x).to_event(1))
+
+    capture = Capture()
+    with pytest.warns(UserWarning, match="noise"):
+        WAELoss(capture, prior_draws=3).loss(model, guide, torch.randn(N, 1))
+    (draws,) = capture.prior
+    # The sum of two Normals: variance 10.
+    assert scipy.stats.kstest(draws.flatten().numpy(), "norm", (0, 10**0.5)).pvalue > LEVEL
