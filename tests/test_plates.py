@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -586,6 +588,17 @@ def test_a_ragged_batch_costs_what_its_sequences_cost_alone(model, guide, option
     assert (prior[:, ~mask] == 0).all()
     assert (prior[:, mask] != 0).all()
     assert capture.context.shared_data
+
+
+@pytest.mark.parametrize(
+    ("cost", "constant", "factor"),
+    [(NegativeLogLikelihood(), 0.5 * math.log(2 * math.pi), 0.5), (ExpectedSquaredError(), 1.0, 1.0)],
+)
+def test_masked_steps_cost_nothing_even_where_a_perfect_output_costs_something(cost, constant, factor):
+    x, mask = ragged()
+    _, _, terms = rows(vectorised_time, vectorised_time_guide, x, mask, data_plate="data", cost=cost)
+    expected = (constant + factor * x[mask].square()).sum().item() / len(LENGTHS)
+    assert terms["cost"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("particles", [1, 3])
