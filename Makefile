@@ -4,16 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-slow bench-penalties lint types docs clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
 
+# A process for each core, and one thread in each: small tensors gain nothing from more.
 test: $(VENV)/.test
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.test
-	$(RUN) -m pytest $(ARGS)
+test-slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
+
+# Writes the table of docs/_generated/penalties.md anew; ARGS=--smoke runs in seconds and leaves it alone.
+bench-penalties: $(VENV)/.bench
+	$(RUN) benchmarks/penalties.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -21,6 +26,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(RUN) -m mypy
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

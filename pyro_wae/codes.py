@@ -149,11 +149,11 @@ class Codes:
         size = columns.stop - columns.start
         return Codes(self.values[..., columns], {name: slice(0, size)}, kept)
 
-    def masked(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def masked(self, draws: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Leaves out masked data and sets other masked elements to 0, alike in codes and prior draws.
 
         Args:
-            draws: Prior draws of the same layout, shape (J, n, d).
+            draws: Prior draws of the same layout, shape (J, n, d), or None.
 
         Returns:
             The codes, shape (K, n', d), and the draws, shape (J n', d), with n' data left.
@@ -163,6 +163,7 @@ class Codes:
             whole = self.kept.any(2).any(0)
             kept = self.kept[:, whole]
             codes = codes[:, whole].where(kept, 0.0)
-            repeats = math.ceil(len(draws) / len(kept))
-            draws = draws[:, whole].where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
-        return codes, draws.flatten(0, 1)
+            if draws is not None:
+                repeats = math.ceil(len(draws) / len(kept))
+                draws = draws[:, whole].where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
+        return codes, None if draws is None else draws.flatten(0, 1)

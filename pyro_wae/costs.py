@@ -56,7 +56,7 @@ class Observation:
 
     @property
     def kept(self) -> Tensor | None:
-        """Shape (K, n): whether any part of a datum is unmasked. None without a mask."""
+        """Whether any part of a datum is unmasked, shape (K, n). None without a mask."""
         if self.mask is None:
             return None
         rows = self.layout.rows(self.mask.expand(self.value.shape), self.event_dim)
@@ -64,7 +64,7 @@ class Observation:
 
 
 class Cost(CallRepr, nn.Module):
-    """A cost; subclasses define :meth:`forward`.
+    """A cost; subclasses define :meth:`~Cost.forward`.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -146,7 +146,7 @@ class OutputCost(Cost):
 
 
 class SquaredError(OutputCost):
-    """The sum of squares, c(x, g) = |x - g|^2, the default.
+    """The sum of squares, ``c(x, g) = |x - g|^2``, the default.
 
     It is the plain sum. The authors' code multiplies by 0.05, so that a penalty weight of 10 there is 200 here.
 
@@ -159,7 +159,7 @@ class SquaredError(OutputCost):
 
 
 class AbsoluteError(OutputCost):
-    """The sum of absolute differences, c(x, g) = |x - g|_1.
+    """The sum of absolute differences, ``c(x, g) = |x - g|_1``.
 
     Args:
         decode: Gives G(z) from the site's distribution; None takes its mean.
@@ -170,7 +170,7 @@ class AbsoluteError(OutputCost):
 
 
 class ExpectedSquaredError(SquaredError):
-    """The expected squared error of a random decoder, E|x - Y|^2 = |x - E Y|^2 + Var Y for Y ~ P_G(. | z)."""
+    """The expected squared error of a random decoder, ``E|x - Y|^2 = |x - E Y|^2 + Var Y`` for Y ~ P_G(. | z)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Kernel(CallRepr, nn.Module):
-    """A positive definite kernel; subclasses define :meth:`gram`.
+    """A positive definite kernel; subclasses define :meth:`~Kernel.gram`.
 
     Example:
         >>> import torch
@@ -119,7 +119,7 @@ class Kernel(CallRepr, nn.Module):
 
 
 class RadialKernel(Kernel):
-    """A kernel of the distance alone, k(x, y) = f(|x - y|^2 / l^2); subclasses define :meth:`profile`.
+    """A kernel of the distance alone, ``f(|x - y|^2 / l^2)``; subclasses define :meth:`~RadialKernel.profile`.
 
     Args:
         length: The length l, or None to take it from the prior draws.
@@ -149,15 +149,16 @@ class RadialKernel(Kernel):
 
     def set_squared_length(self, value: Tensor) -> None:
         """Keeps ``value``, a scalar, as the squared length."""
-        self.squared_length = value.detach().clone()
+        with torch.inference_mode(False):  # or a length that is first needed there could never be trained with
+            self.squared_length = value.detach().clone()
         self._is_fitted = True
 
     def profile(self, u: Tensor) -> Tensor:
-        """The kernel as a function of u = |x - y|^2 / l^2, elementwise."""
+        """The kernel as a function of ``u = |x - y|^2 / l^2``, elementwise."""
         raise NotImplementedError
 
     def scaled_squares(self, x: Tensor, y: Tensor) -> Tensor:
-        """|x - y|^2 / l^2 for all pairs, in the working precision.
+        """``|x - y|^2 / l^2`` for all pairs, in the working precision.
 
         Raises:
             ValueError: If the length has neither been given nor taken from prior draws.
@@ -188,7 +189,7 @@ class RadialKernel(Kernel):
 
 
 class Gaussian(RadialKernel):
-    """The Gaussian kernel, k(x, y) = exp(-|x - y|^2 / (2 s^2)).
+    """The Gaussian kernel, ``k(x, y) = exp(-|x - y|^2 / (2 s^2))``.
 
     Args:
         bandwidth: s, in the units of a code; None takes s^2 = half the mean squared distance of
@@ -204,7 +205,7 @@ class Gaussian(RadialKernel):
 
 
 class InverseMultiquadratic(RadialKernel):
-    """The inverse multiquadratic kernel, k(x, y) = C / (C + |x - y|^2).
+    """The inverse multiquadratic kernel, ``k(x, y) = C / (C + |x - y|^2)``.
 
     Its tails are heavy, so that codes far from the prior still feel a gradient.
 
@@ -231,7 +232,7 @@ class InverseMultiquadratic(RadialKernel):
 
 
 class Laplace(RadialKernel):
-    """The Laplace kernel, k(x, y) = exp(-|x - y| / s), with the Euclidean distance.
+    """The Laplace kernel, ``k(x, y) = exp(-|x - y| / s)``, with the Euclidean distance.
 
     Args:
         bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
@@ -246,9 +247,9 @@ class Laplace(RadialKernel):
 
 
 class Matern(RadialKernel):
-    """The Matern kernel of half-integer order, with t = sqrt(2 nu) |x - y| / s.
+    """The Matern kernel of half-integer order, with ``t = sqrt(2 nu) |x - y| / s``.
 
-    nu = 1/2: exp(-t); nu = 3/2: (1 + t) exp(-t); nu = 5/2: (1 + t + t^2 / 3) exp(-t).
+    nu = 1/2: ``exp(-t)``; nu = 3/2: ``(1 + t) exp(-t)``; nu = 5/2: ``(1 + t + t^2 / 3) exp(-t)``.
 
     Args:
         nu: 0.5, 1.5 or 2.5.
@@ -275,7 +276,7 @@ class Matern(RadialKernel):
 
 
 class RationalQuadratic(RadialKernel):
-    """The rational quadratic kernel, k(x, y) = (1 + |x - y|^2 / (2 alpha s^2))^-alpha.
+    """The rational quadratic kernel, ``k(x, y) = (1 + |x - y|^2 / (2 alpha s^2))^-alpha``.
 
     Args:
         alpha: The weight of the tails, > 0; alpha to infinity gives :class:`Gaussian`.
@@ -296,7 +297,7 @@ class RationalQuadratic(RadialKernel):
 
 
 class Energy(Kernel):
-    """The negative distance, k(x, y) = -|x - y|^exponent.
+    """The negative distance, ``k(x, y) = -|x - y|^exponent``.
 
     It is positive definite only on differences of distributions, which is what a maximum mean
     discrepancy needs; the discrepancy is then the energy distance. It has no length to choose.

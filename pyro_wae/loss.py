@@ -14,20 +14,14 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_wae._repr import CallRepr
+from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes
+from pyro_wae.context import penalty_context
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
-from pyro_wae.penalties import MMD, Penalty, PenaltyContext, as_penalty
+from pyro_wae.penalties import MMD, Penalty, as_penalty
+from pyro_wae.prior import draw_prior, warn_of_lost_gradient
 from pyro_wae.terms import Terms
-from pyro_wae.traces import (
-    Particle,
-    Structure,
-    batch_norm_at_rest,
-    draw_prior,
-    gather_codes,
-    gather_observations,
-    read_structure,
-    run,
-)
+from pyro_wae.traces import Particle, Structure, gather_codes, gather_observations, read_structure, run
 
 __all__ = ["WAELoss", "WAEModule"]
 
@@ -129,7 +123,7 @@ class WAELoss(CallRepr, ELBO):
         self.terms = None
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> WAEModule:
-        """Binds model and guide into a module, for plain torch optimisers; see :class:`WAEModule`."""
+        """Binds model and guide into a module, for plain torch optimisers; see :class:`~pyro_wae.loss.WAEModule`."""
         return WAEModule(model, guide, self)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -150,7 +144,8 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
-        loss, check = self._loss(model, guide, args, kwargs)
+        with torch.no_grad():
+            loss, check = self._loss(model, guide, args, kwargs)
         return check(loss.item())
 
     def differentiable_loss(
@@ -178,33 +173,39 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN; no gradient is then added.
         """
-        for name, module in self.modules():
-            if any(parameter.requires_grad for parameter in module.parameters()):
-                pyro.module(f"wae_{name}", module)
-        loss, check = self._loss(model, guide, args, kwargs)
+        loss, check = self._loss(model, guide, args, kwargs, register=True)
         value = check(loss.item())
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return value
 
     def _loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, register: bool = False
     ) -> tuple[Tensor, Callable[[float], float]]:
-        """The loss, and a function that passes its value on unless it is NaN."""
-        codes, prior, costs, kept = [], [], [], []
+        """The loss, and a function that passes its value on unless it is NaN.
+
+        With `register`, the parameters of penalties and costs are shown to Pyro, so that SVI trains them.
+        """
+        particles, codes, prior, costs, kept = [], [], [], [], []
         structure: Structure | None = None
-        for particle, programme in self._particles(model, guide, args, kwargs):
+        draws = self.prior_draws if any(penalty.needs_prior_draws for penalty in self._each_penalty()) else 0
+        for particle in self._particles(model, guide, args, kwargs):
             structure = structure or read_structure(particle, self.data_plate)
+            particles.append(particle)
             codes.append(gather_codes(particle, structure))
-            prior += [draw_prior(particle, structure, programme, args, kwargs) for _ in range(self.prior_draws)]
+            prior += [draw_prior(particle, structure) for _ in range(draws)]
             observations = list(gather_observations(particle, structure))
             costs.append(self._costs(observations))
             kept.append(_kept(observations))
         assert structure is not None  # num_particles >= 1
         mean_costs = _mean_costs(costs, kept)
-        penalties = self._penalties(Codes.stack(codes), torch.cat(prior), structure)
+        joint = Codes.stack(codes)
+        self._prepare(joint, structure, register)
+        penalties = self._penalties(joint, torch.cat(prior) if prior else None, particles, structure)
         cost = torch.stack(list(mean_costs.values())).sum()
         penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
+        if prior:
+            warn_of_lost_gradient(particles[0], structure, penalty)
         loss = cost + self.penalty_weight * penalty
         self.terms = Terms(
             cost=cost.detach(),
@@ -223,19 +224,19 @@ class WAELoss(CallRepr, ELBO):
 
     def _particles(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Iterator[tuple[Particle, Callable[..., Any]]]:
-        """The runs of one step, each with the model as it was run. All see the same data."""
+    ) -> Iterator[Particle]:
+        """The runs of one step. All see the same data."""
         if self.vectorize_particles and self.num_particles > 1:
             if self.max_plate_nesting == math.inf:
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
             model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
-            yield self._get_trace(model, guide, args, kwargs), model
+            yield self._get_trace(model, guide, args, kwargs)
             return
         first: Particle | None = None
         for _ in range(self.num_particles):
             particle = self._get_trace(model, guide, args, kwargs, subsample_of=first)
             first = first or particle
-            yield particle, model
+            yield particle
 
     def _get_trace(
         self,
@@ -274,19 +275,37 @@ class WAELoss(CallRepr, ELBO):
             for observation in observations
         }
 
-    def _penalties(self, codes: Codes, prior: Tensor, structure: Structure) -> dict[str, Tensor]:
+    def _each_penalty(self) -> list[Penalty]:
+        options = self.penalty.values() if isinstance(self.penalty, dict) else [self.penalty]
+        return [penalty for penalty in options if penalty is not None]
+
+    def _prepare(self, codes: Codes, structure: Structure, register: bool) -> None:
+        """Lets penalties make what depends on the size of a code, and shows what is to be trained to Pyro."""
+        if isinstance(self.penalty, dict):
+            _check_names("penalty", self.penalty, list(structure.latents), "latent", "MMD()")
+            for site, penalty in self.penalty.items():
+                if penalty is not None:
+                    penalty.prepare(codes.site(site).values)
+        else:
+            self.penalty.prepare(codes.values)
+        for name, module in self.modules():
+            if register and any(parameter.requires_grad for parameter in module.parameters()):
+                pyro.module(f"wae_{name}", module)
+
+    def _penalties(
+        self, codes: Codes, prior: Tensor | None, particles: list[Particle], structure: Structure
+    ) -> dict[str, Tensor]:
         """The scaled penalty of each latent site, or under the name "" that of the joint code."""
-        context = PenaltyContext(
-            data_size=structure.data_size, shared_data=codes.kept is not None or structure.prior_varies
-        )
         if not isinstance(self.penalty, dict):
+            context = penalty_context(particles, structure, codes)
             return {"": _joint_scale(structure) * self.penalty(*codes.masked(prior), context)}
-        _check_names("penalty", self.penalty, list(structure.latents), "latent", "MMD()")
         values = {}
         for site, penalty in self.penalty.items():
             if penalty is not None:
-                rows = codes.site(site).masked(prior[..., codes.columns[site]])
-                values[site] = structure.scale[site] * penalty(*rows, context)
+                own = codes.site(site)
+                draws = None if prior is None else prior[..., codes.columns[site]]
+                context = penalty_context(particles, structure, own)
+                values[site] = structure.scale[site] * penalty(*own.masked(draws), context)
         return values
 
 

@@ -1,11 +1,10 @@
-"""Runs model and guide, and reads from their traces which sites are codes, costs and prior draws."""
+"""Runs model and guide, and reads from their traces which sites are codes and which are costs."""
 
 from __future__ import annotations
 
-import warnings
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,9 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pyro_wae.codes import Codes, Layout
 from pyro_wae.costs import Observation
@@ -28,9 +24,8 @@ from pyro_wae.plates import data_size, find_data_plate, plate_scale, site_layout
 
 __all__ = [
     "Particle",
+    "ReplaySubsamples",
     "Structure",
-    "batch_norm_at_rest",
-    "draw_prior",
     "gather_codes",
     "gather_observations",
     "read_structure",
@@ -48,10 +43,12 @@ class Particle:
     Args:
         model: The model's trace.
         guide: The guide's trace.
+        rerun: Calls the model again as it was called, in the plate of vectorised particles if there is one.
     """
 
     model: Any
     guide: Any
+    rerun: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def run(
         max_plate_nesting: Bound on nested plates, for Pyro's check that model and guide match.
         subsample_of: An earlier run of the same step, whose data this one takes too.
     """
-    with _ReplaySubsamples(subsample_of.model if subsample_of else None):
+    with ReplaySubsamples(subsample_of.model if subsample_of else None):
         unwrapped = poutine.unwrap(guide)
         if isinstance(unwrapped, poutine.messenger.Messenger):
             guide(*args, **kwargs)
@@ -105,7 +102,7 @@ def run(
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
-    return Particle(model_trace, guide_trace)
+    return Particle(model_trace, guide_trace, functools.partial(model, *args, **kwargs))
 
 
 def read_structure(particle: Particle, data_plate: str | None) -> Structure:
@@ -201,41 +198,7 @@ def gather_observations(particle: Particle, structure: Structure) -> Iterator[Ob
         )
 
 
-def draw_prior(
-    particle: Particle, structure: Structure, model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor:
-    """Draws the latent sites afresh from the model; the decoder does not run.
-
-    A single latent at the root comes from its own distribution. Anything else runs the model again on the same data
-    and leaves it right after the last latent; what runs before that leaves BatchNorm's statistics alone. The draws
-    have a graph only if the prior has parameters to learn.
-
-    Returns:
-        Shape (K, n, d), laid out as :func:`gather_codes` lays out the codes.
-
-    Raises:
-        ValueError: If the model does not reach a latent site when it runs again.
-    """
-    if structure.is_root:
-        (name,) = structure.latents
-        fn = particle.model.nodes[name]["fn"]
-        sites: dict[str, Site] = {name: {"fn": fn, "value": fn.rsample() if fn.has_rsample else fn.sample()}}
-    else:
-        sites = _run_to_last_latent(particle, structure, model, args, kwargs)
-    rows = {}
-    for name, site in sites.items():
-        rows[name] = structure.latents[name].rows(site["value"], site["fn"].event_dim)
-        if torch.is_grad_enabled() and not site["fn"].has_rsample and _has_parameters(site["fn"]):
-            warnings.warn(
-                f"The prior at site '{name}' ({type(site['fn']).__name__}) has parameters to learn but cannot be "
-                "reparameterised: the penalty gives them no gradient. Take a prior with rsample, or detach them.",
-                UserWarning,
-                stacklevel=2,
-            )
-    return Codes.of_sites(rows, {}).values
-
-
-class _ReplaySubsamples(Messenger):
+class ReplaySubsamples(Messenger):
     """Gives every plate the subsample that it had in a trace."""
 
     def __init__(self, trace: Any | None) -> None:
@@ -245,73 +208,6 @@ class _ReplaySubsamples(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if self.trace is not None and site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
             msg["value"] = self.trace.nodes[msg["name"]]["value"]
-
-
-class _StopAfter(_ReplaySubsamples):
-    """Records the named sites and leaves the program as soon as all have been seen."""
-
-    def __init__(self, trace: Any, names: set[str]) -> None:
-        super().__init__(trace)
-        self.names = names
-        self.sites: dict[str, Site] = {}
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.names:
-            return
-        self.sites[msg["name"]] = msg.copy()
-        if len(self.sites) == len(self.names):
-            # A continuation runs after every other handler has seen the site.
-            msg["continuation"] = _leave
-
-
-def _leave(msg: Any) -> None:
-    raise NonlocalExit(msg)
-
-
-def _run_to_last_latent(
-    particle: Particle, structure: Structure, model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Site]:
-    stop = _StopAfter(particle.model, set(structure.latents))
-    try:
-        with batch_norm_at_rest(), stop:
-            model(*args, **kwargs)
-    except NonlocalExit:
-        pass
-    missing = [name for name in structure.latents if name not in stop.sites]
-    if missing:
-        raise ValueError(
-            f"When the model ran again for prior draws it did not sample site '{missing[0]}'. A WAE needs a model "
-            "that samples the same sites in every run."
-        )
-    return {name: stop.sites[name] for name in structure.latents}
-
-
-@contextmanager
-def batch_norm_at_rest() -> Iterator[None]:
-    """Keeps the running statistics of BatchNorm layers as they are through a run beyond the one that a step counts.
-
-    In training mode a layer normalises by the batch all the same, so that no output changes.
-    """
-    resting: list[_BatchNorm] = []
-
-    def rest(layer: nn.Module, inputs: Any) -> None:
-        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats:
-            layer.track_running_stats = False
-            resting.append(layer)
-
-    def resume(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(layer, _BatchNorm) and layer in resting:
-            resting.remove(layer)
-            layer.track_running_stats = True
-
-    hooks = register_module_forward_pre_hook(rest), register_module_forward_hook(resume)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in resting:
-            layer.track_running_stats = True
 
 
 def _is_random(site: Site) -> bool:
@@ -408,12 +304,15 @@ def _masks(site: Site) -> Iterator[tuple[Tensor | bool, int]]:
 
 
 def _varies(value: Any, n: int, depth: int = 5) -> bool:
-    """Whether a distribution may differ between n data: it holds a function, or a tensor not merely expanded to n.
+    """Whether a distribution may differ between n data: it holds a function, or a tensor with n values.
 
     A false alarm is harmless: the pairs that it leaves out of a penalty cost a little variance and no bias.
     """
     if isinstance(value, Tensor):
-        return any(size == n and stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        dims = [dim for dim, size in enumerate(value.shape) if size == n and value.stride(dim)]
+        if value.requires_grad or value.device.type != "cpu":  # where looking at the values would wait, or miss a graph
+            return bool(dims)
+        return any(bool((value != value.narrow(dim, 0, 1)).any()) for dim in dims)
     if isinstance(value, list | tuple):
         return depth == 0 or any(_varies(item, n, depth - 1) for item in value)
     if isinstance(value, dist.Distribution | torch.distributions.Distribution | torch.distributions.Transform):
@@ -421,16 +320,3 @@ def _varies(value: Any, n: int, depth: int = 5) -> bool:
         parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
         return depth == 0 or any(_varies(part, n, depth - 1) for part in parts)
     return callable(value) and not isinstance(getattr(value, "__self__", value), nn.Module | type | weakref.ref)
-
-
-def _has_parameters(value: Any, depth: int = 5) -> bool:
-    """Whether a distribution holds a tensor or module that requires a gradient."""
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters()):
-        return True
-    if depth and isinstance(value, list | tuple):
-        return any(_has_parameters(item, depth - 1) for item in value)
-    if depth and isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
-        return any(_has_parameters(item, depth - 1) for item in vars(value).values())
-    return False

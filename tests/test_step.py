@@ -8,6 +8,8 @@ import pickle
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.integrate
+import scipy.stats
 import torch
 from pyro import poutine
 from pyro.infer import SVI
@@ -118,7 +120,7 @@ def by_hand(net):
 
 def test_loss_and_grads_equals_the_step_by_hand(net, by_hand):
     pyro.set_rng_seed(1)
-    loss = WAELoss(penalty_weight=WEIGHT)
+    loss = WAELoss(MMD(closed_form=False), penalty_weight=WEIGHT)
     value = loss.loss_and_grads(net.model, net.guide, data())
     assert isinstance(value, float)
     assert value == pytest.approx(by_hand[2], abs=1e-10)
@@ -129,7 +131,7 @@ def test_loss_and_grads_equals_the_step_by_hand(net, by_hand):
 
 def test_differentiable_loss_equals_the_step_by_hand(net, by_hand):
     pyro.set_rng_seed(1)
-    value = WAELoss(penalty_weight=WEIGHT).differentiable_loss(net.model, net.guide, data())
+    value = WAELoss(MMD(closed_form=False), penalty_weight=WEIGHT).differentiable_loss(net.model, net.guide, data())
     assert value.shape == ()
     assert value.item() == pytest.approx(by_hand[2], abs=1e-10)
     value.backward()
@@ -138,7 +140,7 @@ def test_differentiable_loss_equals_the_step_by_hand(net, by_hand):
 
 def test_module_route_trains_as_the_step_by_hand(net):
     other = copy.deepcopy(net)
-    loss_fn = WAELoss(penalty_weight=WEIGHT)(net.model, net.guide)
+    loss_fn = WAELoss(MMD(closed_form=False), penalty_weight=WEIGHT)(net.model, net.guide)
     optimiser = torch.optim.Adam(loss_fn.parameters(), lr=0.1)
     pyro.set_rng_seed(1)
     loss_fn(data()).backward()
@@ -153,7 +155,7 @@ def test_module_route_trains_as_the_step_by_hand(net):
 
 def test_svi_trains_as_the_step_by_hand(net):
     other = copy.deepcopy(net)
-    svi = SVI(net.model, net.guide, Adam({"lr": 0.1}), loss=WAELoss(penalty_weight=WEIGHT))
+    svi = SVI(net.model, net.guide, Adam({"lr": 0.1}), loss=WAELoss(MMD(closed_form=False), penalty_weight=WEIGHT))
     pyro.set_rng_seed(1)
     value = svi.step(data())
     by_hand = torch.optim.Adam(other.parameters(), lr=0.1)
@@ -198,7 +200,7 @@ def test_guessing_the_plate_nesting_leaves_the_random_numbers_alone():
 
 
 def test_evaluate_loss_is_the_loss_without_gradients(net, by_hand):
-    svi = SVI(net.model, net.guide, Adam({}), loss=WAELoss(penalty_weight=WEIGHT))
+    svi = SVI(net.model, net.guide, Adam({}), loss=WAELoss(MMD(closed_form=False), penalty_weight=WEIGHT))
     pyro.set_rng_seed(1)
     assert svi.evaluate_loss(data()) == pytest.approx(by_hand[2], abs=1e-10)
     assert all(gradient is None for gradient in grads(net).values())
@@ -210,10 +212,94 @@ def test_a_number_of_prior_draws_per_code(net):
     loc, scale = net.encoder(x).chunk(2, -1)
     z = loc + scale.exp() * torch.randn(N, D, dtype=x.dtype) if net.stochastic else loc
     prior = torch.cat([torch.randn(N, D, dtype=x.dtype) for _ in range(3)])
-    loss = WAELoss(penalty_weight=WEIGHT, prior_draws=3)
+    loss = WAELoss(MMD(closed_form=False), penalty_weight=WEIGHT, prior_draws=3)
     pyro.set_rng_seed(2)
     loss.loss(net.model, net.guide, x)
     assert loss.terms.penalty.item() == pytest.approx(mmd_by_hand(z, prior).item(), abs=1e-10)
+
+
+# With the prior's means in closed form, as MMD() takes them by default
+
+
+def closed_mmd_by_hand(codes, s=1.3):
+    """The Gaussian kernel's U-statistic against N(0, I_d), whose means are Gaussian integrals."""
+    n, d = codes.shape
+    gram = torch.exp(-((codes[:, None] - codes[None]) ** 2).sum(2) / (2 * s**2))
+    qq = (gram * (1 - torch.eye(n, dtype=codes.dtype))).sum() / (n * (n - 1))
+    qp = (s**2 / (s**2 + 1)) ** (d / 2) * torch.exp(-(codes**2).sum(1) / (2 * (s**2 + 1)))
+    return qq + (s**2 / (s**2 + 2)) ** (d / 2) - 2 * qp.mean()
+
+
+def closed_step_by_hand(net, x):
+    loc, scale = net.encoder(x).chunk(2, -1)
+    z = loc + scale.exp() * torch.randn(len(x), D, dtype=x.dtype) if net.stochastic else loc
+    return ((x - net.decoder(z)) ** 2).sum(1).mean() + WEIGHT * closed_mmd_by_hand(z)
+
+
+def by_loss_and_grads(net, x):
+    return WAELoss(MMD(Gaussian(1.3)), penalty_weight=WEIGHT).loss_and_grads(net.model, net.guide, x)
+
+
+def by_differentiable_loss(net, x):
+    loss = WAELoss(MMD(Gaussian(1.3)), penalty_weight=WEIGHT).differentiable_loss(net.model, net.guide, x)
+    loss.backward()
+    return loss.item()
+
+
+def by_module(net, x):
+    loss = WAELoss(MMD(Gaussian(1.3)), penalty_weight=WEIGHT)(net.model, net.guide)(x)
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("route", [by_loss_and_grads, by_differentiable_loss, by_module])
+def test_a_step_against_the_known_prior_equals_the_step_by_hand(net, route):
+    pyro.set_rng_seed(1)
+    expected = closed_step_by_hand(net, data())
+    expected.backward()
+    expected_grads = grads(net)
+    pyro.set_rng_seed(1)
+    assert route(net, data()) == pytest.approx(expected.item(), abs=1e-10)
+    assert_same(grads(net), expected_grads)
+
+
+def test_svi_trains_against_the_known_prior_as_the_step_by_hand(net):
+    other = copy.deepcopy(net)
+    svi = SVI(net.model, net.guide, Adam({"lr": 0.1}), loss=WAELoss(MMD(Gaussian(1.3)), penalty_weight=WEIGHT))
+    pyro.set_rng_seed(1)
+    value = svi.step(data())
+    by_hand = torch.optim.Adam(other.parameters(), lr=0.1)
+    pyro.set_rng_seed(1)
+    expected = closed_step_by_hand(other, data())
+    expected.backward()
+    by_hand.step()
+    assert value == pytest.approx(expected.item(), abs=1e-10)
+    for actual, wanted in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_default_penalty_is_that_of_the_known_prior_by_quadrature(net):
+    """|z - p|^2 is noncentral chi-squared and |p - p'|^2 / 2 is chi-squared: integrals over their densities."""
+    pyro.set_rng_seed(1)
+    loc, scale = net.encoder(data()).chunk(2, -1)
+    z = loc + scale.exp() * torch.randn(N, D, dtype=torch.float64) if net.stochastic else loc
+    prior = torch.randn(N, D, dtype=torch.float64)
+    length = (((prior[:, None] - prior[None]) ** 2).sum() / (N * (N - 1))).item()
+
+    def mean(law):
+        def integrand(r):
+            return sum(f * length / (f * length + r) for f in SCALES) * law.pdf(r)
+
+        pieces = [(0, 1), (1, 10), (10, 100), (100, 1000)]
+        return sum(scipy.integrate.quad(integrand, *piece, epsabs=1e-12, epsrel=1e-11)[0] for piece in pieces)
+
+    qq = (kernel_by_hand(z, z, length) * (1 - torch.eye(N))).sum().item() / (N * (N - 1))
+    qp = sum(mean(scipy.stats.ncx2(D, square)) for square in (z.detach() ** 2).sum(1).tolist()) / N
+    pp = mean(scipy.stats.chi2(D, scale=2))
+    loss = WAELoss()
+    pyro.set_rng_seed(1)
+    loss.loss(net.model, net.guide, data())
+    assert loss.terms.penalty.item() == pytest.approx(qq + pp - 2 * qp, abs=5e-9)
 
 
 # Terms

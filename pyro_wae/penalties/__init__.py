@@ -1,6 +1,36 @@
 """Penalties: estimates of D(Q_Z, P_Z) from codes and prior draws, usable with plain PyTorch."""
 
-from pyro_wae.penalties.base import FunctionPenalty, Penalty, PenaltyContext, as_penalty
+from pyro_wae.penalties.adversarial import JensenShannon
+from pyro_wae.penalties.base import FunctionPenalty, Penalty, PenaltyContext, ScaledPenalty, SumPenalty, as_penalty
+from pyro_wae.penalties.cramer_wold import CramerWold
+from pyro_wae.penalties.energy import EnergyDistance
+from pyro_wae.penalties.guards import LogVarianceL1, UnitVarianceKL
+from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, register_kernel_mean
 from pyro_wae.penalties.mmd import MMD
+from pyro_wae.penalties.sinkhorn import Sinkhorn
+from pyro_wae.penalties.sliced import MaxSlicedWasserstein, SlicedWasserstein
+from pyro_wae.penalties.spherical import SphericalSlicedWasserstein
+from pyro_wae.penalties.stein import KernelStein
 
-__all__ = ["MMD", "FunctionPenalty", "Penalty", "PenaltyContext", "as_penalty"]
+__all__ = [
+    "MMD",
+    "CramerWold",
+    "EnergyDistance",
+    "FunctionPenalty",
+    "JensenShannon",
+    "KernelMean",
+    "KernelStein",
+    "LogVarianceL1",
+    "MaxSlicedWasserstein",
+    "Penalty",
+    "PenaltyContext",
+    "ScaledPenalty",
+    "Sinkhorn",
+    "SlicedWasserstein",
+    "SphericalSlicedWasserstein",
+    "SumPenalty",
+    "UnitVarianceKL",
+    "as_penalty",
+    "kernel_mean",
+    "register_kernel_mean",
+]

@@ -42,7 +42,7 @@ class PenaltyContext:
 
 
 class Penalty(CallRepr, nn.Module):
-    """An estimate of a divergence D(Q_Z, P_Z); subclasses define :meth:`estimate`.
+    """An estimate of a divergence D(Q_Z, P_Z); subclasses define :meth:`~Penalty.estimate`.
 
     Example:
         >>> import torch
@@ -77,12 +77,14 @@ class Penalty(CallRepr, nn.Module):
             if self.needs_prior_draws:
                 raise ValueError(f"{self!r} compares codes with prior draws, found none. Write penalty(codes, prior).")
             prior = codes.new_empty(2, codes.shape[-1])
+        # Under autocast an encoder may give half precision where the prior is float32: they are compared in float32.
+        codes, prior = at_least_float32(codes), at_least_float32(prior)
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
         self.prepare(codes)
         with torch.autocast(codes.device.type, enabled=False):
-            value = self.estimate(at_least_float32(codes), at_least_float32(prior), context or PenaltyContext())
-        return value.to(at_least_float32(codes).dtype)
+            value = self.estimate(codes, prior, context or PenaltyContext())
+        return value.to(codes.dtype)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         """Estimates the divergence from checked codes (K, n, d) and prior draws (m, d), outside autocast."""

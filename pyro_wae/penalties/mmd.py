@@ -11,6 +11,9 @@ from pyro_wae.adapters import as_kernel
 from pyro_wae.kernels import FunctionKernel, InverseMultiquadratic, Kernel
 from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean
+from pyro_wae.penalties.null import NullVariance, pair_variance
+from pyro_wae.penalties.pairs import mean_within, same_datum
 
 __all__ = ["MMD"]
 
@@ -28,9 +31,17 @@ class MMD(Penalty):
         kernel: A :class:`~pyro_wae.kernels.Kernel`, a Pyro GP kernel (frozen) or a function k(x, y). Default: the
             authors' sum of inverse multiquadratic kernels at seven scales.
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
+        standardize: Whether the estimate is divided by its standard deviation when Q_Z = P_Z, so that it has mean 0
+            and variance 1 there and a penalty weight carries over between sizes and kernels. The deviation is known in
+            closed form or estimated from the first prior draws, then kept in ``state_dict``. It counts data, not
+            particles.
+        closed_form: Whether means of the kernel against the prior are taken from
+            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian or
+            inverse multiquadratic kernel and a Normal or a mixture of Normals: less noise, and no prior draws.
 
     Raises:
         TypeError: If the kernel cannot be called.
+        ValueError: If ``standardize`` is asked of the V-statistic.
         ValueError: When called, if the prior draws share their data with the codes and are no multiple of them.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6;
@@ -47,23 +58,58 @@ class MMD(Penalty):
     kernel: Kernel
 
     def __init__(
-        self, kernel: Kernel | Callable[[Tensor, Tensor], Tensor] | None = None, *, unbiased: bool = True
+        self,
+        kernel: Kernel | Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        unbiased: bool = True,
+        standardize: bool = False,
+        closed_form: bool = True,
     ) -> None:
         super().__init__()
+        if standardize and not unbiased:
+            raise ValueError(
+                "standardize=True divides an estimate whose mean is 0 when Q_Z = P_Z, and the V-statistic's is not. "
+                "Write MMD(unbiased=True, standardize=True)."
+            )
         self.kernel = InverseMultiquadratic.multiscale() if kernel is None else as_kernel(kernel)
         self.unbiased = unbiased
+        self.standardize = standardize
+        self.closed_form = closed_form
+        self.null = NullVariance() if standardize else None
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         self.kernel.fit(prior)
         if not any(isinstance(part, FunctionKernel) for part in self.kernel.modules()):
             # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
             codes, prior = working_precision(codes), working_precision(prior)
-        particles, n, d = codes.shape
-        rows = codes.reshape(-1, d)
+        known = self._known(context)
+        value = self._from_draws(codes, prior, context) if known is None else self._from_means(codes, known, context)
+        if self.null is None:
+            return value
+        square = self.null.of_means(known) if known is not None else None
+        if square is None:
+            square = self.null.of_draws(self.kernel, prior)
+        return value / (square * pair_variance(codes.shape[1], None if known is not None else len(prior))).sqrt()
+
+    def _known(self, context: PenaltyContext) -> KernelMean | None:
+        """What is known of the kernel against the prior, if it may be used."""
+        if not self.closed_form or context.shared_data or context.prior is None:
+            return None
+        prior = context.prior()
+        return None if prior is None else kernel_mean(self.kernel, prior)
+
+    def _from_means(self, codes: Tensor, known: KernelMean, context: PenaltyContext) -> Tensor:
+        rows = codes.flatten(0, 1)
+        gram = self.kernel.gram(rows, rows)
+        qq = mean_within(gram, len(codes), context.data_size) if self.unbiased else gram.mean()
+        return qq + known.norm() - 2 * known.at(rows).mean()
+
+    def _from_draws(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        rows, n = codes.flatten(0, 1), codes.shape[1]
         if not self.unbiased:
             return self._mean(rows, rows) + self._mean(prior, prior) - 2 * self._mean(rows, prior)
         if not context.shared_data:
-            qq = self._mean_within(rows, particles, context.data_size)
+            qq = self._mean_within(rows, len(codes), context.data_size)
             return qq + self._mean_within(prior, 1) - 2 * self._mean(rows, prior)
         repeats, rest = divmod(len(prior), n)
         if rest or not repeats:
@@ -72,34 +118,19 @@ class MMD(Penalty):
                 f"of the {n} data, found {len(prior)}. Draw the prior once or several times for each datum."
             )
         # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
-        data_size = context.data_size if min(particles, repeats) > 1 else None
-        qq, pp = self._mean_within(rows, particles, data_size), self._mean_within(prior, repeats, data_size)
-        return qq + pp - 2 * self._mean_across(rows, prior, particles, repeats, data_size)
+        data_size = context.data_size if min(len(codes), repeats) > 1 else None
+        qq, pp = self._mean_within(rows, len(codes), data_size), self._mean_within(prior, repeats, data_size)
+        return qq + pp - 2 * self._mean_across(rows, prior, n, data_size)
 
     def _mean(self, x: Tensor, y: Tensor) -> Tensor:
         return self.kernel.gram(x, y).mean()
 
     def _mean_within(self, rows: Tensor, repeats: int, data_size: int | None = None) -> Tensor:
-        """Mean over pairs of different data; rows are `repeats` draws of each datum, one block after the other."""
-        n = len(rows) // repeats
-        gram = self.kernel.gram(rows, rows)
-        same = _same_datum(gram, repeats, repeats)
-        between = (gram.sum() - same.sum()) / (repeats**2 * n * (n - 1))
-        if data_size is None or repeats == 1:
-            return between
-        within = (same.sum() - gram.diagonal().sum()) / (repeats * (repeats - 1) * n)
-        return torch.lerp(between, within, 1 / data_size)
+        return mean_within(self.kernel.gram(rows, rows), repeats, data_size)
 
-    def _mean_across(self, rows: Tensor, prior: Tensor, particles: int, repeats: int, data_size: int | None) -> Tensor:
+    def _mean_across(self, rows: Tensor, prior: Tensor, n: int, data_size: int | None) -> Tensor:
         """Mean over pairs of a code and a prior draw of different data."""
-        n = len(rows) // particles
         gram = self.kernel.gram(rows, prior)
-        same = _same_datum(gram, particles, repeats)
-        between = (gram.sum() - same.sum()) / (particles * repeats * n * (n - 1))
+        same = same_datum(gram, len(rows) // n, len(prior) // n)
+        between = (gram.sum() - same.sum()) / (gram.numel() - same.numel())
         return between if data_size is None else torch.lerp(between, same.mean(), 1 / data_size)
-
-
-def _same_datum(gram: Tensor, row_repeats: int, column_repeats: int) -> Tensor:
-    """The entries of pairs that share a datum, from a matrix of (row_repeats n, column_repeats n)."""
-    blocks = gram.unflatten(0, (row_repeats, -1)).unflatten(2, (column_repeats, -1))
-    return blocks.diagonal(dim1=1, dim2=3)

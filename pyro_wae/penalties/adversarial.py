@@ -1,0 +1,198 @@
+"""The adversary in code space, the penalty of WAE-GAN."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyro_wae.numerics import at_least_float32
+from pyro_wae.penalties.base import Penalty, PenaltyContext
+
+__all__ = ["JensenShannon", "adam"]
+
+LogProb = Callable[[Tensor], Tensor]
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+DEFAULT_STEPS = 3
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The default optimiser of a discriminator: Adam at a rate of 1e-3 with a short memory."""
+    return torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.99))
+
+
+class JensenShannon(Penalty):
+    r"""The Jensen-Shannon divergence of Q_Z and P_Z in nats, estimated by a discriminator: WAE-GAN.
+
+    The discriminator's logit T tells prior draws from codes by lowering
+    E softplus(-T(p)) + E softplus(T(q)); at its optimum T = log p/q, and log 2 minus half of that is the divergence.
+    The value is this estimate, from below: a discriminator that lags behind shows less than there is.
+
+    The encoder's term sees the discriminator with detached parameters, the discriminator's sees detached codes.
+    By default the discriminator has an optimiser of its own and takes three steps for each of the encoder's; nobody
+    else's optimiser, checkpoint hook or gradient reducer then sees a gradient of it. With ``optimizer=None`` one
+    backward pass serves both players, and whatever optimiser is given the discriminator's parameters trains it: SVI's
+    own does, with a learning rate of its own through a callable ``optim_args``, and so does a plain torch optimiser of
+    ``WAELoss(...)(model, guide).parameters()``. A ``penalty_weight`` of 0 then trains no discriminator.
+
+    The penalty on the discriminator's slope is what keeps codes apart. While they still lie in a small cluster, an
+    unbounded discriminator is steep there and moves all of them the same way, more strongly than the cost can pull them
+    apart, until they are one point that flees the discriminator.
+
+    Args:
+        discriminator: A module that maps codes (n, d) to logits (n,) or (n, 1). Default: four hidden layers of 512
+            with ReLU, whose first layer takes the size d of the first codes it sees.
+        prior_log_prob: Whether log p(z) is added to the logit, so that the module has only -log q(z) to learn.
+        saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of
+            -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
+        gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior draws, half each, in the
+            discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
+        optimizer: Makes the discriminator's own optimiser of its parameters. Default:
+            :func:`~pyro_wae.penalties.adversarial.adam`. None leaves the discriminator to the caller's optimiser.
+        steps: Number of the own optimiser's steps for each step of the encoder. Default: 3.
+
+    Raises:
+        ValueError: If an argument is out of range; when called, if the discriminator's logits have another shape or
+            ``prior_log_prob`` is asked of a prior without one.
+
+    Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 1;
+    Goodfellow et al., "Generative Adversarial Networks", 2014, arXiv:1406.2661; for the gradient penalty Mescheder,
+    Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", 2018, arXiv:1801.04406.
+
+    Example:
+        >>> import torch
+        >>> penalty = JensenShannon()
+        >>> codes = torch.zeros(10, 2, requires_grad=True)
+        >>> penalty(codes, torch.randn(10, 2)).backward()
+        >>> codes.grad.shape
+        torch.Size([10, 2])
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module | None = None,
+        *,
+        prior_log_prob: bool = False,
+        saturating: bool = False,
+        gradient_penalty: float = 1.0,
+        optimizer: Optimizer | None = adam,
+        steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(gradient_penalty) and gradient_penalty >= 0):
+            raise ValueError(
+                f"gradient_penalty must be finite and >= 0, found {gradient_penalty!r}. Write gradient_penalty=1.0."
+            )
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps must be a whole number >= 1, found {steps!r}. Write steps=3.")
+        if steps is not None and optimizer is None:
+            raise ValueError(
+                f"steps={steps} is for an optimizer of the discriminator's own, and optimizer=None leaves it to the "
+                "caller's. Write JensenShannon(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3), "
+                f"steps={steps}), or leave steps out."
+            )
+        self.discriminator = _default_discriminator() if discriminator is None else discriminator
+        self.prior_log_prob = prior_log_prob
+        self.saturating = saturating
+        self.gradient_penalty = gradient_penalty
+        self.optimizer = optimizer
+        self.steps = steps
+        self._own: torch.optim.Optimizer | None = None
+        self._state: dict[str, Any] | None = None
+
+    def prepare(self, codes: Tensor) -> None:
+        if any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters()):
+            self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
+            with torch.no_grad():
+                self.discriminator(codes.detach().reshape(-1, codes.shape[-1])[:2].to(at_least_float32(codes).dtype))
+        if self.optimizer is not None:
+            # What the own optimiser trains must look frozen to everybody else's.
+            self.discriminator.requires_grad_(False)
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        q, p = codes.flatten(0, 1), prior
+        log_prob = functools.partial(_log_prob, n=codes.shape[1], context=context) if self.prior_log_prob else None
+        training = torch.is_grad_enabled()
+        if training and self.optimizer is not None:
+            self._train(q, p, log_prob, self.optimizer)
+        parameters = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        adversary = functools.partial(torch.func.functional_call, self.discriminator, parameters)
+        logits_q, logits_p = self._logits(adversary, q, log_prob), self._logits(adversary, p, log_prob)
+        # A negative logit says "code": the encoder lowers the odds of being found out, and so does a prior that learns.
+        to_encoder = -softplus(logits_q) if self.saturating else softplus(-logits_q)
+        to_prior = -softplus(-logits_p) if self.saturating else softplus(logits_p)
+        players = (to_encoder.mean() + to_prior.mean()) / 2
+        if training and self.optimizer is None:
+            players = players + self._loss(q, p, log_prob)
+        value = math.log(2) - (softplus(-logits_p).mean() + softplus(logits_q).mean()).detach() / 2
+        return value + (players - players.detach())
+
+    def _logits(self, adversary: Callable[[Tensor], Any], z: Tensor, log_prob: LogProb | None) -> Tensor:
+        logits = adversary(z)
+        if not isinstance(logits, Tensor) or logits.shape not in ((len(z),), (len(z), 1)):
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"The discriminator must return one logit for each of {len(z)} codes, of shape ({len(z)},) or "
+                f"({len(z)}, 1), found {found}. End it with nn.Linear(..., 1)."
+            )
+        logits = logits.reshape(-1)
+        return logits if log_prob is None else logits + log_prob(z)
+
+    def _loss(self, q: Tensor, p: Tensor, log_prob: LogProb | None) -> Tensor:
+        """The discriminator's own loss, blind to where its points come from."""
+        q, p = (points.detach().requires_grad_(self.gradient_penalty > 0) for points in (q, p))
+        logits_q = self._logits(self.discriminator, q, log_prob)
+        logits_p = self._logits(self.discriminator, p, log_prob)
+        loss = softplus(-logits_p).mean() + softplus(logits_q).mean()
+        if self.gradient_penalty:
+            slopes = torch.autograd.grad(logits_q.sum() + logits_p.sum(), (q, p), create_graph=True)
+            loss = loss + self.gradient_penalty / 2 * sum(slope.square().sum(1).mean() for slope in slopes)
+        return loss
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The state of the own optimiser, for ``state_dict``."""
+        return {"optimizer": self._state if self._own is None else self._own.state_dict()}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores what :meth:`get_extra_state` gave."""
+        self._state = copy.deepcopy(state["optimizer"])  # which another optimiser may still be writing to
+        if self._own is not None and self._state is not None:
+            self._own.load_state_dict(self._state)
+
+    def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
+        if self._own is None:
+            self._own = optimizer(self.discriminator.parameters())
+            if self._state is not None:
+                self._own.load_state_dict(self._state)
+        self.discriminator.requires_grad_(True)
+        try:
+            for _ in range(DEFAULT_STEPS if self.steps is None else self.steps):
+                self._own.zero_grad()
+                self._loss(q, p, log_prob).backward()
+                self._own.step()
+        finally:
+            self._own.zero_grad()
+            self.discriminator.requires_grad_(False)
+
+
+def _default_discriminator() -> nn.Module:
+    hidden = [layer for _ in range(3) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    return nn.Sequential(nn.LazyLinear(512), nn.ReLU(), *hidden, nn.Linear(512, 1))
+
+
+def _log_prob(z: Tensor, n: int, context: PenaltyContext) -> Tensor:
+    if context.prior_log_prob is None:
+        raise ValueError(
+            "prior_log_prob=True needs the prior's log density, and there is none here. Train through WAELoss with a "
+            "prior that has a log_prob and without masks, or write JensenShannon(prior_log_prob=False)."
+        )
+    # Prior draws that are no multiple of the data come from a caller whose density takes any number of rows.
+    return context.prior_log_prob(z.unflatten(0, (-1, n)) if len(z) % n == 0 else z[None]).flatten()

@@ -1,0 +1,111 @@
+"""Guards against a stochastic encoder whose variance collapses to 0, as in ``MMD() + LogVarianceL1(0.1)``.
+
+A penalty on the codes of all data together does not see what share of their spread lies within a datum, so that
+the encoder may give up its randomness altogether, and with it whatever the randomness was for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_wae.penalties.base import Penalty, PenaltyContext
+
+__all__ = ["LogVarianceL1", "UnitVarianceKL"]
+
+
+class _VarianceGuard(Penalty):
+    """A weight times the mean over data of sum_j f(sigma_j^2); subclasses define ``cost``."""
+
+    needs_prior_draws = False
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(f"{name} takes a number as weight, found {type(weight).__name__}. Write {name}(0.1).")
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"{name} takes a finite weight >= 0, found {weight!r}. Write {name}(0.1).")
+        self.weight = weight
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        name = type(self).__name__
+        if context.encoder_variance is None:
+            raise ValueError(
+                f"{name} reads the variance of the encoder's distribution, which is known only inside WAELoss with a "
+                f"stochastic guide, found none. Write WAELoss(MMD() + {self!r}), or outside of it "
+                f"{name}()(codes, context=PenaltyContext(encoder_variance=lambda: variance))."
+            )
+        variance = context.encoder_variance()
+        usable = (variance > 0) & torch.isfinite(variance)
+        # On an accelerator a look at the values would wait for it: there the NaN tells.
+        if variance.device.type == "cpu" and not usable.all():
+            raise ValueError(
+                f"{name} takes the logarithm of the encoder's variance, found a variance of "
+                f"{variance[~usable][0].item():g}. A deterministic encoder has none to guard: leave {name} out. If the "
+                "variance underflowed, bound the guide's scale, as in dist.Normal(loc, 1e-3 + softplus(scale))."
+            )
+        return self.weight * self.cost(variance.where(usable, math.nan)).sum(-1).mean()
+
+    def cost(self, variance: Tensor) -> Tensor:
+        """The cost f of each variance, elementwise."""
+        raise NotImplementedError
+
+
+class LogVarianceL1(_VarianceGuard):
+    """An L1 penalty on the encoder's log-variances, ``weight * E_x sum_j |log sigma_j^2(x)|``.
+
+    It is 0 where every variance is 1 and pulls towards it with a force that does not grow with the distance, so that
+    some numbers of a code may keep a variance of 1, pure noise, and others go their own way: superfluous dimensions are
+    found. It needs no prior draws and serves for any guide whose distribution has a variance.
+
+    Args:
+        weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.
+
+    Raises:
+        TypeError: If the weight is not a number.
+        ValueError: If the weight is negative or not finite; when called, if the encoder's variance is not known, or is
+            not positive.
+
+    Source: Rubenstein, Schoelkopf, Tolstikhin, "On the Latent Space of Wasserstein Auto-Encoders", 2018,
+    arXiv:1802.03761.
+
+    Example:
+        >>> import torch
+        >>> context = PenaltyContext(encoder_variance=lambda: torch.full((1, 10, 2), 0.5))
+        >>> LogVarianceL1(0.1)(torch.randn(10, 2), context=context)
+        tensor(0.1386)
+    """
+
+    def cost(self, variance: Tensor) -> Tensor:
+        return variance.log().abs()
+
+
+class UnitVarianceKL(_VarianceGuard):
+    """The encoder's divergence from unit variance at its own mean, ``weight * E_x KL(N(mu, sigma^2) || N(mu, 1))``.
+
+    That is ``weight * E_x sum_j (sigma_j^2 - log sigma_j^2 - 1) / 2``, which leaves the means alone. For a guide
+    that is not Normal it is the same function of the variance. It needs no prior draws.
+
+    Args:
+        weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.
+
+    Raises:
+        TypeError: If the weight is not a number.
+        ValueError: If the weight is negative or not finite; when called, if the encoder's variance is not known, or is
+            not positive.
+
+    Source: Bahuleyan, Mou, Zhou, Vechtomova, "Stochastic Wasserstein Autoencoder for Probabilistic Sentence
+    Generation", 2019, arXiv:1806.08462.
+
+    Example:
+        >>> import torch
+        >>> context = PenaltyContext(encoder_variance=lambda: torch.full((1, 10, 2), 0.5))
+        >>> UnitVarianceKL(0.1)(torch.randn(10, 2), context=context)
+        tensor(0.0193)
+    """
+
+    def cost(self, variance: Tensor) -> Tensor:
+        return (variance - variance.log() - 1) / 2

@@ -1,0 +1,113 @@
+"""The variance of the MMD estimate when Q_Z = P_Z."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_wae.kernels import Kernel
+from pyro_wae.numerics import working_precision
+from pyro_wae.penalties.kernel_means import KernelMean
+
+__all__ = ["NullVariance", "centred_square", "pair_variance"]
+
+
+def pair_variance(n: int, m: int | None) -> float:
+    """The variance of the unbiased estimate under the null, in units of E h(p, p')^2 of the centred kernel h.
+
+    Every pair of rows contributes an uncorrelated term: 2/(n(n-1)) of codes, 2/(m(m-1)) of prior draws, 4/(nm) of both.
+
+    Args:
+        n: Number of data.
+        m: Number of prior draws, or None where the prior's means are known.
+    """
+    codes = 2 / (n * (n - 1))
+    return codes if m is None else codes + 2 / (m * (m - 1)) + 4 / (n * m)
+
+
+def centred_square(gram: Tensor) -> Tensor:
+    """Estimates E h(p, p')^2 of the centred kernel h without bias, from the kernel's values on m >= 4 prior draws.
+
+    h(x, y) = k(x, y) - E k(x, p) - E k(p, y) + E k(p, p'). The matrix is centred to zero row sums without its diagonal,
+    which is left out, and the squares are averaged with the weight 1 / (m (m - 3)), so that the mean is E h^2 exactly.
+
+    Args:
+        gram: Shape (m, m).
+
+    Returns:
+        A scalar >= 0.
+
+    Raises:
+        ValueError: If m < 4.
+
+    Source: Szekely, Rizzo, "Partial Distance Correlation with Methods for Dissimilarities", Annals of Statistics 42,
+    2014, doi:10.1214/14-AOS1255, proposition 1.
+    """
+    m = len(gram)
+    if m < 4:
+        raise ValueError(
+            f"standardize=True estimates a variance from at least 4 prior draws, found {m}. Raise the batch."
+        )
+    diagonal = torch.eye(m, dtype=torch.bool, device=gram.device)
+    rows = gram.masked_fill(diagonal, 0).sum(1) / (m - 2)
+    centred = gram - rows[:, None] - rows + rows.sum() / (m - 1)
+    return centred.masked_fill(diagonal, 0).square().sum() / (m * (m - 3))
+
+
+class NullVariance(nn.Module):
+    """Keeps E h(p, p')^2: known at once where the prior is, else averaged over the first prior draws.
+
+    It does not follow a prior that learns, so that the penalty's unit stays what it was.
+    """
+
+    enough_draws = 8192
+    """Draws after which the average is kept as it is; its relative error is then about a percent."""
+
+    square: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("square", torch.zeros(()))
+        self.draws = 0
+
+    def of_means(self, known: KernelMean) -> Tensor | None:
+        """From closed forms, or None where they do not give it."""
+        if self.draws == 0:
+            square = known.centred_square()
+            if square is None:
+                return None
+            self._keep(square, self.enough_draws)
+        return self.square if self.draws >= self.enough_draws else None
+
+    def of_draws(self, kernel: Kernel, prior: Tensor) -> Tensor:
+        """From prior draws, these and the earlier ones."""
+        if self.draws < self.enough_draws:
+            with torch.no_grad():
+                prior = working_precision(prior)
+                square = centred_square(kernel.gram(prior, prior))
+            total = self.draws + len(prior)
+            self._keep(self.square.to(square) + (square - self.square.to(square)) * (len(prior) / total), total)
+        # Draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
+        return self.square.clamp(min=torch.finfo(self.square.dtype).tiny)
+
+    def _keep(self, square: Tensor, draws: int) -> None:
+        with torch.inference_mode(False):
+            self.square = square.detach().clone()
+        self.draws = draws
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state_dict.get(prefix + "square")
+        if value is not None:
+            # Assigned and not copied, so that a float64 unit is not rounded to an unused float32 one.
+            self.square = value.detach().clone().to(self.square.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The number of draws, for ``state_dict``."""
+        return {"draws": self.draws}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores what :meth:`get_extra_state` gave."""
+        self.draws = state["draws"]

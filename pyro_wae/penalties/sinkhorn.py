@@ -1,0 +1,168 @@
+"""The Sinkhorn divergence: optimal transport smoothed by an entropy, through geomloss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_wae.numerics import working_precision
+from pyro_wae.penalties.base import Penalty, PenaltyContext
+
+__all__ = ["Sinkhorn"]
+
+BLUR_FRACTION = 0.5
+DIAMETER_MULTIPLE = 4.0
+
+
+class Sinkhorn(Penalty):
+    r"""The Sinkhorn divergence in the scale of W_p^p, with squared distances for p = 2.
+
+    It is made of three terms::
+
+        S(q, p) = OT(q, p) - OT(q, q) / 2 - OT(p, p) / 2
+        OT(q, p) = min over couplings of E |z - z'|^p + p blur^p KL(coupling, q x p)
+
+    It goes to ``W_p^p = min E |z - z'|^p`` as blur goes to 0 (geomloss itself gives half of that for p = 2), and
+    for large blur to the squared distance of the means for p = 2, to half the energy distance for p = 1. It needs
+    geomloss: ``pip install "pyro-wae[sinkhorn]"``.
+
+    The blur decides what the penalty can see of a finite batch. At a small one every code is sent to a draw of its
+    own, and in more than a few dimensions that is mostly noise: with n = m = 100 draws and a blur of 0.1 spreads, the
+    cosine between the gradient and that of the two populations is 0.49 for d = 8 and 0.14 for d = 64 (N(0, I) with one
+    coordinate shifted, one narrowed and one widened), and the mean penalty is least for codes of 0.74 and 0.33
+    times the right spread. The default, half a spread, has cosines of 0.83 and 0.54, and the least mean at 0.86 and
+    0.60, the best of seven fractions for d = 64. So it **pulls codes inwards**, and more in higher dimension: take
+    large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is never negative up to
+    convergence, and positive when Q_Z = P_Z (n = m = 100: 0.53 for d = 8, 4.1 for d = 64; 0.06 and
+    0.4 at 1000).
+
+    Each of K particles is compared with a K-th of the prior draws, or with all where K does not divide their
+    number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+    Memory holds several (n, m), (n, n) and (m, m) matrices for each particle: some thousand rows are the limit. Time
+    is that of about 2 + log(4 spreads / blur) / log(1 / scaling) passes over each.
+
+    Args:
+        p: 2 for squared distances, 1 for distances.
+        blur: The length below which the coupling is smoothed, in the units of a code. Default: half the root mean
+            squared distance of independent prior draws (sqrt(d / 2) sigma for N(0, sigma^2 I)), taken once, detached,
+            and kept in ``state_dict``.
+        scaling: Ratio of one blur to the next as it is lowered to its value, in (0, 1). Near 1 is slow and exact; at
+            0.5 the value is a few percent off, the gradient less.
+        debias: Whether to subtract the two self-terms. Without them the penalty is least for codes in too few places.
+
+    Raises:
+        ImportError: If geomloss is not installed.
+        ValueError: If p is not 1 or 2, blur is not positive, or scaling lies outside (0, 1). In a call, if the prior
+            draws have no finite, positive spread to take the blur from.
+        TypeError: If blur or scaling is not a number.
+
+    Source: Genevay, Peyre, Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018, arXiv:1706.00292;
+    Feydy, Sejourne, Vialard, Amari, Trouve, Peyre, "Interpolating between Optimal Transport and MMD using Sinkhorn
+    Divergences", 2019, arXiv:1810.08278; Patrini et al., "Sinkhorn AutoEncoders", 2019, arXiv:1810.01118.
+
+    Example:
+        >>> import torch
+        >>> prior = torch.randn(50, 3)
+        >>> round(Sinkhorn()(prior + torch.tensor([0.0, 2.0, 0.0]), prior).item(), 2)
+        4.0
+    """
+
+    spread: Tensor
+
+    def __init__(self, p: float = 2, *, blur: float | None = None, scaling: float = 0.5, debias: bool = True) -> None:
+        super().__init__()
+        _import_samples_loss()
+        if isinstance(p, bool) or p not in (1, 2):
+            raise ValueError(f"Sinkhorn takes a p of 1 or 2, found {p!r}. Write Sinkhorn(p=2).")
+        if blur is not None:
+            _check_number("blur", blur, 1.0)
+            if not (blur > 0 and math.isfinite(blur)):
+                raise ValueError(f"Sinkhorn takes a finite blur > 0, found {blur!r}. Write Sinkhorn(blur=1.0).")
+        _check_number("scaling", scaling, 0.5)
+        if not 0 < scaling < 1:
+            raise ValueError(f"Sinkhorn takes a scaling in (0, 1), found {scaling!r}. Write Sinkhorn(scaling=0.5).")
+        self.p = p
+        self.blur = blur
+        self.scaling = scaling
+        self.debias = debias
+        # geomloss takes numbers, and reading one from a device at every step would wait for it.
+        self._spread: float | None = None
+        self.register_buffer("spread", torch.tensor(math.nan))
+
+    def fit(self, prior: Tensor) -> float:
+        """Takes the spread from prior draws (m, d), once: the blur's unit, and where its descent begins.
+
+        Raises:
+            ValueError: If it is not finite, or it is 0 and no blur was given.
+        """
+        if self._spread is not None:
+            return self._spread
+        spread = (2 * working_precision(prior.detach()).var(0).sum()).sqrt()
+        number = spread.item()
+        if not math.isfinite(number) or (number == 0 and self.blur is None):
+            raise ValueError(
+                f"The prior draws have a spread (root mean squared distance) of {number:g}, from which {self!r} can "
+                "take no blur. Look at the model's prior, or give the blur, as in Sinkhorn(blur=1.0)."
+            )
+        self._spread, self.spread = number, spread
+        return number
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        spread = self.fit(prior)
+        particles, _, d = codes.shape
+        whole = len(prior) % particles == 0 and len(prior) >= 2 * particles
+        draws = prior.reshape(particles, -1, d) if whole else prior.expand(particles, -1, -1)
+        blur = BLUR_FRACTION * spread if self.blur is None else self.blur
+        loss = _import_samples_loss()(
+            "sinkhorn",
+            p=self.p,
+            blur=blur,
+            diameter=max(DIAMETER_MULTIPLE * spread, blur),
+            scaling=self.scaling,
+            debias=self.debias,
+            backend="tensorized",
+        )
+        # The shift between the means is transport in closed form for squared distances, with or without entropy.
+        # Taken out it costs no digits and no iterations, however far the codes are from the prior.
+        centres = (codes.mean(1, keepdim=True), draws.mean(1, keepdim=True))
+        if self.p == 2:
+            shifted = (centres[0] - centres[1]).square().sum((1, 2))
+        else:
+            centres = (centres[1].detach(),) * 2
+            shifted = codes.new_zeros(())
+        # geomloss leaves gradients switched on behind it, in a no_grad block too (0.3.1, sinkhorn_loop).
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            # Given weights, geomloss makes none on the CPU to copy to the device, which would wait for it.
+            weights = [rows.new_full(rows.shape[:2], 1 / rows.shape[1]) for rows in (codes, draws)]
+            smoothed = loss(weights[0], codes - centres[0], weights[1], draws - centres[1])
+        # Its cost is |z - z'|^p / p.
+        return (shifted + self.p * smoothed).mean()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state_dict.get(prefix + "spread")
+        if value is not None:
+            # Assigned and not copied, so that the number keeps its precision.
+            self.spread = value.detach().clone().to(self.spread.device)
+            self._spread = None if value.isnan() else value.item()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _import_samples_loss() -> Any:
+    try:
+        from geomloss import SamplesLoss
+    except ImportError as error:
+        raise ImportError(
+            'Sinkhorn needs geomloss, which is not installed. Run: pip install "pyro-wae[sinkhorn]"'
+        ) from error
+    return SamplesLoss
+
+
+def _check_number(argument: str, value: float, example: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"Sinkhorn takes a number as {argument}, found {type(value).__name__}. "
+            f"Write Sinkhorn({argument}={example})."
+        )

@@ -1,0 +1,224 @@
+"""Sliced Wasserstein distances: transport on lines, where sorting solves it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_wae.penalties.base import Penalty, PenaltyContext
+
+__all__ = ["MaxSlicedWasserstein", "SlicedWasserstein"]
+
+FIRST_STRIDE = 0.5
+STRIDE_RATIO = 0.8
+
+
+class SlicedWasserstein(Penalty):
+    r"""The sliced Wasserstein distance to the power p: the mean over directions of W_p^p on a line.
+
+    For a unit vector t, uniform on the sphere and drawn afresh at every step::
+
+        E_t W_p^p(t.q, t.p) = E_t \int_0^1 |F^-1(s) - G^-1(s)|^p ds
+
+    with the quantile functions F^-1 of the projected codes and G^-1 of the projected prior draws. It is the power and
+    not the root, whose gradient has a jump at 0. Numbers of codes and of prior draws may differ: the steps of the two
+    quantile functions are merged, which is exact. Time is O(projections (n + m) log(n + m)), memory without the log.
+
+    **Its value is positive even when Q_Z = P_Z**, because two finite samples of one law differ. At p = 2 that bias is
+    of the order 1/n where the density on each line is bounded away from 0, log log(n) / n for normal laws, at
+    worst n^(-1/2); measured for N(0, I) and n = m it is 0.055 at 100 and 0.006 at 1000, whatever d. It falls as the
+    codes shrink: at n = m = 100 the mean penalty is least for codes of 0.976 times the prior's spread.
+
+    A shift of the codes by v has the value ``|v|^2 / d`` at p = 2, where W_2^2 has ``|v|^2``. For a prior of unit
+    variance its gradient is about that of the default :class:`~pyro_wae.penalties.MMD` at d = 8 and at d = 64, so the
+    penalty weight can stay; for another variance divide the weight by it.
+
+    Of K particles each is compared with all the prior draws, and the values are averaged. Pooling their rows would
+    have a smaller bias, but one that depends on how alike the codes of one datum are (K = 4, n = 100, d = 8, 400 prior
+    draws: 0.015 when they are independent, 0.037 when equal; the average has 0.037 either way). An encoder could
+    then lower the penalty, at the same Q_Z, by spreading every datum's codes over the prior, as a VAE does. A quarter
+    of the prior draws for each particle would leave the average at 0.055.
+
+    Args:
+        projections: Number of directions, >= 1.
+        p: Order, >= 1; any number.
+
+    Raises:
+        ValueError: If projections is no whole number >= 1, or p is not finite and >= 1.
+        TypeError: If p is not a number.
+
+    Source: Bonneel, Rabin, Peyre, Pfister, "Sliced and Radon Wasserstein Barycenters of Measures", 2015,
+    doi:10.1007/s10851-014-0506-3; Kolouri, Pope, Martin, Rohde, "Sliced-Wasserstein Autoencoder", 2018,
+    arXiv:1804.01947; for the bias Bobkov, Ledoux, "One-Dimensional Empirical Measures, Order Statistics, and
+    Kantorovich Transport Distances", 2019, doi:10.1090/memo/1259.
+
+    Example:
+        >>> import torch
+        >>> codes = torch.zeros(10, 2, requires_grad=True)
+        >>> value = SlicedWasserstein(projections=100)(codes, torch.randn(25, 2))
+        >>> value.backward()
+        >>> codes.grad.shape
+        torch.Size([10, 2])
+    """
+
+    def __init__(self, projections: int = 50, *, p: float = 2) -> None:
+        super().__init__()
+        check_count("projections", projections, 50)
+        check_order(type(self).__name__, p)
+        self.projections = projections
+        self.p = p
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        directions = nn.functional.normalize(codes.new_empty(self.projections, codes.shape[-1]).normal_(), dim=-1)
+        return transport_along(directions, codes, prior, self.p).mean()
+
+
+class MaxSlicedWasserstein(Penalty):
+    r"""The max-sliced Wasserstein distance to the power p: W_p^p on the line where it is largest.
+
+    In one formula::
+
+        max_t W_p^p(t.q, t.p)   over unit vectors t
+
+    The direction is sought by projected gradient ascent on detached codes, at every step from the direction of
+    the last one, from the difference of the means and from random ones; the best that was met is taken. What is
+    found is a lower bound of the maximum, for the function is not concave. The gradient of the codes is that along the
+    direction found, held fixed; where two matchings tie there, the maximum has a kink, and it is one of several.
+    The direction belongs to the codes of the moment and is no
+    parameter: no optimiser trains it, and it stands in ``state_dict`` as a buffer. A step without gradients,
+    such as ``svi.evaluate_loss``, searches and keeps nothing.
+
+    The maximum picks up sampling noise: with n codes in d dimensions the value at Q_Z = P_Z is of the order d / n
+    (measured for N(0, I), n = m = 100, p = 2: 0.25 for d = 8, 1.4 for d = 64), where
+    :class:`SlicedWasserstein` has 0.055. Take it for few dimensions and large batches.
+    A shift by v has the value ``|v|^2`` at p = 2, as W_2^2 itself. Of K particles each is compared with all the prior
+    draws, along one direction that maximises their mean; why, see :class:`SlicedWasserstein`.
+
+    Args:
+        steps: Steps of the ascent, >= 1.
+        p: Order, >= 1; any number.
+        restarts: Random directions, >= 1, from which the ascent starts besides.
+
+    Raises:
+        ValueError: If steps or restarts is no whole number >= 1, or p is not finite and >= 1.
+        TypeError: If p is not a number.
+
+    Source: Deshpande, Hu, Sun, Pyrros, Siddiqui, Koyejo, Zhao, Forsyth, Schwing, "Max-Sliced Wasserstein Distance and
+    its use for GANs", 2019, arXiv:1904.05877.
+
+    Example:
+        >>> import torch
+        >>> prior = torch.randn(50, 3)
+        >>> MaxSlicedWasserstein()(prior + torch.tensor([0.0, 2.0, 0.0]), prior).item() > 3.99
+        True
+    """
+
+    direction: Tensor
+
+    def __init__(self, steps: int = 10, *, p: float = 2, restarts: int = 4) -> None:
+        super().__init__()
+        check_count("steps", steps, 10)
+        check_count("restarts", restarts, 4)
+        check_order(type(self).__name__, p)
+        self.steps = steps
+        self.p = p
+        self.restarts = restarts
+        self.register_buffer("direction", torch.empty(0))
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        direction = self.search(codes.detach(), prior.detach())
+        if torch.is_grad_enabled():
+            # A copy, because whoever writes into buffers (DDP does) must not touch what backward still needs;
+            # without NaN, which would spoil every later step.
+            self.direction = direction.nan_to_num()
+        return transport_along(direction[None], codes, prior, self.p).mean()
+
+    def search(self, codes: Tensor, prior: Tensor) -> Tensor:
+        """The direction, of shape (d,), with the largest value that the ascent meets; the state stays as it is."""
+        d = codes.shape[-1]
+        starts = [codes.mean((0, 1))[None] - prior.mean(0), codes.new_empty(self.restarts, d).normal_()]
+        if self.direction.shape == (d,):
+            starts.insert(0, self.direction.to(codes)[None])
+        directions = nn.functional.normalize(torch.cat(starts), dim=-1)
+        met, values = [directions], []
+        for step in range(self.steps):
+            with torch.enable_grad():
+                directions.requires_grad_()
+                value = transport_along(directions, codes, prior, self.p).mean(0)
+                (slope,) = torch.autograd.grad(value.sum(), directions)
+            values.append(value.detach())
+            directions = directions.detach()
+            tangent = slope - (slope * directions).sum(-1, keepdim=True) * directions
+            # Every exchange in the matching is a kink, so that a slope tells the way and not how far to go.
+            stride = FIRST_STRIDE * STRIDE_RATIO**step
+            directions = nn.functional.normalize(directions + stride * nn.functional.normalize(tangent, dim=-1), dim=-1)
+            met.append(directions)
+        values.append(transport_along(directions, codes, prior, self.p).mean(0))
+        return torch.cat(met).detach().index_select(0, torch.cat(values).argmax()[None])[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The saved direction has the size of a code, which an unused penalty does not know yet.
+        value = state_dict.get(prefix + "direction")
+        if value is not None:
+            self.direction = value.detach().clone().to(self.direction.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def transport_along(directions: Tensor, codes: Tensor, prior: Tensor, p: float) -> Tensor:
+    """W_p^p of codes (K, n, d) and prior draws (m, d) along each direction (J, d); shape (K, J)."""
+    # Moving both leaves every distance as it is, and spares the digits of codes far from 0.
+    centre = (codes.detach().mean((0, 1)) + prior.detach().mean(0)) / 2
+    x = ((codes - centre) @ directions.mT).mT  # (K, J, n)
+    y = ((prior - centre) @ directions.mT).mT  # (J, m)
+    x, y = x.sort(-1).values, y.sort(-1).values
+    rows, columns, lengths = match_quantiles(
+        x.shape[-1], y.shape[-1], torch.zeros((), dtype=torch.long, device=x.device)
+    )
+    return (power(x[..., rows] - y[..., columns], p) * lengths.to(x)).sum(-1)
+
+
+def match_quantiles(n: int, m: int, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cuts (0, 1) where the quantile function of n sorted points, or that of m points moved to the right, steps.
+
+    Args:
+        n: Number of points x.
+        m: Number of points y.
+        shift: By how much the quantile function of y is moved, in units of 1 / lcm(n, m); whole numbers of any shape.
+
+    Returns:
+        The index into x, the index into y, which leaves 0 ... m - 1 where the shift takes it around, and the
+        length of each piece; the shape of the shift and, last, the pieces. The lengths sum to 1.
+    """
+    unit = math.lcm(n, m)
+    if unit <= n + m:
+        starts = torch.arange(unit, device=shift.device)
+        lengths = torch.ones_like(starts)
+    else:
+        steps_x = torch.arange(n, device=shift.device) * (unit // n)
+        steps_y = (torch.arange(m, device=shift.device) * (unit // m) + shift[..., None]) % unit
+        starts = torch.cat([steps_x.expand(*shift.shape, n), steps_y], -1).sort(-1).values
+        lengths = starts.diff(dim=-1, append=torch.full_like(starts[..., :1], unit))
+    rows = (starts // (unit // n)).expand(*shift.shape, -1)
+    return rows, (starts - shift[..., None]) // (unit // m), lengths.double() / unit
+
+
+def power(difference: Tensor, p: float) -> Tensor:
+    """|difference|^p, with a gradient that is finite at 0."""
+    return difference.square() if p == 2 else difference.abs().pow(p)
+
+
+def check_count(argument: str, value: int, example: int) -> None:
+    """Raises ValueError unless ``value`` is a whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}={example}.")
+
+
+def check_order(owner: str, p: float) -> None:
+    """Raises unless ``p`` is a finite number >= 1."""
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise TypeError(f"{owner} takes a number as p, found {type(p).__name__}. Write {owner}(p=2).")
+    if not (p >= 1 and math.isfinite(p)):
+        raise ValueError(f"{owner} takes a finite p >= 1, found {p!r}. Write {owner}(p=2).")

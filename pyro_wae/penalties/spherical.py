@@ -1,0 +1,133 @@
+"""Sliced Wasserstein distance on the sphere: transport on great circles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_wae.numerics import working_precision
+from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.sliced import check_count, check_order, match_quantiles, power
+
+__all__ = ["SphericalSlicedWasserstein"]
+
+NORM_TOLERANCE = 1e-3
+
+
+class SphericalSlicedWasserstein(Penalty):
+    r"""The sliced Wasserstein distance on the unit sphere to the power p: the mean over great circles of W_p^p.
+
+    For a random plane with orthonormal basis U, of shape (d, 2), drawn afresh at every step, codes z on the sphere
+    go to the angle of U^T z::
+
+        E_U W_p^p(angle q, angle p),   W_p^p = min over a of \int_0^1 |F^-1(s) - G^-1(s - a)|^p ds
+
+    with the length of an arc in **turns**, the convention of the source and of POT: the whole circle has
+    length 1, two points are never farther apart than 1/2, and the value is (2 pi)^p times less than in radians.
+    It is the power and not the root. The inner function is convex and piecewise linear in the shift a, so a bisection
+    over its kinks, the multiples of 1 / lcm(n, m), is exact for every p >= 1 and any n and m. The gradient is that of
+    the matching found. Time is O(projections (n + m) log(n + m) log(n m)).
+
+    **Its value is positive even when Q_Z = P_Z**: for the uniform law and p = 2 by 1/(12 n) + 1/(12 m), for every d:
+    0.0017 at n = m = 100, where the largest value of all, that of two opposite points, is 1/4. Of K particles each is
+    compared with all the prior draws; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+
+    Args:
+        projections: Number of great circles, >= 1.
+        p: Order, >= 1; any number.
+
+    Raises:
+        ValueError: If projections is no whole number >= 1, or p is not finite and >= 1. In a call, if d < 2, or if the
+            norm of a code or of a prior draw differs from 1 by more than 1e-3. On an accelerator the norms are read
+            back at the first call only; later a code off the sphere makes the value NaN, which a WAELoss reports.
+        TypeError: If p is not a number.
+
+    Source: Bonet, Berg, Courty, Septier, Drumetz, Pham, "Spherical Sliced-Wasserstein", 2023, arXiv:2206.08776; for
+    the circle Delon, Salomon, Sobolevski, "Fast Transport Optimization for Monge Costs on the Circle", 2010,
+    arXiv:0902.3527.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> codes = torch.randn(10, 3, requires_grad=True)
+        >>> value = SphericalSlicedWasserstein()(normalize(codes, dim=-1), normalize(torch.randn(25, 3), dim=-1))
+        >>> value.backward()
+    """
+
+    def __init__(self, projections: int = 50, *, p: float = 2) -> None:
+        super().__init__()
+        check_count("projections", projections, 50)
+        check_order(type(self).__name__, p)
+        self.projections = projections
+        self.p = p
+        self._was_read_back = False
+
+    def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        d = codes.shape[-1]
+        if d < 2:
+            raise ValueError(
+                f"SphericalSlicedWasserstein compares codes on great circles and needs d >= 2, found d = {d}. "
+                "Write SlicedWasserstein() for codes on a line."
+            )
+        on_sphere = self._check_norms(codes, prior)
+        frames = torch.linalg.qr(codes.new_empty(self.projections, d, 2).normal_()).Q
+        value = transport_on_circle(turns(frames, codes), turns(frames, prior), self.p).mean()
+        return value.where(on_sphere, math.nan)
+
+    def _check_norms(self, codes: Tensor, prior: Tensor) -> Tensor:
+        """Whether all norms are 1, as a scalar tensor; raises where reading it costs no synchronisation, and once."""
+        norms = [rows.detach().norm(dim=-1) for rows in (codes, prior)]
+        # NaN passes here, so that the loss can name the site that it comes from.
+        off = [(norm - 1).abs() > NORM_TOLERANCE for norm in norms]
+        on_sphere = ~(off[0].any() | off[1].any())
+        if codes.device.type == "cpu" or not self._was_read_back:
+            self._was_read_back = True
+            for name, norm, is_off in zip(("codes", "prior draws"), norms, off, strict=True):
+                if is_off.any():
+                    worst = norm.flatten()[(norm - 1).abs().nan_to_num().argmax()].item()
+                    remedy = (
+                        "codes / codes.norm(dim=-1, keepdim=True)"
+                        if name == "codes"
+                        else "dist.ProjectedNormal(x.new_zeros(d)) as the prior, or divide its draws by their norm"
+                    )
+                    raise ValueError(
+                        f"SphericalSlicedWasserstein takes codes and prior draws of norm 1, found {name} of norm "
+                        f"{worst:.4g} (shape {tuple(norm.shape)} without the last dimension). Write {remedy}."
+                    )
+        return on_sphere
+
+
+def turns(frames: Tensor, points: Tensor) -> Tensor:
+    """Where points (..., n, d) fall on the great circles of frames (J, d, 2): (..., J, n), in turns, -1/2 to 1/2."""
+    planar = torch.einsum("jdc,...nd->...jnc", frames, points)
+    return torch.atan2(planar[..., 1], planar[..., 0]) / math.tau
+
+
+def transport_on_circle(x: Tensor, y: Tensor, p: float) -> Tensor:
+    """W_p^p on a circle of length 1 of points x (..., n) and y (..., m), given by their places in turns."""
+    x, y = x.sort(-1).values, y.sort(-1).values
+    n, m = x.shape[-1], y.shape[-1]
+    shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    x, y = x.expand(*shape, n), y.expand(*shape, m)
+    with torch.no_grad():
+        # Neighbouring kinks differ by less than float32 resolves when n and m have no common divisor.
+        at = (working_precision(x), working_precision(y), p)
+        unit = math.lcm(n, m)
+        # Beyond one turn a shift carries every point by more than half a turn.
+        low = torch.full(shape, -unit, device=x.device)
+        high = torch.full(shape, unit, device=x.device)
+        for _ in range((2 * unit).bit_length()):
+            middle = (low + high) // 2
+            rises = _shifted_cost(*at, middle + 1) >= _shifted_cost(*at, middle)
+            low, high = torch.where(rises, low, middle + 1), torch.where(rises, middle, high)
+    return _shifted_cost(x, y, p, low)
+
+
+def _shifted_cost(x: Tensor, y: Tensor, p: float, shift: Tensor) -> Tensor:
+    """The cost of matching sorted x (..., n) with sorted y (..., m) moved by a shift (...)."""
+    m = y.shape[-1]
+    rows, columns, lengths = match_quantiles(x.shape[-1], m, shift)
+    difference = x.gather(-1, rows) - y.gather(-1, columns % m) - columns // m
+    return (power(difference, p) * lengths.to(x)).sum(-1)

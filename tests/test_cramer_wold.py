@@ -1,0 +1,353 @@
+import copy
+import math
+import pickle
+
+import mpmath
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from references import mean_is_zero
+from scipy.spatial.distance import cdist
+from scipy.special import hyp1f1
+from scipy.stats import norm
+
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import MMD, PenaltyContext
+from pyro_wae.penalties.cramer_wold import CramerWold, projected_gaussian
+
+DIMENSIONS = [2, 3, 8, 64, 512]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def rows(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def normal(d, loc=0.0, scale=1.0):
+    prior = dist.Normal(torch.full((d,), loc, dtype=torch.float64), scale).to_event(1)
+    return PenaltyContext(prior=lambda: prior)
+
+
+def kernel(x, y, gamma):
+    d = x.shape[1]
+    return hyp1f1(0.5, d / 2, -cdist(x, y, "sqeuclidean") / (4 * gamma)) / (2 * math.sqrt(math.pi * gamma))
+
+
+def off_diagonal(n):
+    return ~np.eye(n, dtype=bool)
+
+
+def smoothed(points, gamma, t):
+    """The density at t of points (..., n) on a line, each smoothed with N(0, gamma)."""
+    return norm.pdf(t[:, None], points[..., None, :], math.sqrt(gamma)).mean(-1)
+
+
+def projected(codes, gamma):
+    """Smoothed densities (directions, t) of codes in the plane, on a grid of directions and places, and that grid."""
+    angle, t = np.linspace(0, 2 * math.pi, 96, endpoint=False), np.linspace(-12, 12, 600)
+    directions = np.stack([np.cos(angle), np.sin(angle)], 1)
+    return smoothed(directions @ codes.numpy().T, gamma, t), directions, t
+
+
+def mean_squared_difference(q, p, t):
+    # The trapezoidal rule of a periodic function and of one that dies off at both ends converges geometrically.
+    return ((q - p) ** 2).sum(-1).mean() * (t[1] - t[0])
+
+
+# The special function
+
+
+def kummer(a, b, s):
+    with mpmath.workdps(30):
+        return float(mpmath.hyp1f1(a, b, -mpmath.mpf(s)))
+
+
+@pytest.mark.parametrize("d", [2, 3, 4, 5, 16, 64, 512, 4096])
+def test_the_projected_gaussian_is_kummers_function(d):
+    s = torch.cat([torch.zeros(1), torch.logspace(-6, 8, 60)]).double().requires_grad_()
+    value = projected_gaussian(s, d)
+    (slope,) = torch.autograd.grad(value.sum(), s, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), s)
+    points = s.tolist()
+    expected = torch.tensor([kummer(0.5, d / 2, x) for x in points], dtype=torch.float64)
+    expected_slope = torch.tensor([-kummer(1.5, d / 2 + 1, x) / d for x in points], dtype=torch.float64)
+    expected_curvature = torch.tensor([3 * kummer(2.5, d / 2 + 2, x) / (d * (d + 2)) for x in points]).double()
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(slope, expected_slope, rtol=2e-12, atol=0)
+    torch.testing.assert_close(curvature, expected_curvature, rtol=1e-6, atol=0)
+
+
+def test_the_projected_gaussian_has_its_elementary_forms():
+    s = torch.linspace(0.01, 40, 50, dtype=torch.float64)
+    torch.testing.assert_close(projected_gaussian(s, 2), torch.special.i0e(s / 2), rtol=1e-13, atol=0)
+    erf = math.sqrt(math.pi) / 2 * torch.erf(s.sqrt()) / s.sqrt()
+    torch.testing.assert_close(projected_gaussian(s, 3), erf, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_the_projected_gaussian_in_float32(d):
+    s = torch.logspace(-3, 5, 50)
+    exact = torch.tensor([kummer(0.5, d / 2, x) for x in s.tolist()])
+    torch.testing.assert_close(projected_gaussian(s, d), exact, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(("d", "error"), [(2, 0.215), (8, 0.022), (64, 0.002)])
+def test_the_documented_error_of_the_papers_approximation(d, error):
+    s = torch.logspace(-2, 5, 2000, dtype=torch.float64)
+    approximation = (1 + 4 * s / (2 * d - 3)) ** -0.5
+    assert (approximation - projected_gaussian(s, d)).abs().max().item() == pytest.approx(error, abs=6e-4)
+
+
+def test_the_derivatives_of_the_projected_gaussian_agree_with_finite_differences():
+    s = (torch.rand(6, dtype=torch.float64) * 20).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda s: projected_gaussian(s, 5), s)
+
+
+def test_directions_need_two_dimensions():
+    with pytest.raises(ValueError, match="d >= 2 dimensions, found 1"):
+        projected_gaussian(torch.ones(2), 1)
+
+
+# The distance
+
+
+def test_it_is_the_l2_distance_of_smoothed_projections_averaged_over_directions():
+    codes, prior, gamma = rows(20, 2) + 0.5, rows(30, 2), 0.3
+    (q, _, t), (p, _, _) = projected(codes, gamma), projected(prior, gamma)
+    value = CramerWold(gamma, unbiased=False)(codes, prior)
+    assert value.item() == pytest.approx(mean_squared_difference(q, p, t), rel=1e-9)
+
+
+def test_the_closed_form_is_that_distance_from_a_normal():
+    codes, gamma = rows(20, 2) + 0.5, 0.3
+    q, directions, t = projected(codes, gamma)
+    p = norm.pdf(t, 0.4 * directions.sum(1, keepdims=True), math.sqrt(1.5**2 + gamma))
+    value = CramerWold(gamma, unbiased=False)(codes, rows(2, 2), normal(2, 0.4, 1.5))
+    assert value.item() == pytest.approx(mean_squared_difference(q, p, t), rel=1e-9)
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 33), (33, 20), (2, 2)])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_between_samples_it_is_the_direct_sum(d, n, m, unbiased):
+    codes, prior = 0.5 * rows(n, d) + 1, rows(m, d)
+    qq, pp, qp = kernel(codes, codes, 0.4), kernel(prior, prior, 0.4), kernel(codes, prior, 0.4)
+    if unbiased:
+        qq, pp = qq[off_diagonal(n)], pp[off_diagonal(m)]
+    value = CramerWold(0.4, unbiased=unbiased)(codes, prior)
+    assert value.item() == pytest.approx(qq.mean() + pp.mean() - 2 * qp.mean(), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_against_the_standard_normal_it_is_the_papers_sum(d):
+    codes, n, gamma = rows(15, d) + 0.3, 15, 0.4
+    squares = cdist(codes, codes, "sqeuclidean")
+    expected = (
+        hyp1f1(0.5, d / 2, -squares / (4 * gamma)).sum() / math.sqrt(gamma)
+        + n**2 / math.sqrt(1 + gamma)
+        - 2 * n / math.sqrt(gamma + 0.5) * hyp1f1(0.5, d / 2, -codes.square().sum(1).numpy() / (2 + 4 * gamma)).sum()
+    ) / (2 * n**2 * math.sqrt(math.pi))
+    value = CramerWold(gamma, unbiased=False)(codes, rows(2, d), normal(d))
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [2, 8])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_the_closed_form_is_the_mean_of_its_two_sample_form_over_prior_draws(d, unbiased):
+    # Null: both have one mean over 300 sets of 40 prior draws, the V-statistic up to its known bias of
+    # (k(0) - E k(p, p')) / 40; size 1/2000 (3.5 standard errors), seed 0.
+    codes, penalty = 0.7 * rows(20, d) + 0.6, CramerWold(0.4, unbiased=unbiased)
+    closed = penalty(codes, rows(2, d), normal(d, 0.3, 1.2))
+    height = (0.4**-0.5 - (0.4 + 1.2**2) ** -0.5) / (2 * math.sqrt(math.pi))
+    bias = 0.0 if unbiased else height / 40
+    assert mean_is_zero([penalty(codes, 0.3 + 1.2 * rows(40, d)) - bias - closed for _ in range(300)])
+
+
+@pytest.mark.parametrize("context", [PenaltyContext(), normal(2)])
+def test_particles_of_one_datum_do_not_meet(context):
+    codes, prior, gamma = rows(3, 10, 2), rows(25, 2), 0.4
+    flat = codes.flatten(0, 1)
+    same = np.tile(np.arange(10), 3)[:, None] == np.tile(np.arange(10), 3)
+    qq = kernel(flat, flat, gamma)
+    penalty, reference = CramerWold(gamma), CramerWold(gamma, unbiased=False)
+    rest = reference(codes, prior, context).item() - qq.mean()
+    if context.prior is None:
+        pp = kernel(prior, prior, gamma)
+        rest += pp[off_diagonal(25)].mean() - pp.mean()
+    assert penalty(codes, prior, context).item() == pytest.approx(qq[~same].mean() + rest, rel=1e-9)
+    known = PenaltyContext(prior=context.prior, data_size=40)
+    expected = 39 / 40 * qq[~same].mean() + qq[same & off_diagonal(30)].mean() / 40 + rest
+    assert penalty(codes, prior, known).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("context", [PenaltyContext(), normal(2)])
+def test_null_has_mean_0_with_particles_too_and_pooling_them_or_the_biased_one_has_not(context):
+    # Null: the mean over 200 batches of 10 data of 5 particles is 0; size 1/2000, seed 0.
+    apart, pooled, biased = [], [], []
+    for _ in range(200):
+        codes = math.sqrt(0.8) * rows(1, 10, 2) + math.sqrt(0.2) * rows(5, 10, 2)
+        prior = rows(25, 2)
+        apart.append(CramerWold(0.4)(codes, prior, context))
+        pooled.append(CramerWold(0.4)(codes.flatten(0, 1), prior, context))
+        biased.append(CramerWold(0.4, unbiased=False)(codes[0], prior, context))
+    assert mean_is_zero(apart)
+    assert not mean_is_zero(pooled)
+    assert not mean_is_zero(biased)
+
+
+@pytest.mark.parametrize("d", [2, 8, 64])
+def test_off_the_null_it_is_positive(d):
+    for codes in (rows(300, d) + 1, 0.5 * rows(300, d), 2 * rows(300, d), torch.zeros(300, d).double()):
+        for context in (PenaltyContext(), normal(d)):
+            assert CramerWold()(codes, rows(300, d), context) > 1e-3
+
+
+# When the closed form serves
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.Normal(torch.zeros(3), torch.tensor([1.0, 1.0, 2.0])).to_event(1),
+        dist.Laplace(torch.zeros(3), 1.0).to_event(1),
+        dist.LogNormal(torch.zeros(3), 1.0).to_event(1),
+        dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
+        None,
+    ],
+)
+def test_other_priors_are_compared_by_their_draws(prior):
+    codes, draws, penalty = rows(20, 3), rows(30, 3), CramerWold(0.4)
+    value = penalty(codes, draws, PenaltyContext(prior=lambda: prior))
+    torch.testing.assert_close(value, penalty(codes, draws), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.5, torch.full((3,), 1.5)])
+def test_any_normal_of_one_scale_serves_however_it_is_written(scale):
+    codes = rows(20, 3, dtype=torch.float32)
+    prior = dist.Normal(torch.zeros(3), scale).to_event(1)
+    value = CramerWold(0.4)(codes, torch.full((2, 3), math.nan), PenaltyContext(prior=lambda: prior))
+    torch.testing.assert_close(value.double(), CramerWold(0.4)(codes.double(), rows(2, 3), normal(3, 0.0, 1.5)))
+
+
+def test_data_that_are_shared_with_the_prior_need_its_draws():
+    codes, draws, prior = rows(20, 3), rows(20, 3), normal(3).prior
+    context = PenaltyContext(prior=prior, shared_data=True)
+    expected = CramerWold(0.4)(codes, draws, PenaltyContext(shared_data=True))
+    torch.testing.assert_close(CramerWold(0.4)(codes, draws, context), expected, rtol=0, atol=0)
+    assert CramerWold(0.4)(codes, codes, context).abs() < 1e-12
+
+
+# Gradients and numbers
+
+
+@pytest.mark.parametrize("context", [PenaltyContext(), normal(3, 0.2, 1.3)])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_gradients_agree_with_finite_differences(context, unbiased):
+    prior, penalty = rows(7, 3), CramerWold(0.3, unbiased=unbiased)
+    assert torch.autograd.gradcheck(lambda codes: penalty(codes, prior, context), rows(2, 5, 3).requires_grad_())
+
+
+def test_gradients_reach_a_prior_that_learns():
+    loc, scale = (torch.ones(3, dtype=torch.float64) * c for c in (0.5, 1.5))
+
+    def value(loc, scale):
+        prior = dist.Normal(loc, scale[:1].expand(3)).to_event(1)
+        return CramerWold(0.3)(codes, rows(2, 3), PenaltyContext(prior=lambda: prior))
+
+    codes = rows(5, 3)
+    assert torch.autograd.gradcheck(value, (loc.requires_grad_(), scale.requires_grad_()))
+
+
+def test_gradients_stay_finite_where_codes_coincide():
+    codes = rows(4, 2).repeat(2, 1).requires_grad_()
+    CramerWold(0.3)(codes, codes.detach()).backward()
+    assert codes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("context", [PenaltyContext(), normal(8)])
+@pytest.mark.parametrize("place", [0.0, 1000.0])
+def test_float32_keeps_its_digits(context, place):
+    codes = (rows(50, 8, dtype=torch.float32) * 64).round() / 64 + place
+    prior = (rows(60, 8, dtype=torch.float32) * 64).round() / 64 + place
+    values, gradients = [], []
+    for dtype in (torch.float32, torch.float64):
+        x = codes.to(dtype).requires_grad_()
+        values.append(CramerWold()(x, prior.to(dtype), context))
+        assert values[-1].dtype == dtype
+        gradients.append(torch.autograd.grad(values[-1], x)[0].double())
+    torch.testing.assert_close(values[0].double(), values[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-12)
+
+
+def test_the_order_of_rows_does_not_matter():
+    codes, prior = rows(20, 2), rows(30, 2)
+    for context in (PenaltyContext(), normal(2)):
+        shuffled = CramerWold(0.4)(codes[torch.randperm(20)], prior[torch.randperm(30)], context)
+        torch.testing.assert_close(shuffled, CramerWold(0.4)(codes, prior, context))
+
+
+# gamma
+
+
+def test_gamma_follows_silvermans_rule_on_the_priors_scale():
+    codes, prior = rows(3, 20, 2), 2 * rows(30, 2)
+    rule = (4 / (3 * 20)) ** (2 / 5)
+    variance = prior.numpy().var(0, ddof=1).mean()
+    torch.testing.assert_close(CramerWold()(codes, prior), CramerWold(rule * variance)(codes, prior))
+    context = normal(2, 0.0, 2.0)
+    torch.testing.assert_close(CramerWold()(codes, prior, context), CramerWold(rule * 4)(codes, prior, context))
+
+
+def test_gamma_stays_and_is_saved():
+    codes, prior, penalty = rows(20, 2), rows(30, 2), CramerWold()
+    penalty(codes, prior)
+    given = CramerWold((4 / 60) ** 0.4 * prior.numpy().var(0, ddof=1).mean())
+    codes, prior = rows(200, 2), 9 * rows(30, 2)
+    value = penalty(codes, prior)
+    torch.testing.assert_close(value, given(codes, prior))
+    loaded = CramerWold()
+    loaded.load_state_dict(penalty.state_dict())
+    assert len(penalty.state_dict()) == 1
+    for same in (penalty, loaded, copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
+        torch.testing.assert_close(same(codes, prior), value, rtol=0, atol=0)
+
+
+def test_repr_is_the_call():
+    assert repr(CramerWold()) == "CramerWold(gamma=None, unbiased=True)"
+    assert repr(CramerWold(0.1, unbiased=False)) == "CramerWold(gamma=0.1, unbiased=False)"
+    assert CramerWold(0.1).state_dict() == {}
+
+
+# Errors
+
+
+def test_one_dimension_is_refused_and_the_line_to_write_is_the_same():
+    codes, prior, gamma = rows(20, 1), rows(30, 1), 0.3
+    with pytest.raises(ValueError, match=r"d >= 2 numbers, found codes of d = 1\. Write MMD\(Gaussian\(bandwidth="):
+        CramerWold(gamma)(codes, prior)
+    instead = MMD(Gaussian(bandwidth=math.sqrt(2 * gamma)), unbiased=False)(codes, prior)
+    t = np.linspace(-12, 12, 600)
+    expected = mean_squared_difference(*(smoothed(z.ravel().numpy(), gamma, t) for z in (codes, prior)), t)
+    assert instead.item() / (2 * math.sqrt(math.pi * gamma)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, math.inf, math.nan])
+def test_a_gamma_out_of_range_is_named(gamma):
+    with pytest.raises(ValueError, match=rf"finite gamma > 0, found {gamma}\. Write CramerWold\(gamma=0\.1\)"):
+        CramerWold(gamma)
+
+
+@pytest.mark.parametrize("gamma", ["0.1", True, torch.ones(())])
+def test_a_gamma_that_is_no_number_is_named(gamma):
+    with pytest.raises(TypeError, match=rf"number as gamma, found {type(gamma).__name__}\. Write CramerWold\("):
+        CramerWold(gamma)
+
+
+def test_a_prior_without_a_spread_is_named():
+    with pytest.raises(ValueError, match=r"prior's mean variance, found 0\. Give it, as in CramerWold\(gamma=0\.1\)"):
+        CramerWold()(rows(20, 2), torch.zeros(30, 2).double())

@@ -1,0 +1,717 @@
+"""Means of kernels against priors in closed form, against quadrature and Monte Carlo, and where WAELoss takes them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+from pyro import poutine
+from references import mean_is_zero
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale
+from pyro_wae.penalties import MMD, Penalty, PenaltyContext, kernel_mean, kernel_means, register_kernel_mean
+
+N = 12
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Lets a test register what it likes and takes it back."""
+    monkeypatch.setattr(kernel_means, "_REGISTRY", dict(kernel_means._REGISTRY))
+
+
+def rows(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# Each kernel beside its value at a squared distance, written once more.
+KERNELS = {
+    "gaussian": (lambda: Gaussian(0.8), lambda r: np.exp(-r / (2 * 0.8**2))),
+    "imq": (lambda: InverseMultiquadratic(1.5), lambda r: 1.5 / (1.5 + r)),
+    "authors": (
+        lambda: InverseMultiquadratic.multiscale(4.0),
+        lambda r: sum(4 * c / (4 * c + r) for c in (0.1, 0.2, 0.5, 1, 2, 5, 10)),
+    ),
+    "multiscale": (lambda: MultiScale(Gaussian(1.0), (0.5, 3.0)), lambda r: np.exp(-r) + np.exp(-r / 6)),
+    "sum": (
+        lambda: Gaussian(0.5) + 0.3 * InverseMultiquadratic(2.0),
+        lambda r: np.exp(-r / 0.5) + 0.3 * 2 / (2 + r),
+    ),
+    "multiple": (lambda: 2.5 * (Gaussian(1.0) + Gaussian(2.0)), lambda r: 2.5 * (np.exp(-r / 2) + np.exp(-r / 8))),
+}
+# Weights, means and standard deviations in one dimension.
+LAWS = {
+    "standard": ([1.0], [0.0], [1.0]),
+    "normal": ([1.0], [0.7], [1.7]),
+    "narrow": ([1.0], [-2.0], [0.2]),
+    "mixture": ([0.3, 0.7], [-3.0, 1.0], [0.5, 1.2]),
+}
+
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+
+
+def known(name, prior):
+    return kernel_mean(KERNELS[name][0](), prior)
+
+
+def on_a_line(weights, locs, scales):
+    weights, locs, scales = (torch.tensor(values, dtype=torch.float64) for values in (weights, locs, scales))
+    if len(weights) == 1:
+        return dist.Normal(locs, scales).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(locs[:, None], scales[:, None]).to_event(1))
+
+
+def density(law, x):
+    return sum(
+        w * np.exp(-(((x - loc) / scale) ** 2) / 2) / (scale * math.sqrt(2 * math.pi))
+        for w, loc, scale in zip(*LAWS[law], strict=True)
+    )
+
+
+def grid(law):
+    """Points and trapezoidal weights of the law; the rule is exact to rounding for densities this smooth."""
+    _, locs, scales = LAWS[law]
+    x = np.arange(
+        min(m - 10 * s for m, s in zip(locs, scales, strict=True)),
+        max(m + 10 * s for m, s in zip(locs, scales, strict=True)),
+        min(0.02, min(scales) / 20),
+    )
+    return x, density(law, x) * (x[1] - x[0])
+
+
+# On a line, against quadrature
+
+
+@every_kernel
+@pytest.mark.parametrize("law", LAWS)
+def test_the_mean_at_a_point_is_the_integral_over_the_prior(name, law):
+    k = KERNELS[name][1]
+    points = [-4.0, 0.0, 0.9, 7.0]
+    p, weights = grid(law)
+    breaks = sorted({*points, *LAWS[law][1]})
+    expected = [
+        scipy.integrate.quad(
+            lambda y, x=x: k((x - y) ** 2) * density(law, y), p[0], p[-1], points=breaks, epsabs=1e-13, limit=200
+        )[0]
+        for x in points
+    ]
+    actual = known(name, on_a_line(*LAWS[law])).at(torch.tensor(points, dtype=torch.float64)[:, None])
+    # The multiquadratic's own quadrature leaves out a mass of e^-22 for each scale.
+    np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=3e-9)
+    np.testing.assert_allclose([(k((x - p) ** 2) * weights).sum() for x in points], expected, rtol=1e-9)
+
+
+@every_kernel
+@pytest.mark.parametrize("law", LAWS)
+def test_the_norm_is_the_double_integral_over_the_prior(name, law):
+    p, weights = grid(law)
+    expected = weights @ KERNELS[name][1]((p[:, None] - p) ** 2) @ weights
+    assert known(name, on_a_line(*LAWS[law])).norm().item() == pytest.approx(expected, rel=1e-8)
+
+
+@every_kernel
+@pytest.mark.parametrize("law", LAWS)
+def test_the_centred_square_is_the_double_integral_or_not_known(name, law):
+    square = known(name, on_a_line(*LAWS[law])).centred_square()
+    if law == "mixture":
+        assert square is None
+        return
+    p, weights = grid(law)
+    gram = KERNELS[name][1]((p[:, None] - p) ** 2)
+    means = gram @ weights
+    expected = weights @ (gram - means[:, None] - means + weights @ means) ** 2 @ weights
+    assert square.item() == pytest.approx(expected, rel=1e-7)
+
+
+# In many dimensions
+
+LOCS = np.array([0.3, -1.0, 0.0, 2.0])
+SCALES = np.array([0.4, 1.0, 2.0, 1.3])
+
+
+def diagonal_normal(locs=LOCS, scales=SCALES):
+    return dist.Normal(torch.tensor(locs), torch.tensor(scales)).to_event(1)
+
+
+def test_a_gaussian_kernel_has_the_product_of_its_means_in_each_dimension():
+    s, x = 0.9, rows(5, 4).numpy()
+    at, norm, squares, crossed = np.ones(5), 1.0, 1.0, 1.0
+    for j in range(4):
+        p = np.arange(LOCS[j] - 10 * SCALES[j], LOCS[j] + 10 * SCALES[j], SCALES[j] / 40)
+        weights = scipy.stats.norm(LOCS[j], SCALES[j]).pdf(p) * (p[1] - p[0])
+        gram = np.exp(-((p[:, None] - p) ** 2) / (2 * s**2))
+        at = at * (np.exp(-((x[:, j, None] - p) ** 2) / (2 * s**2)) @ weights)
+        norm = norm * (weights @ gram @ weights)
+        squares = squares * (weights @ gram**2 @ weights)
+        crossed = crossed * (weights @ (gram @ weights) ** 2)
+    means = kernel_mean(Gaussian(s), diagonal_normal())
+    np.testing.assert_allclose(means.at(torch.tensor(x)), at, rtol=1e-10)
+    assert means.norm().item() == pytest.approx(norm, rel=1e-10)
+    assert means.centred_square().item() == pytest.approx(squares - 2 * crossed + norm**2, rel=1e-9)
+
+
+def noncentral_mean(d, square, scale):
+    """E C / (C + |x - p|^2) for p ~ N(0, I_d) and |x|^2 = square, by the law of the squared distance."""
+    law = scipy.stats.ncx2(d, square) if square else scipy.stats.chi2(d)
+    middle, spread = d + square, math.sqrt(2 * (d + 2 * square))
+    edges = sorted({0.0, *(max(0.0, middle + i * spread) for i in (-12, -6, -3, -1, 0, 1, 3, 6, 12, 30))})
+    return sum(
+        scipy.integrate.quad(lambda r: scale / (scale + r) * law.pdf(r), *piece, epsabs=0, epsrel=1e-10)[0]
+        for piece in itertools.pairwise(edges)
+    )
+
+
+@pytest.mark.parametrize("d", [2, 8, 64])
+@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+def test_the_multiquadratic_is_right_near_and_far_from_the_prior(d, factor):
+    """Up to |x|^2 = 100 d and beyond; at these distances few quadrature nodes would see nothing."""
+    scale = 2 * d * factor
+    means = kernel_mean(InverseMultiquadratic(scale), diagonal_normal(np.zeros(d), np.ones(d)))
+    squares = np.array([0.0, 0.5 * d, 4.0 * d, 100.0 * d, 1000.0 * d])
+    x = torch.zeros(5, d, dtype=torch.float64)
+    x[:, 0] = torch.tensor(squares).sqrt() * 0.6
+    x[:, 1] = torch.tensor(squares).sqrt() * -0.8
+    expected = [noncentral_mean(d, square, scale) for square in squares]
+    np.testing.assert_allclose(means.at(x), expected, rtol=1e-5 if d < 64 else 2e-5)
+    np.testing.assert_allclose(means.at(x)[:3], expected[:3], rtol=1e-8)
+
+
+@pytest.mark.parametrize("d", [2, 8])
+def test_the_multiquadratics_gradient_is_that_of_the_noncentral_law(d):
+    """d/dx E f(R) = x (E f(R'') - E f(R)) with R'' of two more degrees of freedom than R, noncentrality |x|^2."""
+    x = rows(4, d).mul(torch.tensor([0.3, 1.0, 3.0, 10.0]).double()[:, None]).requires_grad_()
+    kernel_mean(InverseMultiquadratic(1.0 * d), diagonal_normal(np.zeros(d), np.ones(d))).at(x).sum().backward()
+    for row, gradient in zip(x.detach(), x.grad, strict=True):
+        square = row.square().sum().item()
+        slope = noncentral_mean_of(d + 2, square, 1.0 * d) - noncentral_mean_of(d, square, 1.0 * d)
+        torch.testing.assert_close(gradient, row * slope, rtol=1e-5, atol=1e-12)
+
+
+def noncentral_mean_of(freedom, square, scale):
+    law = scipy.stats.ncx2(freedom, square)
+    middle, spread = law.mean(), law.std()
+    edges = sorted({0.0, *(max(0.0, middle + i * spread) for i in (-12, -6, -3, -1, 0, 1, 3, 6, 12, 30))})
+    return sum(
+        scipy.integrate.quad(lambda r: scale / (scale + r) * law.pdf(r), *piece, epsabs=0, epsrel=1e-11)[0]
+        for piece in itertools.pairwise(edges)
+    )
+
+
+def many_dimensions(kind):
+    if kind == "diagonal":
+        return diagonal_normal()
+    locs = torch.tensor([[0.0, -2.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, -3.0]], dtype=torch.float64)
+    components = dist.Normal(locs, torch.tensor([[0.3, 1.0, 2.0, 1.0], [1.0] * 4, [0.5] * 4])).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)), components)
+
+
+def of_squares(k, x, y):
+    return torch.from_numpy(k((x - y).square().sum(1).numpy()))
+
+
+@every_kernel
+@pytest.mark.parametrize("kind", ["diagonal", "mixture"])
+def test_the_means_agree_with_monte_carlo(name, kind):
+    """Size: 40,000 draws, 4 standard errors, missed by chance once in 16,000; seed 0."""
+    prior, k = many_dimensions(kind), KERNELS[name][1]
+    means = known(name, prior)
+    p, other = prior.sample((40_000,)).double(), prior.sample((40_000,)).double()
+    for x in (rows(1, 4), 0.5 * rows(1, 4)):
+        assert mean_is_zero(of_squares(k, x, p) - means.at(x), standard_errors=4)
+    pairs = of_squares(k, p, other)
+    assert mean_is_zero(pairs - means.norm(), standard_errors=4)
+    assert not mean_is_zero(pairs - 1.2 * means.norm(), standard_errors=4)
+    square = means.centred_square()
+    if kind == "diagonal":
+        centred = pairs - means.at(p) - means.at(other) + means.norm()
+        assert mean_is_zero(centred**2 - square, standard_errors=4)
+
+
+def test_a_mixture_of_one_is_its_component_and_of_equals_too():
+    normal, x = diagonal_normal(), rows(6, 4)
+    locs, scales = (torch.tensor(v).expand(3, 4) for v in (LOCS, SCALES))
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(3).double()), dist.Normal(locs, scales).to_event(1))
+    for name in KERNELS:
+        torch.testing.assert_close(known(name, mixture).at(x), known(name, normal).at(x))
+        torch.testing.assert_close(known(name, mixture).norm(), known(name, normal).norm())
+
+
+def test_float32_priors_and_codes_are_computed_in_float64():
+    prior = dist.Normal(torch.tensor(LOCS).float(), torch.tensor(SCALES).float()).to_event(1)
+    x = rows(5, 4).float()
+    actual = known("authors", prior).at(x)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, known("authors", diagonal_normal()).at(x.double()), rtol=1e-6, atol=0)
+
+
+# The registry
+
+
+class Narrower(Gaussian):
+    pass
+
+
+class Shifted(dist.Normal):
+    pass
+
+
+class Known:
+    """Means that are told apart by their number."""
+
+    def __init__(self, value):
+        self.value = torch.tensor(value, dtype=torch.float64)
+
+    def at(self, x):
+        return self.value.expand(len(x)) + 0 * x.sum(1)
+
+    def norm(self):
+        return 3 * self.value
+
+    def centred_square(self):
+        return None
+
+
+def test_the_most_specific_pair_wins(registry):
+    for value, types in enumerate([(Gaussian, Shifted), (Narrower, Shifted), (Narrower, dist.Normal)]):
+        register_kernel_mean(*types)(lambda kernel, prior, value=value: Known(float(value)))
+    normal, shifted = (cls(torch.zeros(2), torch.ones(2)).to_event(1) for cls in (dist.Normal, Shifted))
+    assert kernel_mean(Gaussian(1.0), shifted).value == 0
+    assert kernel_mean(Narrower(1.0), shifted).value == 1
+    assert kernel_mean(Narrower(1.0), normal).value == 2
+    assert isinstance(kernel_mean(Gaussian(1.0), normal), kernel_means.NormalMixtureMean)
+
+
+def test_a_later_registration_of_the_same_pair_replaces_the_earlier(registry):
+    register_kernel_mean(Gaussian, dist.Normal)(lambda kernel, prior: Known(5.0))
+    assert kernel_mean(Gaussian(1.0), diagonal_normal()).value == 5
+
+
+def test_the_function_is_handed_the_kernel_and_the_prior_and_stays_a_function(registry):
+    @register_kernel_mean(Laplace, dist.Laplace)
+    def find(kernel, prior):
+        seen.append((kernel, prior))
+
+    seen, kernel, prior = [], Laplace(1.0), dist.Laplace(torch.zeros(2), 1.0).to_event(1)
+    assert kernel_mean(kernel, prior) is None
+    assert seen == [(kernel, prior)]
+    assert find(kernel, prior) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "prior"),
+    [
+        (Laplace(1.0), diagonal_normal()),
+        (Energy(), diagonal_normal()),
+        (Gaussian(1.0) + Laplace(1.0), diagonal_normal()),
+        (MultiScale(Laplace(1.0), (1.0, 2.0)), diagonal_normal()),
+        (2.0 * Laplace(1.0), diagonal_normal()),
+        (Gaussian(1.0) * Gaussian(1.0), diagonal_normal()),
+        (Gaussian(1.0), dist.Laplace(torch.zeros(2), 1.0).to_event(1)),
+        (Gaussian(1.0), dist.MultivariateNormal(torch.zeros(2), torch.eye(2))),
+        (
+            Gaussian(1.0),
+            dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Laplace(torch.zeros(2, 3), 1.0).to_event(1)),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_not_known_is_none(kernel, prior):
+    assert kernel_mean(kernel, prior) is None
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.Normal(0.0, 1.0),
+        dist.Normal(torch.zeros(5, 2), 1.0).to_event(1),
+        dist.Normal(torch.zeros(5, 2), 1.0).to_event(2),
+        dist.MixtureSameFamily(dist.Categorical(torch.ones(3, 2)), dist.Normal(torch.zeros(3, 2), 1.0)).to_event(1),
+        dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0)),
+    ],
+    ids=str,
+)
+def test_what_is_not_the_prior_of_one_code_is_not_taken_for_one(prior):
+    """A scalar, a batch, a matrix, and a mixture for each coordinate by itself have other means."""
+    assert kernel_mean(Gaussian(1.0), prior) is None
+
+
+@pytest.mark.parametrize("arguments", [(Gaussian(1.0), dist.Normal), (Gaussian, dist.Normal(0.0, 1.0)), ("k", "p")])
+def test_what_is_no_class_is_refused(arguments):
+    with pytest.raises(TypeError, match=r"_type must be a class, found .* Write @register_kernel_mean\(Gaussian"):
+        register_kernel_mean(*arguments)
+
+
+# Found from the model
+
+
+class Contexts(Penalty):
+    """A penalty that keeps the context it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def estimate(self, codes, prior, context):
+        self.seen.append(context)
+        return codes.sum() * 0
+
+
+S = 1.1
+
+
+def gaussian_mmd(codes, weights, locs, scales):
+    """The U-statistic of K particles (K, n, d) against a mixture of diagonal Normals, by Gaussian integrals."""
+
+    def expect(offsets, variances):
+        return (S**2 / (S**2 + variances)).sqrt().prod(-1) * (-(offsets**2 / (2 * (S**2 + variances))).sum(-1)).exp()
+
+    particles, n, _ = codes.shape
+    flat = codes.flatten(0, 1)
+    gram = expect(flat[:, None] - flat, codes.new_zeros(()))
+    other = 1 - torch.eye(n, dtype=codes.dtype).repeat(particles, particles)
+    value = (gram * other).sum() / other.sum()
+    for w, loc, scale in zip(weights, locs, scales, strict=True):
+        value = value - 2 * w * expect(flat - loc, scale**2).mean()
+        for v, other_loc, other_scale in zip(weights, locs, scales, strict=True):
+            value = value + w * v * expect(loc - other_loc, scale**2 + other_scale**2)
+    return value
+
+
+def flat_model(prior):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(x))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.3).to_event(1))
+
+    return model, guide
+
+
+def inner_plate_model(prior):
+    """A code of two steps times two numbers; the step's dimension is left of the data's."""
+
+    def model(x):
+        with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", prior(x))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.expand(2, -1, -1))
+
+    def guide(x):
+        with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.expand(2, -1, -1), 0.3).to_event(1))
+
+    return model, guide
+
+
+TWO = torch.tensor([[-1.0, 0.5], [1.0, 2.0]], dtype=torch.float64)
+SPREADS = torch.tensor([[0.5, 1.0], [2.0, 0.7]], dtype=torch.float64)
+SHARES = torch.tensor([0.25, 0.75], dtype=torch.float64)
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+def standard(x):
+    return ONE, x.new_zeros(1, 2), x.new_ones(1, 2)
+
+
+# Each prior beside weights, means and standard deviations of one code.
+FOUND = {
+    "zeros(d)": (flat_model, lambda x: dist.Normal(x.new_zeros(2), 1).to_event(1), standard),
+    "expanded by hand": (flat_model, lambda x: dist.Normal(x.new_zeros(()), 1).expand([N, 2]).to_event(1), standard),
+    "twice independent": (
+        flat_model,
+        lambda x: dist.Independent(dist.Normal(x.new_zeros(()), 1).expand([2]), 1).expand([N]),
+        standard,
+    ),
+    "a row for each datum": (flat_model, lambda x: dist.Normal(torch.zeros_like(x), 1).to_event(1), standard),
+    "diagonal": (
+        flat_model,
+        lambda x: dist.Normal(TWO[1], SPREADS[1]).to_event(1),
+        lambda x: (ONE, TWO[1:], SPREADS[1:]),
+    ),
+    "mixture": (
+        flat_model,
+        lambda x: dist.MixtureSameFamily(dist.Categorical(SHARES), dist.Normal(TWO, SPREADS).to_event(1)),
+        lambda x: (SHARES, TWO, SPREADS),
+    ),
+    "inner plate": (
+        inner_plate_model,
+        lambda x: dist.Normal(x.new_zeros(2), 1).to_event(1),
+        lambda x: (ONE, x.new_zeros(1, 4), x.new_ones(1, 4)),
+    ),
+    "inner plate, each step its own": (
+        inner_plate_model,
+        lambda x: dist.Normal(TWO[:, None], SPREADS[:, None]).to_event(1),
+        lambda x: (ONE, TWO.reshape(1, 4), SPREADS.reshape(1, 4)),
+    ),
+}
+PARTICLES = [
+    {"data_plate": "data"} | options
+    for options in (
+        {},
+        {"num_particles": 3},
+        {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2},
+    )
+]
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("options", PARTICLES, ids=str)
+def test_the_prior_is_found_in_the_model(name, options):
+    program, prior, law = FOUND[name]
+    x, keep = rows(N, 2), []
+
+    class Keeping(MMD):
+        def estimate(self, codes, prior, context):
+            keep.append(codes)
+            return super().estimate(codes, prior, context)
+
+    loss = WAELoss(Keeping(Gaussian(S)), **options)
+    loss.loss(*program(prior), x)
+    weights, locs, scales = law(x)
+    expected = gaussian_mmd(keep[0], weights, locs, scales)
+    assert loss.terms.penalty.item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+def test_it_is_found_by_a_penalty_of_the_site_in_a_sum_and_with_standardisation():
+    model, guide = flat_model(FOUND["diagonal"][1])
+    x = rows(N, 2)
+    values = {}
+    for name, penalty in {
+        "plain": MMD(Gaussian(S)),
+        "site": {"z": MMD(Gaussian(S))},
+        "sum": MMD(Gaussian(S)) + MMD(Gaussian(S)),
+        "scaled": 0.5 * MMD(Gaussian(S)),
+        "standardised": MMD(Gaussian(S), standardize=True),
+    }.items():
+        loss = WAELoss(penalty)
+        pyro.set_rng_seed(3)
+        loss.loss(model, guide, x)
+        values[name] = loss.terms.penalty.item()
+    square = kernel_mean(Gaussian(S), diagonal_normal(TWO[1].numpy(), SPREADS[1].numpy())).centred_square().item()
+    assert values["site"] == pytest.approx(values["plain"], abs=1e-12)
+    assert values["sum"] == pytest.approx(2 * values["plain"], abs=1e-12)
+    assert values["scaled"] == pytest.approx(values["plain"] / 2, abs=1e-12)
+    unit = math.sqrt(2 * square / (N * (N - 1)))
+    assert values["standardised"] == pytest.approx(values["plain"] / unit, rel=1e-9)
+
+
+def test_a_users_own_means_are_used_by_the_loss(registry):
+    register_kernel_mean(Laplace, dist.Normal)(lambda kernel, prior: Known(0.25))
+    loss, x = WAELoss(MMD(Laplace(1.0))), rows(N, 2)
+    model, _ = flat_model(FOUND["zeros(d)"][1])
+    guide = flat_model(None)[1]
+    pyro.set_rng_seed(1)
+    loss.loss(model, guide, x)
+    pyro.set_rng_seed(1)
+    z = x + 0.3 * torch.randn(N, 2, dtype=torch.float64)
+    gram = (-torch.cdist(z, z)).exp()
+    qq = (gram.sum() - gram.diagonal().sum()) / (N * (N - 1))
+    assert loss.terms.penalty.item() == pytest.approx(qq.item() + 0.75 - 0.5, abs=1e-10)
+
+
+def hierarchical(x):
+    with pyro.plate("data", len(x)):
+        z1 = pyro.sample("z1", dist.Normal(x.new_zeros(1), 1).to_event(1))
+        z2 = pyro.sample("z2", dist.Normal(z1, 1).to_event(1))
+        pyro.sample("x", dist.Normal(torch.cat([z1, z2], -1), 1).to_event(1), obs=x)
+
+
+def hierarchical_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z1", dist.Normal(x[:, :1], 0.3).to_event(1))
+        pyro.sample("z2", dist.Normal(x[:, 1:], 0.3).to_event(1))
+
+
+def masked(program, mask):
+    def wrapped(x):
+        with poutine.mask(mask=mask):
+            program(x)
+
+    return wrapped
+
+
+HALF = torch.arange(N) % 2 == 0
+NOT_FOUND = {
+    "masked data": tuple(masked(program, HALF) for program in flat_model(FOUND["zeros(d)"][1])),
+    "depends on the data": flat_model(lambda x: dist.Normal(0.5 * x, 1).to_event(1)),
+    "a scale for each datum": flat_model(lambda x: dist.Normal(x.new_zeros(2), x.abs() + 1).to_event(1)),
+    "hierarchical": (hierarchical, hierarchical_guide),
+    "a mixture for each datum": flat_model(
+        lambda x: dist.MixtureSameFamily(dist.Categorical(x.abs()), dist.Normal(TWO, SPREADS).to_event(1))
+    ),
+    "correlated": flat_model(lambda x: dist.MultivariateNormal(x.new_zeros(2), torch.eye(2).double())),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOUND)
+@pytest.mark.parametrize("options", PARTICLES, ids=str)
+def test_where_the_prior_is_not_one_known_law_its_draws_are_used(name, options):
+    model, guide = NOT_FOUND[name]
+    x, values = rows(N, 2), []
+    for penalty in (MMD(Gaussian(S)), MMD(Gaussian(S), closed_form=False)):
+        loss = WAELoss(penalty, **options)
+        pyro.set_rng_seed(2)
+        values.append(loss.loss(model, guide, x))
+    assert values[0] == values[1]
+    contexts = Contexts()
+    WAELoss(contexts, **options).loss(model, guide, x)
+    (context,) = contexts.seen
+    assert context.prior is None or context.prior() is None
+
+
+def test_a_penalty_of_one_site_of_several_takes_draws():
+    x, values = rows(N, 2), []
+    for penalty in (MMD(Gaussian(S)), MMD(Gaussian(S), closed_form=False)):
+        loss = WAELoss({"z1": penalty, "z2": None})
+        pyro.set_rng_seed(2)
+        values.append(loss.loss(hierarchical, hierarchical_guide, x))
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("options", [{"unbiased": False}, {"unbiased": True}], ids=str)
+def test_shared_data_and_closed_form_false_take_draws(options):
+    codes, prior = rows(N, 4), rows(N, 4)
+    given = PenaltyContext(prior=diagonal_normal)
+    shared = PenaltyContext(prior=diagonal_normal, shared_data=True)
+    drawn = MMD(Gaussian(S), closed_form=False, **options)(codes, prior)
+    assert MMD(Gaussian(S), closed_form=False, **options)(codes, prior, given) == drawn
+    assert MMD(Gaussian(S), **options)(codes, prior, given) != drawn
+    expected = MMD(Gaussian(S), closed_form=False, **options)(codes, prior, PenaltyContext(shared_data=True))
+    assert MMD(Gaussian(S), **options)(codes, prior, shared) == expected
+
+
+def test_the_biased_estimate_keeps_the_diagonal_of_the_codes_alone():
+    codes = rows(N, 4)
+    value = MMD(Gaussian(S), unbiased=False)(codes, rows(N, 4), PenaltyContext(prior=diagonal_normal))
+    unbiased = MMD(Gaussian(S))(codes, rows(N, 4), PenaltyContext(prior=diagonal_normal))
+    gram = torch.exp(-torch.cdist(codes, codes).square() / (2 * S**2))
+    qq = (gram.sum() - N) / (N * (N - 1))
+    torch.testing.assert_close(value - unbiased, gram.mean() - qq)
+
+
+# Priors that learn
+
+
+class Learning(nn.Module):
+    """A prior with parameters, around fixed codes and a decoder that is not asked about them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.logits = nn.Parameter(torch.tensor([0.3, -0.5], dtype=torch.float64))
+        self.locs = nn.Parameter(TWO.clone())
+        self.log_scales = nn.Parameter(SPREADS.log())
+
+    def prior(self, x):
+        scales = self.log_scales.exp()
+        if self.kind == "Normal":
+            return dist.Normal(self.locs[0], scales[0]).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), dist.Normal(self.locs, scales).to_event(1))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample("x", dist.Normal(z.detach(), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x, event_dim=1))
+
+
+@pytest.mark.parametrize("kind", ["Normal", "mixture"])
+@pytest.mark.parametrize("kernel", ["gaussian", "authors"])
+def test_a_prior_that_learns_gets_the_gradient_of_the_closed_form(kind, kernel):
+    net, x = Learning(kind), rows(N, 2)
+    loss_fn = WAELoss(MMD(KERNELS[kernel][0]()), penalty_weight=1.0)(net.model, net.guide)
+    loss_fn(x).backward()
+    for parameter in (net.locs, net.log_scales) if kind == "Normal" else net.parameters():
+        flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
+        for i in range(len(flat)):
+            ends = []
+            for step in (1e-5, -2e-5):
+                flat[i] += step
+                ends.append(loss_fn(x).item())
+            flat[i] += 1e-5
+            assert gradient[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-9)
+        assert gradient.abs().max() > 1e-3
+
+
+def test_a_mixture_that_learns_moves_to_the_codes_by_svi():
+    net = Learning("mixture")
+    x = torch.cat([rows(30, 2) * 0.3 - 2, rows(10, 2) * 0.3 + 2])
+
+    def model(x):
+        pyro.module("net", net)
+        net.model(x)
+
+    svi = pyro.infer.SVI(model, net.guide, pyro.optim.Adam({"lr": 0.05}), loss=WAELoss(MMD(Gaussian(1.0))))
+    for _ in range(200):
+        svi.step(x)
+    order = net.locs[:, 0].argsort()
+    torch.testing.assert_close(net.locs[order].detach(), torch.tensor([[-2.0, -2], [2, 2]]).double(), atol=0.25, rtol=0)
+    assert net.logits.softmax(0)[order[0]].item() == pytest.approx(0.75, abs=0.05)
+    assert net.log_scales.exp().max() < 0.5
+
+
+# Against the estimate from draws
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "mixture"])
+def test_it_has_the_mean_of_the_estimate_from_draws_and_less_noise(kind):
+    """Null: both estimates have one mean; 300 pairs of batches of n = m = 40, d = 4, off the prior; seed 0."""
+    prior = many_dimensions(kind)
+    context, pairs, gradients = PenaltyContext(prior=lambda: prior), [], []
+    for _ in range(300):
+        codes, draws = (0.7 * rows(40, 4) + 0.5).requires_grad_(), prior.sample((40,)).double()
+        values = [MMD(Gaussian(2.0), closed_form=closed)(codes, draws, context) for closed in (True, False)]
+        pairs.append([value.item() for value in values])
+    closed, drawn = torch.tensor(pairs, dtype=torch.float64).T
+    assert mean_is_zero(closed - drawn)
+    assert not mean_is_zero(1.2 * closed - drawn)
+    assert closed.var() < 0.9 * drawn.var()
+    # The gradient at fixed codes: the closed form has no variance left, the draws' averages to it.
+    codes = (0.7 * rows(40, 4) + 0.5).requires_grad_()
+    for closed in (True, False):
+        penalty, found = MMD(Gaussian(2.0), closed_form=closed), []
+        for _ in range(300):
+            value = penalty(codes, prior.sample((40,)).double(), context)
+            found.append(torch.autograd.grad(value, codes)[0])
+        gradients.append(torch.stack(found))
+    exact, noisy = gradients
+    assert exact.var(0).max() < 1e-25
+    for direction in (torch.ones_like(codes), codes.detach()):
+        assert mean_is_zero(((noisy - exact) * direction).sum((1, 2)))
+        assert not mean_is_zero(((noisy - 2 * exact) * direction).sum((1, 2)))
+
+
+@pytest.mark.parametrize("d", [8, 64])
+def test_the_gradients_variance_is_lower_over_fresh_codes_and_draws(d):
+    """The default kernel, n = m = 100, codes of a linear encoder: the variance of the gradient of its shift; seed 0."""
+    context = PenaltyContext(prior=lambda: diagonal_normal(np.zeros(d), np.ones(d)))
+    totals = []
+    for closed in (True, False):
+        penalty, found = MMD(InverseMultiquadratic.multiscale(2.0 * d), closed_form=closed), []
+        pyro.set_rng_seed(0)
+        for _ in range(40):
+            shift = torch.full((d,), 0.2, dtype=torch.float64, requires_grad=True)
+            value = penalty(rows(100, d) + shift, rows(100, d), context)
+            found.append(torch.autograd.grad(value, shift)[0])
+        totals.append(torch.stack(found).var(0).sum())
+    assert totals[0] < 0.7 * totals[1]

@@ -1,0 +1,266 @@
+"""The Sinkhorn divergence, against POT's exact transport and closed forms."""
+
+import builtins
+import copy
+import io
+import math
+import pickle
+
+import ot
+import pytest
+import torch
+
+from pyro_wae.penalties.sinkhorn import Sinkhorn
+
+
+def pair(n=30, m=41, d=3, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn(n, d, generator=generator, dtype=torch.float64) * 1.5 + 0.5
+    return codes.to(dtype), torch.randn(m, d, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def exact(codes, prior, p):
+    metric = {1: "euclidean", 2: "sqeuclidean"}[p]
+    return ot.emd2([], [], ot.dist(codes.detach().numpy(), prior.detach().numpy(), metric))
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize(("n", "m", "d"), [(30, 30, 3), (30, 41, 3), (40, 25, 1), (30, 30, 8)])
+def test_it_goes_to_exact_transport_as_the_blur_goes_to_0(n, m, d, p, debias):
+    codes, prior = pair(n, m, d)
+    value = Sinkhorn(p, blur={1: 0.001, 2: 0.01}[p], scaling=0.98, debias=debias)(codes, prior)
+    assert value.item() == pytest.approx(exact(codes, prior, p), rel=0.01)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_between_point_masses_it_is_the_power_of_their_distance(debias):
+    codes, prior = torch.tensor([[3.0, 0.0]]).repeat(4, 1), torch.tensor([[0.0, 4.0]]).repeat(3, 1)
+    assert Sinkhorn(blur=1.0, debias=debias)(codes, prior).item() == pytest.approx(25, rel=1e-5)
+    assert Sinkhorn(1, blur=1.0, debias=debias)(codes, prior).item() == pytest.approx(5, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("blur", [None, 0.1, 3.0])
+def test_a_shift_by_v_has_the_value_v_squared(blur, dtype):
+    _, prior = pair(dtype=dtype)
+    shift = torch.tensor([100.0, -20.0, 3.0], dtype=dtype)
+    assert Sinkhorn(blur=blur)(prior + shift, prior).item() == pytest.approx(shift.square().sum().item(), rel=1e-5)
+
+
+def test_of_two_gaussians_it_is_near_the_closed_form():
+    # Null: W_2^2(N(1, 4), N(0, 1)) = 1 + 1 in one dimension. With 300 quantiles of the two laws in the place of draws,
+    # the tails beyond leave out 0.008, and the blur takes less.
+    levels = (torch.arange(300, dtype=torch.float64) + 0.5) / 300
+    normal = torch.special.ndtri(levels)[:, None]
+    assert Sinkhorn(blur=0.05, scaling=0.8)(1 + 2 * normal, normal).item() == pytest.approx(2, abs=0.02)
+
+
+def test_for_large_blur_the_divergence_of_squares_sees_the_means_only():
+    codes, prior = pair()
+    expected = (codes.mean(0) - prior.mean(0)).square().sum().item()
+    assert Sinkhorn(blur=1e3)(codes, prior).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_for_large_blur_without_debiasing_the_coupling_is_independent():
+    codes, prior = pair()
+    expected = torch.cdist(codes, prior).square().mean().item()
+    assert Sinkhorn(blur=1e3, debias=False)(codes, prior).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_for_large_blur_the_divergence_of_distances_is_half_the_energy_distance():
+    codes, prior = pair()
+    energy = sum(
+        w * torch.cdist(x, y).mean() for w, x, y in ((2, codes, prior), (-1, codes, codes), (-1, prior, prior))
+    )
+    assert Sinkhorn(1, blur=1e4)(codes, prior).item() == pytest.approx(energy.item() / 2, rel=1e-3)
+
+
+def test_equal_samples_have_value_and_gradient_0_and_others_more():
+    codes, prior = pair()
+    same = prior.clone().requires_grad_()
+    value = Sinkhorn()(same, prior[torch.randperm(41)])
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-12)
+    assert same.grad.abs().max() < 1e-12
+    assert Sinkhorn()(codes, prior) > 0.5
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("m", [6, 7])
+def test_gradients_are_finite_differences(m, p, debias):
+    # geomloss's gradient is that of the converged value, so the descent is slow here; 3 random ways, seed 0.
+    codes, prior = pair(6, m)
+    penalty = Sinkhorn(p, blur=2.0, scaling=0.98, debias=debias)
+    penalty.fit(prior)
+    slopes = torch.autograd.grad(penalty(codes.requires_grad_(), prior.requires_grad_()), (codes, prior))
+    torch.manual_seed(0)
+    for _ in range(3):
+        ways = torch.randn_like(codes), torch.randn_like(prior)
+        with torch.no_grad():
+            ends = [penalty(codes + e * ways[0], prior + e * ways[1]).item() for e in (1e-4, -1e-4)]
+        along = sum((slope * way).sum().item() for slope, way in zip(slopes, ways, strict=True))
+        assert along == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=2e-3, abs=5e-3)
+
+
+def test_far_codes_are_called_back_though_the_descent_starts_at_the_priors_size():
+    # Null: the gradient is 2 (z - matched prior draw) / n, which for codes 1000 times too wide is nearly 2 z / n.
+    codes, prior = pair(dtype=torch.float32)
+    codes = (1000 * (codes - codes.mean(0))).requires_grad_()
+    Sinkhorn()(codes, prior).backward()
+    assert torch.cosine_similarity(codes.grad.flatten(), codes.detach().flatten(), 0) > 0.999
+
+
+def test_float32_far_from_0_keeps_its_digits():
+    codes, prior = pair()
+    codes, prior = (codes * 64).round() / 64 + 4096, (prior * 64).round() / 64 + 4096
+    for p in (1, 2):
+        value = Sinkhorn(p)(codes.float(), prior.float())
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(Sinkhorn(p)(codes, prior).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("d", [8, 64])
+def test_the_default_blur_keeps_the_direction_of_the_gradient(d):
+    # Null: cosines of 0.83 (d = 8) and 0.54 (d = 64) with the gradient between N(0, I) and codes with one coordinate
+    # shifted by 1, one narrowed to 0.5 and one widened to 1.5; mean of 8 batches of n = m = 100, seed 0.
+    torch.manual_seed(0)
+
+    def cosine(penalty):
+        u, prior = torch.randn(2, 100, d)
+        codes, expected = u.clone(), torch.zeros(100, d)
+        codes[:, 0] += 1
+        codes[:, 1] *= 0.5
+        codes[:, 2] *= 1.5
+        expected[:, 0], expected[:, 1], expected[:, 2] = 1, -0.5 * u[:, 1], 0.5 * u[:, 2]
+        penalty(codes.requires_grad_(), prior).backward()
+        return torch.cosine_similarity(codes.grad.flatten(), expected.flatten(), 0).item()
+
+    default = sum(cosine(Sinkhorn()) for _ in range(8)) / 8
+    assert default == pytest.approx({8: 0.83, 64: 0.54}[d], abs=0.04)
+    assert default > 1.5 * sum(cosine(Sinkhorn(blur=0.05)) for _ in range(8)) / 8
+
+
+def test_the_order_of_rows_does_not_matter():
+    codes, prior = pair()
+    other = Sinkhorn()(codes[torch.randperm(30)], prior[torch.randperm(41)])
+    assert Sinkhorn()(codes, prior).item() == pytest.approx(other.item(), rel=1e-9)
+
+
+def test_each_particle_is_compared_with_its_share_of_the_prior_draws():
+    codes, prior = pair(20, 60)
+    particles = torch.stack([codes, 2 * codes, codes - 1])
+    penalty = Sinkhorn(blur=1.0)
+    penalty.fit(prior)
+    parts = [penalty(particle, share) for particle, share in zip(particles, prior.chunk(3), strict=True)]
+    assert penalty(particles, prior).item() == pytest.approx(sum(parts).item() / 3, rel=1e-10)
+    whole = [penalty(particle, prior[:59]) for particle in particles]
+    assert penalty(particles, prior[:59]).item() == pytest.approx(sum(whole).item() / 3, rel=1e-10)
+
+
+def test_the_gradient_reaches_codes_and_a_prior_that_learns_only():
+    codes, prior = pair()
+    codes.requires_grad_()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    penalty = Sinkhorn()
+    penalty(codes, prior).backward()
+    assert (codes.grad != 0).all()
+    assert prior.grad is None
+    penalty = Sinkhorn()
+    penalty(codes, prior * scale).backward()
+    assert scale.grad < 0
+    assert not penalty.spread.requires_grad
+    assert not list(penalty.parameters())
+
+
+def test_geomloss_leaves_gradients_as_they_were():
+    codes, prior = pair()
+    with torch.no_grad():
+        value = Sinkhorn()(codes.requires_grad_(), prior)
+        assert not torch.is_grad_enabled()
+    assert not value.requires_grad
+    Sinkhorn()(codes, prior)
+    assert torch.is_grad_enabled()
+
+
+def test_the_blur_is_taken_once_from_the_prior_and_kept():
+    codes, prior = pair()
+    penalty = Sinkhorn()
+    assert penalty.spread.isnan()
+    penalty(100 * codes, prior)
+    squares = torch.cdist(prior, prior).square().sum() / (41 * 40)
+    assert penalty.spread.item() == pytest.approx(squares.sqrt().item(), rel=1e-12)
+    value = penalty(codes, 10 * prior)
+    assert penalty.spread.item() == pytest.approx(squares.sqrt().item(), rel=1e-12)
+    # Half the spread, given as a number, is the same penalty.
+    given = Sinkhorn(blur=0.5 * penalty.spread.item())
+    given.fit(prior)
+    assert given(codes, 10 * prior).item() == pytest.approx(value.item(), rel=1e-12)
+    file = io.BytesIO()
+    torch.save(penalty.state_dict(), file)
+    file.seek(0)
+    other = Sinkhorn()
+    other.load_state_dict(torch.load(file))
+    assert other(codes, 10 * prior) == value
+    other.load_state_dict(Sinkhorn().state_dict())
+    assert other(codes, 10 * prior) != value
+
+
+def test_repr_pickle_and_copy():
+    codes, prior = pair()
+    penalty = Sinkhorn(1, scaling=0.7, debias=False)
+    penalty(codes, prior)
+    assert repr(penalty) == "Sinkhorn(p=1, blur=None, scaling=0.7, debias=False)"
+    for other in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
+        assert repr(other) == repr(penalty)
+        assert other(codes, 2 * prior) == penalty(codes, 2 * prior)
+
+
+@pytest.mark.parametrize("p", [0, 1.5, 3, "2", True, None])
+def test_other_powers_are_refused(p):
+    with pytest.raises(ValueError, match=rf"Sinkhorn takes a p of 1 or 2, found {p!r}. Write Sinkhorn\(p=2\)"):
+        Sinkhorn(p)
+
+
+@pytest.mark.parametrize("blur", [0, -1.0, math.nan, math.inf])
+def test_a_blur_that_is_not_positive_is_refused(blur):
+    with pytest.raises(ValueError, match=rf"finite blur > 0, found {blur!r}. Write Sinkhorn\(blur=1.0\)"):
+        Sinkhorn(blur=blur)
+
+
+@pytest.mark.parametrize("scaling", [0, 1, 1.5, -0.5, math.nan])
+def test_a_scaling_outside_0_to_1_is_refused(scaling):
+    with pytest.raises(ValueError, match=rf"scaling in \(0, 1\), found {scaling!r}. Write Sinkhorn\(scaling=0.5\)"):
+        Sinkhorn(scaling=scaling)
+
+
+@pytest.mark.parametrize("argument", ["blur", "scaling"])
+def test_lengths_that_are_no_numbers_are_refused(argument):
+    with pytest.raises(TypeError, match=rf"a number as {argument}, found str. Write Sinkhorn\({argument}="):
+        Sinkhorn(**{argument: "1"})
+
+
+def test_a_prior_without_spread_gives_no_blur():
+    codes, _ = pair()
+    prior = torch.ones(5, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"spread .* of 0, .* Sinkhorn\(blur=1.0\)"):
+        Sinkhorn()(codes, prior)
+    # Against one point there is one coupling.
+    value = Sinkhorn(blur=0.01, scaling=0.9)(codes, prior)
+    assert value.item() == pytest.approx((codes - 1).square().sum(1).mean().item(), rel=1e-2)
+    with pytest.raises(ValueError, match=r"spread .* of nan"):
+        Sinkhorn(blur=1.0)(codes, prior * torch.nan)
+
+
+def test_without_geomloss_the_error_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("geomloss"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'Run: pip install "pyro-wae\[sinkhorn\]"'):
+        Sinkhorn()

@@ -1,0 +1,314 @@
+"""MMD(standardize=True): mean 0 and deviation 1 when Q_Z = P_Z, so that a weight means the same everywhere."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from references import mean_is_zero
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Laplace
+from pyro_wae.penalties import MMD, PenaltyContext
+from pyro_wae.penalties.null import NullVariance, centred_square
+
+KERNELS = {"gaussian": Gaussian, "authors": InverseMultiquadratic.multiscale, "laplace": Laplace}
+ENOUGH = 8192
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+def rows(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def standard_normal(d):
+    return PenaltyContext(prior=lambda: dist.Normal(torch.zeros(d).double(), 1.0).to_event(1))
+
+
+def null_values(penalty, d, n, m, *, context=None, codes=None, replicates=400):
+    """Values of the penalty on codes that are draws of the prior, once its unit rests on enough draws."""
+    for _ in range(math.ceil(ENOUGH / m)):
+        penalty(rows(4, d), rows(m, d), context)
+    return torch.stack(
+        [penalty(rows(n, d) if codes is None else codes(), rows(m, d), context) for _ in range(replicates)]
+    )
+
+
+def deviation_is(values, expected, *, standard_errors=4.0, share=0.02):
+    """Whether the mean square is that of the expected deviation, within standard errors and a share for the unit's."""
+    squares = values.square()
+    error = squares.std() / math.sqrt(len(squares))
+    return abs(squares.mean() - expected**2) < standard_errors * error + 2 * share * expected**2
+
+
+def assert_standard(values):
+    """Sees a mean that is off by 0.3 and a variance that is off by a factor of 2."""
+    assert mean_is_zero(values)
+    assert deviation_is(values, 1.0)
+    assert not mean_is_zero(values + 0.3)
+    assert not deviation_is(values / 2**0.5, 1.0)
+    assert not deviation_is(values * 2**0.5, 1.0)
+
+
+# The null
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("closed_form", [True, False])
+@pytest.mark.parametrize("m", [64, 100])
+def test_null_has_mean_0_and_deviation_1(kernel, closed_form, m):
+    """Null: Q_Z = P_Z = N(0, I_8), n = 64; 800 batches, seed 0. For the Laplace kernel both take draws."""
+    penalty = MMD(KERNELS[kernel](), standardize=True, closed_form=closed_form)
+    assert_standard(null_values(penalty, 8, 64, m, context=standard_normal(8), replicates=800))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("closed_form", [True, False])
+@pytest.mark.parametrize("d", [2, 8, 64])
+@pytest.mark.parametrize(("n", "m"), [(64, 64), (256, 256), (64, 256), (256, 64)])
+def test_null_has_mean_0_and_deviation_1_for_every_size(kernel, closed_form, d, n, m):
+    """Null: Q_Z = P_Z = N(0, I_d); 500 batches, seed 0."""
+    penalty = MMD(KERNELS[kernel](), standardize=True, closed_form=closed_form)
+    assert_standard(null_values(penalty, d, n, m, context=standard_normal(d), replicates=500))
+
+
+def test_null_of_a_mixture_takes_its_means_in_closed_form_and_its_unit_from_draws():
+    """Null: Q_Z = P_Z = a mixture of two Normals, n = 64; 1500 batches, seed 0."""
+    components = dist.Normal(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]).double(), 0.7).to_event(1)
+    prior = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7]).double()), components)
+    context, penalty = PenaltyContext(prior=lambda: prior), MMD(Gaussian(1.0), standardize=True)
+    for _ in range(ENOUGH // 64):
+        penalty(rows(4, 2), prior.sample((64,)), context)
+    values = torch.stack([penalty(prior.sample((64,)), prior.sample((64,)), context) for _ in range(1500)])
+    assert_standard(values)
+    codes, draws = prior.sample((64,)), prior.sample((64,))
+    assert penalty(codes, draws, context) == penalty(codes, draws.flip(1), context)
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_particles_that_agree_count_once(closed_form):
+    """A deterministic encoder gives every particle of a datum one code, and the value of one particle."""
+    penalty = MMD(Gaussian(2.0), standardize=True, closed_form=closed_form)
+    codes, prior, context = rows(64, 4), rows(100, 4), standard_normal(4)
+    once = penalty(codes, prior, context)
+    torch.testing.assert_close(penalty(codes.expand(3, 64, 4), prior, context), once)
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_null_of_particles_has_mean_0_and_a_deviation_that_counts_data(closed_form):
+    """Null: half a code's variance is its datum's, n = 64, K = 3, d = 4; 400 batches, seed 0."""
+    penalty = MMD(Gaussian(2.0), standardize=True, closed_form=closed_form)
+
+    def codes():
+        return rows(64, 4) * 0.5**0.5 + rows(3, 64, 4) * 0.5**0.5
+
+    values = null_values(penalty, 4, 64, 64, context=standard_normal(4), codes=codes)
+    assert mean_is_zero(values)
+    assert 1 / 3 < values.std() < 1
+
+
+def test_off_the_null_the_value_counts_standard_deviations():
+    """A shift of 0.3 in each coordinate: the mean is that of the plain estimate over its own deviation; seed 0."""
+    plain, standard = MMD(Gaussian(2.0)), MMD(Gaussian(2.0), standardize=True)
+    context = standard_normal(4)
+    nulls = torch.stack([plain(rows(64, 4), rows(64, 4), context) for _ in range(400)])
+    codes = rows(64, 4) + 0.3
+    ratio = plain(codes, rows(64, 4), context) / standard(codes, rows(64, 4), context)
+    assert ratio.item() == pytest.approx(nulls.std().item(), rel=0.2)
+    assert standard(codes, rows(64, 4), context) > 4
+
+
+# The estimate of the variance
+
+
+@pytest.mark.parametrize("m", [4, 5])
+def test_the_centred_square_averages_to_its_definition(m):
+    """All m-tuples of a law on three atoms, with a kernel that is any symmetric matrix."""
+    table = rows(3, 3)
+    table, probs = table + table.T, torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    means = table @ probs
+    centred = table - means[:, None] - means + probs @ means
+    expected = probs @ centred.square() @ probs
+    total = 0.0
+    for atoms in itertools.product(range(3), repeat=m):
+        index = torch.tensor(atoms)
+        total += probs[index].prod() * centred_square(table[index][:, index])
+    torch.testing.assert_close(total, expected)
+
+
+def test_the_centred_square_does_not_see_the_diagonal_or_a_constant():
+    gram = rows(6, 6)
+    gram = gram + gram.T
+    torch.testing.assert_close(centred_square(gram + torch.diag(rows(6))), centred_square(gram))
+    torch.testing.assert_close(centred_square(gram + 5), centred_square(gram))
+    shift = rows(6)
+    torch.testing.assert_close(centred_square(gram + shift[:, None] + shift), centred_square(gram))
+
+
+def test_draws_that_coincide_give_no_nan():
+    penalty, codes = MMD(Gaussian(1.0), standardize=True), rows(8, 2).requires_grad_()
+    penalty(codes, torch.zeros(6, 2, dtype=torch.float64)).backward()
+    assert codes.grad.isfinite().all()
+
+
+def test_the_centred_square_of_a_nearly_constant_kernel_keeps_its_digits():
+    """A kernel 1 + c g has the centred square of c g."""
+    gram = torch.rand(20, 20, dtype=torch.float64)
+    gram = gram + gram.T
+    torch.testing.assert_close(centred_square(1 + 1e-6 * gram) * 1e12, centred_square(gram), rtol=1e-8, atol=0)
+
+
+def test_the_unit_averages_the_first_draws_and_then_stays(monkeypatch):
+    monkeypatch.setattr(NullVariance, "enough_draws", 400)
+    penalty = MMD(Gaussian(1.0), standardize=True)
+    seen = []
+    for _ in range(4):
+        prior = rows(100, 2)
+        seen.append(centred_square(Gaussian(1.0).gram(prior, prior)))
+        penalty(rows(8, 2), prior)
+        torch.testing.assert_close(penalty.null.square, torch.stack(seen).mean())
+    kept = penalty.null.square.clone()
+    penalty(rows(8, 2), 5 * rows(100, 2))
+    assert penalty.null.square == kept
+
+
+def test_draws_of_different_numbers_are_weighted_by_them():
+    penalty, seen = MMD(Gaussian(1.0), standardize=True), []
+    for m in (10, 40):
+        prior = rows(m, 2)
+        seen.append(m * centred_square(Gaussian(1.0).gram(prior, prior)))
+        penalty(rows(8, 2), prior)
+    torch.testing.assert_close(penalty.null.square, sum(seen) / 50)
+
+
+def test_the_unit_is_the_closed_form_at_once():
+    """The Gaussian kernel of bandwidth 1 against N(0, 1), whose integrals are those of Gaussians."""
+    penalty = MMD(Gaussian(1.0), standardize=True)
+    penalty(rows(8, 1), rows(8, 1), standard_normal(1))
+    # E k^2 = 5^-1/2; E k(x, p) = 2^-1/2 exp(-x^2 / 4), whose square has mean 2^-1 2^-1/2; E k(p, p') = 3^-1/2.
+    expected = 5**-0.5 - 2 * 0.5 * 2**-0.5 + 1 / 3
+    assert penalty.null.square.item() == pytest.approx(expected, rel=1e-12)
+
+
+# The unit is no part of what is learnt
+
+
+def test_the_gradient_is_that_of_the_plain_estimate_in_the_unit():
+    for context in (PenaltyContext(), standard_normal(3)):
+        penalty, codes = MMD(Gaussian(1.5), standardize=True), rows(20, 3).requires_grad_()
+        prior = rows(30, 3).requires_grad_()
+        value = penalty(codes, prior, context)
+        plain = MMD(Gaussian(1.5))(codes, prior, context)
+        inputs = (codes, prior) if context.prior is None else (codes,)
+        for actual, expected in zip(
+            torch.autograd.grad(value, inputs), torch.autograd.grad(plain, inputs), strict=True
+        ):
+            torch.testing.assert_close(actual, expected * (value / plain).detach())
+        assert not penalty.null.square.requires_grad
+
+
+def test_a_prior_that_learns_does_not_move_the_unit():
+    scale = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    context = PenaltyContext(prior=lambda: dist.Normal(torch.zeros(2).double(), scale).to_event(1))
+    penalty, codes = MMD(Gaussian(1.0), standardize=True), rows(20, 2)
+    value = penalty(codes, rows(20, 2), context)
+    (slope,) = torch.autograd.grad(value, scale)
+    (plain,) = torch.autograd.grad(MMD(Gaussian(1.0))(codes, rows(20, 2), context), scale)
+    kept = penalty.null.square.clone()
+    torch.testing.assert_close(slope, plain / (kept * 2 / (20 * 19)).sqrt())
+    scale.data.mul_(2)
+    penalty(codes, rows(20, 2), context)
+    assert penalty.null.square == kept
+
+
+def test_it_works_under_no_grad_and_inference_mode_and_trains_afterwards():
+    penalty, codes = MMD(Gaussian(1.0), standardize=True), rows(20, 2).requires_grad_()
+    with torch.inference_mode():
+        penalty(codes, rows(20, 2))
+    with torch.no_grad():
+        assert not penalty(codes, rows(20, 2)).requires_grad
+    penalty(codes, rows(20, 2)).backward()
+    assert codes.grad.isfinite().all()
+
+
+# State
+
+
+@pytest.mark.parametrize("context", [PenaltyContext(), standard_normal(3)], ids=["draws", "closed form"])
+@pytest.mark.parametrize("draws", [50, 400])
+def test_a_state_carries_the_unit_over(context, draws, monkeypatch):
+    monkeypatch.setattr(NullVariance, "enough_draws", 400)
+    penalty, codes, prior = MMD(standardize=True), rows(20, 3), 2 * rows(50, 3)
+    penalty(codes, rows(draws, 3), context)
+    loaded = MMD(standardize=True)
+    loaded.load_state_dict(penalty.state_dict())
+    copies = [loaded, copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))]
+    expected = penalty(codes, prior, context)
+    for other in copies:
+        torch.testing.assert_close(other(codes, prior, context), expected, rtol=1e-14, atol=0)
+        assert other.null.square == penalty.null.square
+
+
+def test_a_state_goes_through_a_file(tmp_path):
+    penalty, loaded = MMD(Gaussian(1.0), standardize=True), MMD(Gaussian(1.0), standardize=True)
+    penalty(rows(20, 3), rows(50, 3))
+    torch.save(penalty.state_dict(), tmp_path / "penalty.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "penalty.pt", weights_only=True))
+    codes, prior = rows(20, 3), rows(50, 3)
+    assert loaded(codes, prior) == penalty(codes, prior)
+
+
+def test_only_a_standardised_estimate_has_a_unit():
+    assert MMD(Gaussian(1.0)).state_dict() == {}
+    assert "null.square" in MMD(Gaussian(1.0), standardize=True).state_dict()
+
+
+# Through the loss
+
+
+@pytest.mark.parametrize("d", [2, 16])
+def test_the_loss_of_matching_codes_has_mean_0_and_deviation_1(d):
+    """Null: the guide is the prior, n = 50; 300 steps, seed 0."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(d), 1).to_event(1))
+            pyro.sample("x", dist.Normal(x, 1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(d), 1).to_event(1))
+
+    loss, values = WAELoss(MMD(standardize=True)), []
+    for _ in range(300):
+        loss.loss(model, guide, torch.zeros(50))
+        values.append(loss.terms.penalty)
+    assert_standard(torch.stack(values).double())
+
+
+# Errors
+
+
+def test_the_biased_estimate_has_no_standardised_form():
+    with pytest.raises(ValueError, match=r"standardize=True .* the V-statistic's is not\. Write MMD\(unbiased=True"):
+        MMD(unbiased=False, standardize=True)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_fewer_than_four_draws_are_refused_unless_the_prior_is_known(m):
+    with pytest.raises(ValueError, match=rf"at least 4 prior draws, found {m}\. Raise the batch"):
+        MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2))
+    assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2), standard_normal(2)).isfinite()
+    assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(4, 2)).isfinite()
