@@ -334,6 +334,16 @@ def test_by_default_it_has_its_own_optimiser_and_looks_frozen_to_others():
     assert q.grad.abs().max() > 0
 
 
+def test_a_layer_that_the_user_froze_stays_frozen():
+    discriminator = net()
+    discriminator[0].requires_grad_(False)
+    penalty, before = JensenShannon(discriminator), state(discriminator)
+    assert not any(parameter.requires_grad for parameter in penalty.parameters())
+    penalty(rows(N, D), rows(M, D))
+    assert torch.equal(discriminator[0].weight, before["0.weight"])
+    assert not torch.equal(discriminator[2].weight, before["2.weight"])
+
+
 def test_its_own_optimiser_goes_on_where_a_state_was_saved():
     penalty, batches = JensenShannon(net()), [(rows(N, D), rows(M, D)) for _ in range(4)]
     for batch in batches[:2]:
@@ -437,9 +447,8 @@ def test_an_optimiser_made_before_the_first_batch_trains_the_lazily_built_discri
 
 def test_with_an_optimiser_of_its_own_svis_does_not_move_it():
     auto, x, discriminator = AutoEncoder(), rows(N, 4), net()
-    before = state(auto)
+    before, other = state(auto), copy.deepcopy(discriminator)
     loss = WAELoss(shared(discriminator, optimizer=sgd, steps=3))
-    other = copy.deepcopy(discriminator)
     svi = SVI(auto.model, auto.guide, pyro.optim.Adam({"lr": 1e-2}), loss=loss)
     codes = auto.encoder(x).detach()
     pyro.set_rng_seed(1)

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MATCHED = ["mmd-draws", "mmd-standardized", "mmd-gaussian", "energy", "sliced", "max-sliced", "sinkhorn", "cramer-wold"]
+MATCHED = [
+    *("mmd-draws", "mmd-standardized", "mmd-gaussian", "energy"),
+    *("sliced", "max-sliced", "sinkhorn", "cramer-wold", "stein"),
+]
 
 
 def run_smoke(name, out):
@@ -104,6 +107,13 @@ def test_variance_table_is_printed_and_written(variance_run):
     assert markdown.count("| Gaussian |") == markdown.count("| 7-scale IMQ |") == len(report["results"]) / 2
 
 
+def test_finite_samples_are_printed_and_written(tmp_path):
+    report, markdown, printed = run_smoke("finite_samples", tmp_path)
+    assert markdown in printed
+    assert "    python benchmarks/finite_samples.py --smoke --out " in markdown
+    assert len(report["tables"]["transport"]) == 8
+
+
 def test_frechet_distance_is_that_of_the_normal_laws_with_the_features_moments(bench):
     torch.manual_seed(0)
     args = bench.parse_args(["--smoke"])
@@ -139,7 +149,7 @@ def test_trainings_start_alike_and_do_not_touch_each_other(bench, encoder):
     alone = bench.Training(bench.CHOICES["sliced"], 90.0, 0, args)
     for batch in images:
         alone.step(batch)
-    beside, other = (bench.Training(bench.CHOICES[name], 90.0, 0, args) for name in ("sliced", "gan"))
+    beside, other = (bench.Training(bench.CHOICES[name], 90.0, 0, args) for name in ("sliced", "gan-shared"))
     for left, right in zip(beside.wae.parameters(), other.wae.parameters(), strict=True):
         assert torch.equal(left, right)
     for batch in images:
@@ -171,7 +181,7 @@ def test_guards_train_with_an_encoder_that_draws(bench, name):
 
 def test_only_the_discriminator_has_its_own_settings(bench):
     args = bench.parse_args(["--smoke"])
-    training = bench.Training(bench.CHOICES["gan"], 20.0, 0, args)
+    training = bench.Training(bench.CHOICES["gan-shared"], 20.0, 0, args)
     training.step(torch.rand(20, 1, 28, 28))
     betas = {parameter: s.optimizer.param_groups[0]["betas"] for parameter, s in training.optimizer.optim_objs.items()}
     discriminator = set(training.loss.penalty.discriminator.parameters())

@@ -107,6 +107,10 @@ class JensenShannon(Penalty):
         self.steps = steps
         self._own: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] | None = None
+        self._learning = [name for name, value in self.discriminator.named_parameters() if value.requires_grad]
+        if optimizer is not None:
+            # What the own optimiser trains must look frozen to everybody else's, to DDP before the first step too.
+            self._learn(False)
 
     def prepare(self, codes: Tensor) -> None:
         if any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters()):
@@ -114,8 +118,7 @@ class JensenShannon(Penalty):
             with torch.no_grad():
                 self.discriminator(codes.detach().reshape(-1, codes.shape[-1])[:2].to(at_least_float32(codes).dtype))
         if self.optimizer is not None:
-            # What the own optimiser trains must look frozen to everybody else's.
-            self.discriminator.requires_grad_(False)
+            self._learn(False)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         q, p = codes.flatten(0, 1), prior
@@ -172,7 +175,7 @@ class JensenShannon(Penalty):
             self._own = optimizer(self.discriminator.parameters())
             if self._state is not None:
                 self._own.load_state_dict(self._state)
-        self.discriminator.requires_grad_(True)
+        self._learn(True)
         try:
             for _ in range(DEFAULT_STEPS if self.steps is None else self.steps):
                 self._own.zero_grad()
@@ -180,7 +183,12 @@ class JensenShannon(Penalty):
                 self._own.step()
         finally:
             self._own.zero_grad()
-            self.discriminator.requires_grad_(False)
+            self._learn(False)
+
+    def _learn(self, learns: bool) -> None:
+        for name, parameter in self.discriminator.named_parameters():
+            if name in self._learning and not nn.parameter.is_lazy(parameter):
+                parameter.requires_grad_(learns)
 
 
 def _default_discriminator() -> nn.Module:

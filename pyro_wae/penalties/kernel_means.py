@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch import distributions as dist
 
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, MultiScale, Scaled, Sum
 from pyro_wae.numerics import working_precision
@@ -61,6 +61,7 @@ def register_kernel_mean(kernel_type: type[Kernel], prior_type: type) -> Callabl
         TypeError: If an argument is no class.
 
     Example:
+        >>> import pyro.distributions as dist
         >>> from pyro_wae.kernels import Laplace
         >>> @register_kernel_mean(Laplace, dist.Delta)
         ... def _laplace_delta(kernel, prior):

@@ -30,14 +30,12 @@ class Sinkhorn(Penalty):
     geomloss: ``pip install "pyro-wae[sinkhorn]"``.
 
     The blur decides what the penalty can see of a finite batch. At a small one every code is sent to a draw of its
-    own, and in more than a few dimensions that is mostly noise: with n = m = 100 draws and a blur of 0.1 spreads, the
-    cosine between the gradient and that of the two populations is 0.49 for d = 8 and 0.14 for d = 64 (N(0, I) with one
-    coordinate shifted, one narrowed and one widened), and the mean penalty is least for codes of 0.74 and 0.33
-    times the right spread. The default, half a spread, has cosines of 0.83 and 0.54, and the least mean at 0.86 and
-    0.60, the best of seven fractions for d = 64. So it **pulls codes inwards**, and more in higher dimension: take
-    large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is never negative up to
-    convergence, and positive when Q_Z = P_Z (n = m = 100: 0.53 for d = 8, 4.1 for d = 64; 0.06 and
-    0.4 at 1000).
+    own, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 spreads, the cosine
+    between the gradient and that of W_2^2 between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the mean
+    penalty is least for codes of 0.71 and 0.32 times the right scale. The default, half a spread, has 0.83 and 0.54,
+    and 0.89 and 0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in higher
+    dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is never
+    negative up to convergence, and positive when Q_Z = P_Z.
 
     Each of K particles is compared with a K-th of the prior draws, or with all where K does not divide their
     number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
@@ -49,8 +47,7 @@ class Sinkhorn(Penalty):
         blur: The length below which the coupling is smoothed, in the units of a code. Default: half the root mean
             squared distance of independent prior draws (sqrt(d / 2) sigma for N(0, sigma^2 I)), taken once, detached,
             and kept in ``state_dict``.
-        scaling: Ratio of one blur to the next as it is lowered to its value, in (0, 1). Near 1 is slow and exact; at
-            0.5 the value is a few percent off, the gradient less.
+        scaling: Ratio of one blur to the next as it is lowered to its value, in (0, 1). Near 1 is slow and exact.
         debias: Whether to subtract the two self-terms. Without them the penalty is least for codes in too few places.
 
     Raises:

@@ -29,18 +29,17 @@ class SlicedWasserstein(Penalty):
 
     **Its value is positive even when Q_Z = P_Z**, because two finite samples of one law differ. At p = 2 that bias is
     of the order 1/n where the density on each line is bounded away from 0, log log(n) / n for normal laws, at
-    worst n^(-1/2); measured for N(0, I) and n = m it is 0.055 at 100 and 0.006 at 1000, whatever d. It falls as the
-    codes shrink: at n = m = 100 the mean penalty is least for codes of 0.976 times the prior's spread.
+    worst n^(-1/2), and the mean penalty is least for codes a little narrower than the prior. For N(0, I), d = 8
+    and n = m = 100 the value is 0.053 and that scale 0.97 (measured by benchmarks/finite_samples.py).
 
     A shift of the codes by v has the value ``|v|^2 / d`` at p = 2, where W_2^2 has ``|v|^2``. For a prior of unit
-    variance its gradient is about that of the default :class:`~pyro_wae.penalties.MMD` at d = 8 and at d = 64, so the
-    penalty weight can stay; for another variance divide the weight by it.
+    variance its gradient is of the size of the default :class:`~pyro_wae.penalties.MMD`'s, within a factor of two at
+    d = 8 and d = 64, so the penalty weight can stay; for another variance divide the weight by it.
 
     Of K particles each is compared with all the prior draws, and the values are averaged. Pooling their rows would
-    have a smaller bias, but one that depends on how alike the codes of one datum are (K = 4, n = 100, d = 8, 400 prior
-    draws: 0.015 when they are independent, 0.037 when equal; the average has 0.037 either way). An encoder could
-    then lower the penalty, at the same Q_Z, by spreading every datum's codes over the prior, as a VAE does. A quarter
-    of the prior draws for each particle would leave the average at 0.055.
+    have a smaller bias where the codes of one datum are independent, but not where they are equal. An encoder could
+    then lower the penalty, at the same Q_Z, by spreading every datum's codes over the prior, as a VAE does. The bias of
+    the average is the same for both, and larger were the prior draws shared out among the particles.
 
     Args:
         projections: Number of directions, >= 1.
@@ -91,9 +90,8 @@ class MaxSlicedWasserstein(Penalty):
     parameter: no optimiser trains it, and it stands in ``state_dict`` as a buffer. A step without gradients,
     such as ``svi.evaluate_loss``, searches and keeps nothing.
 
-    The maximum picks up sampling noise: with n codes in d dimensions the value at Q_Z = P_Z is of the order d / n
-    (measured for N(0, I), n = m = 100, p = 2: 0.25 for d = 8, 1.4 for d = 64), where
-    :class:`SlicedWasserstein` has 0.055. Take it for few dimensions and large batches.
+    The maximum picks up sampling noise: with n codes in d dimensions the value at Q_Z = P_Z is of the order d / n.
+    Take it for few dimensions and large batches.
     A shift by v has the value ``|v|^2`` at p = 2, as W_2^2 itself. Of K particles each is compared with all the prior
     draws, along one direction that maximises their mean; why, see :class:`SlicedWasserstein`.
 

@@ -30,9 +30,9 @@ class SphericalSlicedWasserstein(Penalty):
     over its kinks, the multiples of 1 / lcm(n, m), is exact for every p >= 1 and any n and m. The gradient is that of
     the matching found. Time is O(projections (n + m) log(n + m) log(n m)).
 
-    **Its value is positive even when Q_Z = P_Z**: for the uniform law and p = 2 by 1/(12 n) + 1/(12 m), for every d:
-    0.0017 at n = m = 100, where the largest value of all, that of two opposite points, is 1/4. Of K particles each is
-    compared with all the prior draws; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+    **Its value is positive even when Q_Z = P_Z**: for the uniform law and p = 2 by 1/(12 n) + 1/(12 m), for every d;
+    the largest value of all, that of two opposite points, is 1/4. Of K particles each is compared with all the prior
+    draws; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
 
     Args:
         projections: Number of great circles, >= 1.

@@ -28,8 +28,8 @@ class KernelStein(Penalty):
     It must be smooth and positive on all of R^d: on a bounded support, such as that of a Uniform, h has no zero mean.
     The score sees a density from near by: weights of far-off modes of a mixture hardly show.
 
-    Where the prior depends on the data, each code enters with its own datum's density. The mean is then 0 if the codes of
-    every datum follow their own prior, not already if all of them together do.
+    Where the prior depends on the data, each code enters with its own datum's density. The mean is then 0 if the codes
+    of every datum follow their own prior, not already if all of them together do.
 
     The estimate is a U-statistic and therefore sometimes negative. It leaves out the pairs of one datum, a code with
     itself and particles with each other; with several particles and a known data set size N the latter come back with

@@ -1,0 +1,238 @@
+"""What the transport penalties say of finite samples, and how exact the function of Cramer-Wold is.
+
+    python benchmarks/finite_samples.py
+
+The figures that docstrings and docs state of values at Q_Z = P_Z, of the scale of the codes that has the lowest mean
+penalty, of Sinkhorn's blur, of pooled particles and of ``projected_gaussian`` come from here.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pyro_wae.penalties import (
+    MMD,
+    MaxSlicedWasserstein,
+    Penalty,
+    Sinkhorn,
+    SlicedWasserstein,
+    SphericalSlicedWasserstein,
+)
+from pyro_wae.penalties.cramer_wold import projected_gaussian
+
+Make = Callable[[], Penalty]
+
+TRANSPORT: list[Make] = [SlicedWasserstein, MaxSlicedWasserstein, Sinkhorn, SphericalSlicedWasserstein]
+DIMENSIONS = (8, 64)
+SCALES = torch.linspace(0.2, 1.2, 21)
+MMD_WEIGHT = 100
+
+
+def law(make: Make) -> Callable[[Tensor], Tensor]:
+    """What makes prior draws of normal ones: nothing, or on the sphere the division by their norm."""
+    return (lambda z: normalize(z, dim=-1)) if make is SphericalSlicedWasserstein else (lambda z: z)
+
+
+def mean_value(make: Make, n: int, d: int, batches: int, scale: float = 1.0) -> float:
+    """The mean penalty of n prior draws, multiplied by a scale, against n others; the same draws for every scale."""
+    torch.manual_seed(0)
+    values = []
+    with torch.no_grad():
+        for _ in range(batches):
+            codes, prior = law(make)(torch.randn(2, n, d))
+            values.append(make()(scale * codes, prior).item())
+    return sum(values) / batches
+
+
+def best_scale(make: Make, n: int, d: int, batches: int) -> str:
+    """The scale of the codes with the lowest mean penalty, by the parabola through the lowest points of a grid."""
+    values = [mean_value(make, n, d, batches, scale) for scale in SCALES.tolist()]
+    k = min(range(len(values)), key=values.__getitem__)
+    if k in (0, len(values) - 1):
+        return f"{'<' if k == 0 else '>'} {SCALES[k]:.1f}"
+    low, middle, high = values[k - 1 : k + 2]
+    return f"{SCALES[k] + (SCALES[1] - SCALES[0]) / 2 * (low - high) / (low - 2 * middle + high):.2f}"
+
+
+def gradient_norm(make: Make, like: Make, n: int, d: int, batches: int) -> float:
+    """Root mean square norm of the gradient at codes 0.2 + 1.2 N(0, I), in the place where ``like`` compares them."""
+    torch.manual_seed(0)
+    squares = []
+    for _ in range(batches):
+        codes, prior = (0.2 + 1.2 * torch.randn(n, d)).requires_grad_(), torch.randn(n, d)
+        placed = law(like)(codes).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(make()(placed, law(like)(prior)), placed)
+        if like is SphericalSlicedWasserstein:  # only what moves a code along the sphere
+            slope = slope - (slope * placed).sum(1, keepdim=True) * placed
+        squares.append(slope.square().sum().item())
+    return math.sqrt(sum(squares) / batches)
+
+
+def transport_row(make: Make, d: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One penalty in one dimension."""
+    spherical = make is SphericalSlicedWasserstein
+    ratio = gradient_norm(MMD, make, 100, d, args.batches) / gradient_norm(make, make, 100, d, args.batches)
+    return {
+        "penalty": f"`{make.__name__}()`",
+        "d": d,
+        "value, n = 100": f"{mean_value(make, 100, d, args.batches):.2g}",
+        f"value, n = {args.large}": f"{mean_value(make, args.large, d, args.large_batches):.2g}",
+        "scale": "-" if spherical else best_scale(make, 100, d, args.batches),
+        "weight": f"{MMD_WEIGHT * ratio:.2g}" if ratio < 1 else f"{MMD_WEIGHT * ratio:.0f}",
+    }
+
+
+def blur_row(fraction: float, d: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One blur of Sinkhorn, in spreads sqrt(2 d), in one dimension."""
+
+    def make() -> Penalty:
+        return Sinkhorn(blur=fraction * math.sqrt(2 * d))
+
+    shift, widths = torch.zeros(d), torch.ones(d)
+    shift[0], widths[1], widths[2] = 1.0, 0.5, 1.5
+    torch.manual_seed(0)
+    cosines = []
+    for _ in range(args.batches):
+        noise = torch.randn(100, d)
+        codes = (shift + widths * noise).requires_grad_()
+        (slope,) = torch.autograd.grad(make()(codes, torch.randn(100, d)), codes)
+        # The optimal map between the populations takes a code back to its noise.
+        cosines.append(torch.cosine_similarity(slope.flatten(), (codes.detach() - noise).flatten(), dim=0).item())
+    return {
+        "d": d,
+        "blur": f"{fraction:g}",
+        "scale": best_scale(make, 100, d, args.batches),
+        "cosine": f"{sum(cosines) / len(cosines):.2f}",
+    }
+
+
+def particle_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """SlicedWasserstein at Q_Z = P_Z for 4 particles of 100 data, d = 8, when their codes are independent or equal."""
+    penalty, rows = SlicedWasserstein(), []
+    for name, alike in (("independent", False), ("equal", True)):
+        torch.manual_seed(0)
+        sums = [0.0, 0.0, 0.0]
+        for _ in range(args.batches):
+            codes, prior = torch.randn(4, 100, 8), torch.randn(400, 8)
+            if alike:
+                codes = codes[:1].expand(4, -1, -1)
+            quarters = [penalty(z, p).item() / 4 for z, p in zip(codes, prior.split(100), strict=True)]
+            found = [penalty(codes.flatten(0, 1), prior).item(), penalty(codes, prior).item(), sum(quarters)]
+            sums = [a + b / args.batches for a, b in zip(sums, found, strict=True)]
+        columns = ("pooled", "averaged", "averaged, a quarter of the draws each")
+        rows.append({"codes of a datum": name, **{c: f"{v:.3f}" for c, v in zip(columns, sums, strict=True)}})
+    return rows
+
+
+def kummer_row(d: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The largest errors of phi_d over s, against mpmath."""
+    s = torch.cat([torch.zeros(1), torch.logspace(-3, 8, args.points)]).double().requires_grad_()
+    value = projected_gaussian(s, d)
+    (slope,) = torch.autograd.grad(value.sum(), s)
+    with mpmath.workdps(30):
+        half, b = mpmath.mpf(1) / 2, mpmath.mpf(d) / 2
+        exact = [float(mpmath.hyp1f1(half, b, -mpmath.mpf(x))) for x in s.tolist()]
+        exact_slope = [float(-half / b * mpmath.hyp1f1(half + 1, b + 1, -mpmath.mpf(x))) for x in s.tolist()]
+    target, target_slope = s.new_tensor(exact), s.new_tensor(exact_slope)
+    paper = (1 + 4 * s.detach() / (2 * d - 3)).rsqrt()
+    return {
+        "d": d,
+        "value": f"{(value / target - 1).abs().max().item():.0e}",
+        "derivative": f"{(slope / target_slope - 1).abs().max().item():.0e}",
+        "paper's approximation": f"{(paper - target).abs().max().item():.2g}",
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The tables, what is in them, and the command."""
+    options, tables = report["options"], {name: table(rows) for name, rows in report["tables"].items()}
+    return f"""Made by
+
+    {report["command"]}
+
+with torch {report["torch"]}. Prior N(0, I), on the sphere the uniform law; n codes and n draws; means of
+{options["batches"]} batches, or of {options["large_batches"]} at n = {options["large"]}.
+
+{tables["transport"]}
+
+- *value*: the mean penalty when Q_Z = P_Z.
+- *scale*: that of the codes, over the prior's, for which the mean penalty is least, at n = 100.
+- *weight*: {MMD_WEIGHT} times the norm of the gradient of `MMD()` over that of the penalty, for 100 codes of
+  0.2 + 1.2 N(0, I), on the sphere divided by their norm.
+
+`Sinkhorn` at n = 100 by its blur, in spreads of the prior (default 0.5). *cosine*: mean cosine of the gradient with
+that of W_2^2 between the populations, for codes with one coordinate shifted by 1, one of width 0.5 and one of 1.5.
+
+{tables["blur"]}
+
+`SlicedWasserstein` when Q_Z = P_Z, for 4 particles of 100 data, d = 8, and 400 prior draws:
+
+{tables["particles"]}
+
+`projected_gaussian` in float64: largest relative errors for s from 0 to 1e8, against mpmath, and the largest
+absolute error of (1 + 4 s / (2 d - 3))^(-1/2), the paper's approximation.
+
+{tables["kummer"]}
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--large", type=int, default=1000, help="codes in a large batch")
+    parser.add_argument("--large-batches", type=int, default=10)
+    parser.add_argument("--blurs", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="in spreads")
+    parser.add_argument("--points", type=int, default=200, help="values of s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
+    )
+    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.batches, args.large, args.large_batches, args.blurs, args.points = 1, 200, 1, [0.5], 10
+    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures and reports."""
+    args = parse_args(argv)
+    torch.set_num_threads(1)
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/finite_samples.py", *(sys.argv[1:] if argv is None else argv)]),
+        "torch": torch.__version__.partition("+")[0],
+        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
+        "tables": {
+            "transport": [transport_row(make, d, args) for make in TRANSPORT for d in DIMENSIONS],
+            "blur": [blur_row(fraction, d, args) for d in DIMENSIONS for fraction in args.blurs],
+            "particles": particle_rows(args),
+            "kummer": [kummer_row(d, args) for d in (2, 8, 64, 4096)],
+        },
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "finite_samples.json").write_text(json.dumps(report, indent=2) + "\n")
+    (args.out / "finite_samples.md").write_text(summary(report))
+    print(summary(report))
+
+
+if __name__ == "__main__":
+    main()

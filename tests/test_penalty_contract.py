@@ -1,0 +1,478 @@
+"""What every penalty keeps to, whatever it computes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from torch import nn
+from torch.nn.functional import normalize
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic, MultiScale, RationalQuadratic
+from pyro_wae.penalties import (
+    MMD,
+    CramerWold,
+    EnergyDistance,
+    JensenShannon,
+    KernelStein,
+    LogVarianceL1,
+    MaxSlicedWasserstein,
+    PenaltyContext,
+    Sinkhorn,
+    SlicedWasserstein,
+    SphericalSlicedWasserstein,
+    SumPenalty,
+    UnitVarianceKL,
+    as_penalty,
+)
+
+D = 8
+
+
+def mean_gap(codes, prior):
+    return (codes.mean(0) - prior.mean(0)).square().sum()
+
+
+def standard_normal(z):
+    return -z.square().sum(1) / 2
+
+
+def zeroed():
+    """A discriminator that starts by knowing nothing, and takes any precision."""
+    discriminator = nn.Sequential(nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, 1))
+    nn.init.zeros_(discriminator[2].weight)
+    nn.init.zeros_(discriminator[2].bias)
+    return discriminator
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-2)
+
+
+class Case:
+    """A penalty with what is known of it at Q_Z = P_Z, for n = m = 100 and d = 8.
+
+    Args:
+        make: Makes the penalty.
+        bias: Its mean there, as documented; 0 where the estimate is unbiased.
+        sphere: Whether codes lie on the unit sphere.
+        reads_prior: Whether it reads prior draws.
+        written: Whether its repr is Python.
+    """
+
+    def __init__(self, make, bias=0.0, *, sphere=False, reads_prior=True, written=True):
+        self.make = make
+        self.bias = bias
+        self.sphere = sphere
+        self.reads_prior = reads_prior
+        self.written = written
+        self._fitted = None
+
+    def rows(self, n, dtype=torch.float64):
+        z = torch.randn(n, D, dtype=dtype)
+        return normalize(z, dim=-1) if self.sphere else z
+
+    def elsewhere(self, n, dtype=torch.float64):
+        """Codes around a point off the prior's centre."""
+        z = 0.5 * torch.randn(n, D, dtype=dtype) + 1
+        return normalize(z, dim=-1) if self.sphere else z
+
+    def fitted(self):
+        """The penalty, its lengths and units taken from prior draws that no test looks at."""
+        if self._fitted is None:
+            pyro.set_rng_seed(123)
+            self._fitted = self.make().double()
+            # A standardised MMD keeps its unit after 8192 prior draws.
+            for _ in range(9 if isinstance(self._fitted, MMD) and self._fitted.standardize else 1):
+                if not list(self._fitted.parameters()):
+                    self._fitted(self.rows(4), self.rows(1000))
+            pyro.set_rng_seed(0)
+        return copy.deepcopy(self._fitted)
+
+
+CASES = {
+    "MMD": Case(MMD),
+    "MMD standardised": Case(lambda: MMD(Gaussian(), standardize=True)),
+    "EnergyDistance": Case(EnergyDistance),
+    "SlicedWasserstein": Case(lambda: SlicedWasserstein(100), 0.055),
+    "MaxSlicedWasserstein": Case(MaxSlicedWasserstein, 0.25),
+    "SphericalSlicedWasserstein": Case(SphericalSlicedWasserstein, 1 / 600, sphere=True),
+    "Sinkhorn": Case(Sinkhorn, 0.53),
+    "CramerWold": Case(CramerWold),
+    "JensenShannon": Case(lambda: JensenShannon(zeroed(), optimizer=None, gradient_penalty=0.0), 0.0, written=False),
+    "KernelStein": Case(
+        lambda: KernelStein(RationalQuadratic(0.5, bandwidth=2.0), log_prob=standard_normal),
+        reads_prior=False,
+        written=False,
+    ),
+    "sum": Case(lambda: MMD() + 0.1 * SlicedWasserstein(100), 0.0055),
+    "scaled": Case(lambda: 0.5 * CramerWold()),
+    "function": Case(lambda: as_penalty(mean_gap), D * (1 / 100 + 1 / 100), written=False),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+# The estimate
+
+
+@every_case
+def test_null_has_the_documented_mean_and_off_the_null_it_is_larger(case):
+    """Null: Q_Z = P_Z, n = m = 100; 60 batches, 4 standard errors and the last digit of the documented bias; seed 0."""
+    penalty = case.fitted()
+    with torch.no_grad():
+        null = torch.stack([penalty(case.rows(100), case.rows(100)) for _ in range(60)])
+    slack = 0.06 * case.bias
+    error = 4 * null.std() / math.sqrt(60)
+    assert abs(null.mean() - case.bias) <= error + slack + 1e-12
+    if isinstance(penalty, JensenShannon):  # which knows nothing yet
+        own = adam(penalty.parameters())
+        for _ in range(50):
+            own.zero_grad()
+            penalty(case.elsewhere(100), case.rows(100)).backward()
+            own.step()
+    with torch.no_grad():
+        off = torch.stack([penalty(case.elsewhere(100), case.rows(100)) for _ in range(10)])
+    assert off.min() > 0
+    assert off.min() > null.max()
+
+
+@every_case
+def test_the_gradient_reaches_the_codes_and_a_fixed_prior_stays_out_of_the_graph(case):
+    penalty = case.fitted()
+    codes, prior = case.elsewhere(20).requires_grad_(), case.rows(30)
+    value = penalty(codes, prior)
+    found, nodes, seen = set(), [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes += [parent for parent, _ in node.next_functions]
+    assert found == {codes, *penalty.parameters()}
+    value.backward()
+    assert codes.grad.isfinite().all()
+    if not isinstance(penalty, JensenShannon):
+        assert codes.grad.abs().sum(1).min() > 0
+    assert prior.grad is None
+    with torch.no_grad():
+        assert not penalty(codes, prior).requires_grad
+
+
+@every_case
+def test_a_prior_that_learns_gets_its_gradient(case):
+    penalty, prior = case.fitted(), case.rows(30).requires_grad_()
+    value = penalty(case.elsewhere(20), prior)
+    if not case.reads_prior:
+        assert not value.requires_grad
+        return
+    if isinstance(penalty, JensenShannon):
+        nn.init.normal_(penalty.discriminator[2].weight)
+        value = penalty(case.elsewhere(20), prior)
+    value.backward()
+    assert prior.grad.isfinite().all()
+    assert prior.grad.abs().max() > 0
+
+
+@every_case
+def test_a_step_down_the_gradient_lowers_it(case):
+    penalty, codes, prior = case.fitted(), case.elsewhere(40).requires_grad_(), case.rows(40)
+    if isinstance(penalty, JensenShannon):
+        nn.init.normal_(penalty.discriminator[2].weight)
+    values = []
+    for _ in range(2):
+        pyro.set_rng_seed(5)
+        values.append(penalty(codes, prior))
+        (slope,) = torch.autograd.grad(values[-1], codes)
+        moved = codes - 1e-3 * slope / slope.square().mean().sqrt()
+        codes = (normalize(moved, dim=-1) if case.sphere else moved).detach().requires_grad_()
+    assert values[1] < values[0]
+
+
+@every_case
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 33), (33, 20)])
+def test_the_order_of_rows_does_not_matter(case, n, m):
+    penalty, codes, prior = case.fitted(), case.elsewhere(n), case.rows(m)
+    values = []
+    for order_q, order_p in ((torch.arange(n), torch.arange(m)), (torch.randperm(n), torch.randperm(m))):
+        pyro.set_rng_seed(7)
+        with torch.no_grad():
+            values.append(penalty(codes[order_q], prior[order_p]))
+    assert values[0].shape == ()
+    torch.testing.assert_close(*values, rtol=1e-7, atol=1e-12)
+
+
+@every_case
+def test_one_particle_is_a_code_and_several_are_averaged_over(case):
+    penalty, codes, prior = case.fitted(), case.elsewhere(20), case.rows(60)
+    values = []
+    for shaped in (codes, codes[None], codes.expand(3, 20, D)):
+        pyro.set_rng_seed(7)
+        with torch.no_grad():
+            values.append(penalty(shaped, prior).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+    assert math.isfinite(values[2])
+    assert 0.5 * values[0] <= values[2] + 1e-12
+    assert values[2] <= 2 * values[0] + 1e-12
+
+
+@every_case
+def test_float32_agrees_with_float64(case):
+    codes, prior = case.elsewhere(30), case.rows(40)
+    values, gradients = [], []
+    wide = case.fitted()
+    narrow = case.make()
+    narrow.load_state_dict(wide.state_dict())
+    if list(narrow.parameters()):
+        narrow.float()
+    for penalty, dtype in ((wide, torch.float64), (narrow, torch.float32)):
+        if isinstance(penalty, SlicedWasserstein | MaxSlicedWasserstein | SphericalSlicedWasserstein | SumPenalty):
+            continue  # their directions are drawn in the precision of the codes, and differ
+        z = codes.detach().clone().to(dtype).requires_grad_()
+        value = penalty(z, prior.to(dtype))
+        value.backward()
+        assert value.dtype == z.grad.dtype == dtype
+        values.append(value.detach().double())
+        gradients.append(z.grad.double())
+    if values:
+        torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-4 * float(gradients[0].abs().max()))
+    else:
+        z = codes.float().requires_grad_()
+        narrow(z, prior.float()).backward()
+        assert z.grad.dtype == torch.float32
+        assert z.grad.isfinite().all()
+
+
+# State and text
+
+
+@every_case
+@pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
+def test_a_copy_goes_on_as_the_penalty_does(case, copied):
+    penalty, codes, prior = case.fitted(), case.elsewhere(20), 2 * case.rows(30)
+    if case.sphere:
+        prior = case.rows(30)
+    other = case.make() if copied == "state_dict" else None
+    if copied == "state_dict":
+        other.to(torch.float64).load_state_dict(penalty.state_dict())
+    elif copied == "deepcopy":
+        other = copy.deepcopy(penalty)
+    else:
+        other = pickle.loads(pickle.dumps(penalty))
+    values = []
+    for one in (penalty, other):
+        pyro.set_rng_seed(3)
+        values.append(one(codes, prior).detach())
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-13)
+
+
+@every_case
+def test_repr_is_the_call_that_makes_it(case):
+    penalty = case.make()
+    text = repr(penalty)
+    assert "object at" not in text or not case.written
+    if case.written:
+        again = eval(text, {"InverseMultiquadratic": InverseMultiquadratic, "MultiScale": MultiScale} | globals())
+        assert repr(again) == text
+        assert type(again) is type(penalty)
+    else:
+        assert type(penalty).__name__ in text
+
+
+# Training
+
+
+class AutoEncoder(nn.Module):
+    """Linear, with a cost that does not hold the codes."""
+
+    def __init__(self, *, sphere=False):
+        super().__init__()
+        self.sphere = sphere
+        self.encoder, self.decoder = nn.Linear(10, D), nn.Linear(D, 10)
+        with torch.no_grad():
+            self.encoder.bias.fill_(1.5)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            prior = dist.ProjectedNormal(x.new_zeros(D)) if self.sphere else dist.Normal(x.new_zeros(D), 1).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        z = self.encoder(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(normalize(z, dim=-1) if self.sphere else z, event_dim=1))
+
+
+def trainable(case):
+    """The penalty as a user would train it."""
+    if case is CASES["JensenShannon"]:
+        return JensenShannon(zeroed(), optimizer=adam)
+    return case.make()
+
+
+def distance(net, case):
+    """How far the codes' mean is from the prior's, 0; what each penalty lowers."""
+    x = torch.randn(500, 10, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        z = net.encoder(x)
+        return (normalize(z, dim=-1) if case.sphere else z).mean(0).norm().item()
+
+
+@every_case
+def test_svi_trains_the_encoder_with_it(case):
+    net = AutoEncoder(sphere=case.sphere)
+    loss = WAELoss(trainable(case), cost=lambda x, g: 0 * g.sum(-1))
+    svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 3e-2}), loss=loss)
+    before = distance(net, case)
+    for _ in range(60):
+        assert math.isfinite(svi.step(torch.randn(64, 10)))
+    assert distance(net, case) < 0.6 * before
+
+
+@every_case
+def test_torch_optimisers_train_the_encoder_with_it(case):
+    net = AutoEncoder(sphere=case.sphere)
+    loss_fn = WAELoss(trainable(case), cost=lambda x, g: 0 * g.sum(-1))(net.model, net.guide)
+    optimiser = torch.optim.Adam(loss_fn.parameters(), lr=3e-2)
+    before = distance(net, case)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss_fn(torch.randn(64, 10)).backward()
+        optimiser.step()
+    assert distance(net, case) < 0.6 * before
+    assert loss_fn.terms.penalty.isfinite()
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("ddp") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [
+        *(pytest.param(case, lambda case=case: trainable(case), id=name) for name, case in CASES.items()),
+        pytest.param(CASES["JensenShannon"], CASES["JensenShannon"].make, id="JensenShannon, one optimiser"),
+    ],
+)
+def test_distributed_data_parallel_trains_as_the_module_alone(case, make, one_rank):
+    penalty = make()
+    net = AutoEncoder(sphere=case.sphere)
+    losses = []
+    for wrap in (nn.parallel.DistributedDataParallel, lambda module: module):
+        own, own_penalty = copy.deepcopy(net), copy.deepcopy(penalty)
+        loss_fn = wrap(WAELoss(own_penalty)(own.model, own.guide))
+        optimiser = torch.optim.SGD(loss_fn.parameters(), lr=1e-3)
+        pyro.set_rng_seed(4)
+        values = []
+        for _ in range(3):
+            optimiser.zero_grad()
+            value = loss_fn(torch.randn(32, 10))
+            value.backward()
+            optimiser.step()
+            values.append(value.item())
+        losses.append([*values, own.encoder.weight.sum().item(), *(p.sum().item() for p in own_penalty.parameters())])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# Sums, multiples and sites
+
+
+def test_a_sum_is_the_sum_and_a_multiple_the_multiple():
+    codes, prior = torch.randn(20, D), torch.randn(30, D)
+    parts = [MMD(Gaussian(1.0)), EnergyDistance(), CramerWold(0.1)]
+    values = [part(codes, prior) for part in parts]
+    torch.testing.assert_close(
+        (parts[0] + parts[1] + 0.3 * parts[2])(codes, prior), values[0] + values[1] + 0.3 * values[2]
+    )
+    torch.testing.assert_close((parts[0] * 2)(codes, prior), 2 * values[0])
+    torch.testing.assert_close((0.5 * (parts[0] + parts[1]))(codes, prior), (values[0] + values[1]) / 2)
+    assert (0 * parts[0])(codes, prior) == 0
+
+
+def test_a_sum_hands_on_the_context_and_builds_what_its_parts_need():
+    context = PenaltyContext(prior=lambda: dist.Normal(torch.zeros(D), 1).to_event(1))
+    codes, prior = torch.randn(20, D), torch.randn(30, D)
+    part = MMD(Gaussian(1.0))
+    both = part + 0.1 * JensenShannon()
+    value = both(codes, prior, context)
+    assert value.isfinite()
+    torch.testing.assert_close((part + part)(codes, prior, context), 2 * part(codes, prior, context))
+    assert part(codes, prior, context) != part(codes, prior)
+    assert not any(nn.parameter.is_lazy(parameter) for parameter in both.parameters())
+
+
+def test_a_sum_needs_draws_if_a_part_does():
+    assert (MMD() + LogVarianceL1()).needs_prior_draws
+    assert not (KernelStein() + UnitVarianceKL()).needs_prior_draws
+    assert not (0.1 * KernelStein()).needs_prior_draws
+    assert (0.1 * MMD()).needs_prior_draws
+
+
+@pytest.mark.parametrize("factor", [-1.0, math.inf, math.nan])
+def test_a_factor_out_of_range_is_named(factor):
+    with pytest.raises(ValueError, match="factor must be finite and >= 0"):
+        factor * MMD()
+
+
+@pytest.mark.parametrize("wrong", [lambda p: p + 1, lambda p: p * p, lambda p: "2" * p])
+def test_what_is_no_penalty_adds_and_multiplies_not(wrong):
+    with pytest.raises(TypeError):
+        wrong(MMD())
+
+
+@pytest.mark.parametrize("draws_needed", [True, False])
+def test_a_penalty_by_site_gets_that_sites_codes(draws_needed):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            b = pyro.sample("b", dist.Normal(x.new_zeros(3), 1).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([a, b], -1), 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x[:, :2], 0.3).to_event(1))
+            pyro.sample("b", dist.Normal(x[:, 2:], 0.3).to_event(1))
+
+    first = MMD(Gaussian(1.0)) + 0.1 * SlicedWasserstein()
+    penalties = {"a": first if draws_needed else LogVarianceL1(), "b": 0.5 * EnergyDistance() if draws_needed else None}
+    loss = WAELoss(penalties)
+    svi = SVI(model, guide, pyro.optim.Adam({}), loss=loss)
+    svi.step(torch.randn(20, 5))
+    parts = loss.terms.as_dict()
+    total = sum(value for name, value in parts.items() if name.startswith("penalty/"))
+    assert parts["penalty"] == pytest.approx(total, rel=1e-5)
+    assert set(loss.terms.penalties) == ({"a", "b"} if draws_needed else {"a"})
+    if not draws_needed:
+        assert parts["penalty/a"] == pytest.approx(2 * abs(math.log(0.09)), rel=1e-5)
+
+
+def test_prior_draws_are_required_by_those_that_read_them():
+    for case in CASES.values():
+        penalty, codes = case.make().double(), case.rows(20)
+        if case.reads_prior:
+            with pytest.raises(ValueError, match=r"compares codes with prior draws, found none\. Write penalty\("):
+                penalty(codes)
+        else:
+            assert penalty(codes).isfinite()
