@@ -334,6 +334,15 @@ def test_by_default_it_has_its_own_optimiser_and_looks_frozen_to_others():
     assert q.grad.abs().max() > 0
 
 
+def test_a_discriminator_without_anything_to_learn_is_used_as_it_is():
+    q, p = rows(N, 1).requires_grad_(), rows(M, 1)
+    known = LogRatio((1.0, 0.7), (0.0, 1.0))
+    value = JensenShannon(known)(q, p)
+    assert value.item() == pytest.approx(value_by_hand(known(q.detach()), known(p)), abs=1e-6)
+    value.backward()
+    assert q.grad.abs().max() > 0
+
+
 def test_a_layer_that_the_user_froze_stays_frozen():
     discriminator = net()
     discriminator[0].requires_grad_(False)

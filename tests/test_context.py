@@ -423,7 +423,7 @@ def test_kernel_stein_trains_an_encoder_towards_a_hierarchical_prior():
 
     loss = WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=2.0)), cost=lambda x, g: 0 * g.sum(-1))
     optimiser = torch.optim.Adam([a, b, c], lr=0.1)
-    for _ in range(150):
+    for _ in range(100):
         optimiser.zero_grad()
         loss.differentiable_loss(model, guide, rows(150, 2)).backward()
         optimiser.step()
@@ -434,7 +434,7 @@ def test_kernel_stein_trains_an_encoder_towards_a_hierarchical_prior():
 
 @pytest.mark.parametrize("kind", ["conditional", "hierarchical"])
 def test_null_of_kernel_stein_where_the_guide_is_the_prior_has_mean_0(kind):
-    """Null: each datum's codes follow its own prior, n = 30; 300 steps, seed 0. It sees a shift by 3."""
+    """Null: each datum's codes follow its own prior, n = 30; 120 steps, seed 0. It sees a shift by 3."""
 
     def guide(x, shift):
         with pyro.plate("data", len(x)):
@@ -447,7 +447,7 @@ def test_null_of_kernel_stein_where_the_guide_is_the_prior_has_mean_0(kind):
     loss, x = WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=2.0))), rows(30, 2)
     for shift in (0.0, 3.0):
         values = []
-        for _ in range(300):
+        for _ in range(120):
             loss.loss(lambda x, _: PROGRAMS[kind][0](x), guide, x, shift)
             values.append(loss.terms.penalty)
         assert mean_is_zero(torch.stack(values)) == (shift == 0)

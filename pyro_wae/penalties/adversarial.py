@@ -124,7 +124,7 @@ class JensenShannon(Penalty):
         q, p = codes.flatten(0, 1), prior
         log_prob = functools.partial(_log_prob, n=codes.shape[1], context=context) if self.prior_log_prob else None
         training = torch.is_grad_enabled()
-        if training and self.optimizer is not None:
+        if training and self.optimizer is not None and self._learning:
             self._train(q, p, log_prob, self.optimizer)
         parameters = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         adversary = functools.partial(torch.func.functional_call, self.discriminator, parameters)
