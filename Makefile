@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test test-slow bench-penalties lint types docs clean
+.PHONY: demo pictures test test-slow bench-penalties lint types docs clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
+
+pictures: demo
+	cp results/quickstart/samples.png results/quickstart/reconstructions.png results/quickstart/codes.png docs/images/
 
 # A process for each core, and one thread in each: small tensors gain nothing from more.
 test: $(VENV)/.test
