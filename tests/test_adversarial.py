@@ -725,3 +725,14 @@ def test_a_prior_without_a_log_density_is_named():
     WAELoss(shared(plane())).loss(model, guide, rows(N, D))
     with pytest.raises(ValueError, match=r"prior at site 'z' \(Sampler\) has no log_prob\. Take a penalty"):
         WAELoss(shared(plane(), prior_log_prob=True)).loss(model, guide, rows(N, D))
+
+
+def test_a_nan_among_the_codes_does_not_stay_in_the_discriminator():
+    penalty = JensenShannon()
+    codes = torch.randn(10, 2)
+    penalty(codes, torch.randn(10, 2))
+    before = {name: value.clone() for name, value in penalty.discriminator.named_parameters()}
+    codes[3, 1] = torch.nan
+    assert penalty(codes, torch.randn(10, 2)).isnan()
+    for name, value in penalty.discriminator.named_parameters():
+        assert torch.equal(value, before[name])

@@ -171,6 +171,8 @@ class JensenShannon(Penalty):
             self._own.load_state_dict(self._state)
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
+        if q.device.type == "cpu" and not bool(q.isfinite().all()):
+            return  # The NaN is reported with the loss; it must not stay behind in the discriminator.
         if self._own is None:
             self._own = optimizer(self.discriminator.parameters())
             if self._state is not None:
