@@ -355,6 +355,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return name, float(value)
 
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="12,000 digits, or all 70,000")
+    parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
     parser.add_argument("--steps", type=int, default=800, help="of each training")
     parser.add_argument("--seeds", type=int, default=3, help="number of trainings with each penalty")
     parser.add_argument(
@@ -408,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, measures and reports, seed by seed."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    train_images, train_labels, test_images, test_labels = load_digits()
+    train_images, train_labels, test_images, test_labels = load_digits(args.data, root=args.root)
     if args.smoke:
         train_images, train_labels = train_images[:300], train_labels[:300]
         test_images, test_labels = test_images[:200], test_labels[:200]

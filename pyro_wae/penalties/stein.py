@@ -33,7 +33,8 @@ class KernelStein(Penalty):
 
     The estimate is a U-statistic and therefore sometimes negative. It leaves out the pairs of one datum, a code with
     itself and particles with each other; with several particles and a known data set size N the latter come back with
-    weight 1/N, as in :class:`~pyro_wae.penalties.MMD`.
+    weight 1/N, as in :class:`~pyro_wae.penalties.MMD`. It is meant for the codes of an encoder: codes that are free
+    parameters, one for each datum, can make it ever more negative.
 
     Args:
         kernel: A radial kernel that is twice differentiable in each argument: :class:`~pyro_wae.kernels.Gaussian`,
