@@ -10,7 +10,7 @@ demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
 
 pictures: demo
-	cp results/quickstart/samples.png results/quickstart/reconstructions.png results/quickstart/codes.png docs/images/
+	cp results/quickstart/samples.png results/quickstart/reconstructions.png docs/images/
 
 # A process for each core, and one thread in each: small tensors gain nothing from more.
 test: $(VENV)/.test

@@ -116,6 +116,12 @@ class WAELoss(CallRepr, ELBO):
             retain_graph=retain_graph,
         )
         self.penalty = _options(penalty, MMD, lambda option: None if option is None else as_penalty(option))
+        if isinstance(self.penalty, dict) and self.penalty and not self._each_penalty():
+            sites = list(self.penalty)
+            raise ValueError(
+                f"penalty leaves every latent site free ({', '.join(map(repr, sites))}). Give one of them a penalty, "
+                f"as in WAELoss({{{sites[0]!r}: MMD(), ...}}), or train without: WAELoss(penalty_weight=0.0)."
+            )
         self.cost = _options(cost, SquaredError, as_cost)
         self.penalty_weight = penalty_weight
         self.data_plate = data_plate

@@ -288,8 +288,20 @@ def _mask(*sites: Site) -> Tensor | None:
         for mask, event_dim in _masks(site):
             mask = torch.as_tensor(mask, dtype=torch.bool, device=site["value"].device)
             mask = mask.reshape(mask.shape + (1,) * event_dim)
+            _check_mask(site, mask, event_dim)
             total = mask if total is None else total & mask
     return total
+
+
+def _check_mask(site: Site, mask: Tensor, event_dim: int) -> None:
+    shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.ndim > len(shape) or any(size not in (1, given) for size, given in sizes):
+        batch, found = tuple(shape[: len(shape) - event_dim]), tuple(mask.shape[: mask.ndim - event_dim])
+        raise ValueError(
+            f"The mask at site '{site['name']}' has shape {found}, which does not fit its batch shape {batch}. "
+            "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
+        )
 
 
 def _masks(site: Site) -> Iterator[tuple[Tensor | bool, int]]:

@@ -736,3 +736,13 @@ def test_a_nan_among_the_codes_does_not_stay_in_the_discriminator():
     assert penalty(codes, torch.randn(10, 2)).isnan()
     for name, value in penalty.discriminator.named_parameters():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"discriminator": "mlp"}, "must be a torch.nn.Module.*found 'mlp'"), ({"gradient_penalty": "1"}, "found str")],
+    ids=["discriminator", "gradient_penalty"],
+)
+def test_arguments_of_the_wrong_type_are_named(options, message):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} {message}" if "must" in message else message):
+        JensenShannon(**options)

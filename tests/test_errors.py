@@ -717,3 +717,22 @@ def test_nothing_is_refused_that_is_right(validation):
 
     for options in ({}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}, {"penalty_weight": 0}):
         assert math.isfinite(step(plain_model, guide, **options))
+
+
+def test_a_dict_that_leaves_every_site_free():
+    with raises(ValueError, "penalty leaves every latent site free ('z')", "WAELoss({'z': MMD(), ...})"):
+        WAELoss({"z": None})
+
+
+@pytest.mark.parametrize("site", ["z", "x"])
+def test_a_mask_of_another_batch(validation, site):
+    def model(x):
+        keep = torch.ones(N + 1, dtype=torch.bool)
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=keep if site == "z" else True):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            with pyro.poutine.mask(mask=keep if site == "x" else True):
+                pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    with raises(ValueError, f"The mask at site '{site}' has shape ({N + 1},)", f"({N},)", "poutine.mask(mask=...)"):
+        step(model)

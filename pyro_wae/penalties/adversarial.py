@@ -62,6 +62,7 @@ class JensenShannon(Penalty):
     Raises:
         ValueError: If an argument is out of range; when called, if the discriminator's logits have another shape or
             ``prior_log_prob`` is asked of a prior without one.
+        TypeError: If the discriminator is no module or ``gradient_penalty`` no number.
 
     Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 1;
     Goodfellow et al., "Generative Adversarial Networks", 2014, arXiv:1406.2661; for the gradient penalty Mescheder,
@@ -87,6 +88,16 @@ class JensenShannon(Penalty):
         steps: int | None = None,
     ) -> None:
         super().__init__()
+        if discriminator is not None and not isinstance(discriminator, nn.Module):
+            raise TypeError(
+                f"discriminator must be a torch.nn.Module from codes (n, d) to logits (n, 1), found {discriminator!r}. "
+                "Write JensenShannon(nn.Sequential(nn.Linear(d, 256), nn.ReLU(), nn.Linear(256, 1)))."
+            )
+        if isinstance(gradient_penalty, bool) or not isinstance(gradient_penalty, int | float):
+            raise TypeError(
+                f"gradient_penalty must be a number, found {type(gradient_penalty).__name__}. "
+                "Write gradient_penalty=1.0."
+            )
         if not (math.isfinite(gradient_penalty) and gradient_penalty >= 0):
             raise ValueError(
                 f"gradient_penalty must be finite and >= 0, found {gradient_penalty!r}. Write gradient_penalty=1.0."

@@ -37,7 +37,7 @@ class MMD(Penalty):
             particles.
         closed_form: Whether means of the kernel against the prior are taken from
             :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian or
-            inverse multiquadratic kernel and a Normal or a mixture of Normals: less noise, and no prior draws.
+            inverse multiquadratic kernel and a Normal or a mixture of Normals. The prior then adds no noise.
 
     Raises:
         TypeError: If the kernel cannot be called.
