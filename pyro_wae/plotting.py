@@ -18,9 +18,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["codes_and_prior", "image_grid", "loss_curves", "reconstructions"]
+__all__ = ["codes_and_prior", "image_grid", "loss_curves", "quantiles", "reconstructions"]
 
 # Okabe & Ito's palette, in which no two colours look alike to the colour-blind, without its black, and with a
 # wine red and a grey more, so that ten classes have ten colours.
@@ -83,13 +83,13 @@ def image_grid(
     Example:
         >>> figure = image_grid(torch.rand(12, 1, 28, 28), columns=4)
     """
-    pictures = _as_images(images, "images")
+    pictures = as_images(images, "images")
     columns = _as_columns(columns, math.ceil(math.sqrt(len(pictures))))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    mosaic, _ = _mosaic(rows)
-    with _styled_figure(_mosaic_size(mosaic, title)) as figure:
+    mosaic, _ = make_mosaic(rows)
+    with styled_figure(mosaic_size(mosaic, title)) as figure:
         axes = figure.add_subplot()
-        _show(axes, mosaic, cmap)
+        show_mosaic(axes, mosaic, cmap)
         if title is not None:
             figure.suptitle(title)
     return figure
@@ -123,7 +123,7 @@ def reconstructions(
     Example:
         >>> figure = reconstructions(torch.rand(20, 1, 28, 28), torch.rand(20, 1, 28, 28))
     """
-    above, below = _as_images(inputs, "inputs"), _as_images(outputs, "outputs")
+    above, below = as_images(inputs, "inputs"), as_images(outputs, "outputs")
     if above.shape != below.shape:
         raise ValueError(
             f"outputs must have the shape of inputs, {tuple(inputs.shape)}, but has {tuple(outputs.shape)}"
@@ -132,10 +132,10 @@ def reconstructions(
     rows = []
     for start in range(0, len(above), columns):
         rows += [above[start : start + columns], below[start : start + columns]]
-    mosaic, centres = _mosaic(rows, group=2)
-    with _styled_figure(_mosaic_size(mosaic, title, margin=LABEL_WIDTH)) as figure:
+    mosaic, centres = make_mosaic(rows, group=2)
+    with styled_figure(mosaic_size(mosaic, title, margin=LABEL_WIDTH)) as figure:
         axes = figure.add_subplot()
-        _show(axes, mosaic, cmap)
+        show_mosaic(axes, mosaic, cmap)
         axes.set_yticks(centres, ["input", "output"] * (len(rows) // 2))
         axes.tick_params(left=False, pad=2)
         if title is not None:
@@ -181,32 +181,56 @@ def codes_and_prior(
         >>> figure = codes_and_prior(torch.randn(500, 8), torch.randn(500, 8))
     """
     points, draws = _as_rows(codes, "codes"), _as_rows(prior, "prior")
-    if points.shape[1] != draws.shape[1]:
-        raise ValueError(f"prior must have the columns of codes, {points.shape[1]}, but has shape {tuple(draws.shape)}")
+    _check_columns(points, draws)
     classes = None if labels is None else _as_array(labels)
     if classes is not None and classes.shape != (len(points),):
         raise ValueError(f"labels must have shape ({len(points)},), one a code, but has {classes.shape}")
     basis, names = _plane(points, draws, plane)
     points, draws = points @ basis, draws @ basis
 
-    # The clouds' outermost points would shrink everything else.
-    limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999)
-    # Fewer points can be larger and darker; at 2,000 a cloud still shows its density.
-    size = float(np.clip(12_000 / max(len(points), len(draws)), 2, 30))
     height = 3.5 + (0.4 if title else 0) + (0.4 if classes is not None else 0)
-    with _styled_figure((WIDTH, height)) as figure:
-        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-        if classes is None:
-            left.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.5, linewidths=0)
-        else:
-            _scatter_classes(left, points, classes, size)
-        right.scatter(draws[:, 0], draws[:, 1], s=size, color=GREY, alpha=0.6, linewidths=0)
-        left.set(title="codes", xlabel=names[0], ylabel=names[1])
-        right.set(title="prior draws", xlabel=names[0])
-        for axes in (left, right):
-            axes.set_box_aspect(1)
-            axes.set_xlim(draws[:, 0].mean() - limit, draws[:, 0].mean() + limit)
-            axes.set_ylim(draws[:, 1].mean() - limit, draws[:, 1].mean() + limit)
+    with styled_figure((WIDTH, height)) as figure:
+        draw_clouds(figure, points, draws, names, classes=classes)
+        if title is not None:
+            figure.suptitle(title)
+    return figure
+
+
+def quantiles(
+    codes: Tensor | np.ndarray,
+    prior: Tensor | np.ndarray,
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draws the quantiles of each coordinate of the codes against those of the prior, a line each.
+
+    Both are measured by the mean and standard deviation of the prior draws, so that all lines lie on the diagonal, but
+    for chance, if codes match the prior. A line above it is shifted up, a flatter one is too narrow, a bent one has
+    another shape. The line that strays most is drawn in colour.
+
+    Args:
+        codes: Codes of data, shape ``(n, d)``.
+        prior: Prior draws, shape ``(m, d)``.
+        names: A name for each coordinate, for the legend; by default "coordinate 0" and so on.
+        title: A line above.
+
+    Returns:
+        A figure with one axes.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or a value is not finite.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> figure = quantiles(1.2 * torch.randn(500, 8), torch.randn(500, 8))
+    """
+    points, draws = _as_rows(codes, "codes", least=1), _as_rows(prior, "prior", least=1)
+    _check_columns(points, draws)
+    if names is not None and len(names) != points.shape[1]:
+        raise ValueError(f"names must have one entry for each of {points.shape[1]} coordinates, but has {len(names)}")
+    with styled_figure((WIDTH, 4.4 + (0.4 if title else 0))) as figure:
+        draw_quantiles(figure, points, draws, names or [f"coordinate {index}" for index in range(points.shape[1])])
         if title is not None:
             figure.suptitle(title)
     return figure
@@ -243,7 +267,7 @@ def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", 
             f"{lengths['cost']} and {lengths['penalty']}"
         )
     counts = np.arange(1, lengths["cost"] + 1)
-    with _styled_figure((WIDTH, 3.6 if title else 3.2)) as figure:
+    with styled_figure((WIDTH, 3.6 if title else 3.2)) as figure:
         from matplotlib.ticker import MaxNLocator
 
         for axes, (key, curve), colour in zip(figure.subplots(1, 2), curves.items(), (BLUE, ORANGE), strict=True):
@@ -258,7 +282,7 @@ def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", 
 
 
 @contextmanager
-def _styled_figure(size: tuple[float, float]) -> Iterator[Figure]:
+def styled_figure(size: tuple[float, float]) -> Iterator[Figure]:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -275,7 +299,7 @@ def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
     return np.asarray(values)
 
 
-def _as_images(images: Tensor | np.ndarray, name: str) -> np.ndarray:
+def as_images(images: Tensor | np.ndarray, name: str) -> np.ndarray:
     """Images of shape (n, h, w) or (n, h, w, 3), floats in [0, 1]."""
     array = _as_array(images)
     channels = {3: 1, 4: array.shape[1] if array.ndim == 4 else 0}.get(array.ndim)
@@ -296,16 +320,78 @@ def _as_columns(columns: int | None, default: int) -> int:
     return default if columns is None else columns
 
 
-def _as_rows(values: Tensor | np.ndarray, name: str) -> np.ndarray:
+def _as_rows(values: Tensor | np.ndarray, name: str, *, least: int = 2) -> np.ndarray:
     array = _as_array(values)
-    if array.ndim != 2 or len(array) == 0 or array.shape[1] < 2:
-        raise ValueError(f"{name} must have shape (n, d) with n > 0 and d >= 2, but has {array.shape}")
+    if array.ndim != 2 or len(array) == 0 or array.shape[1] < least:
+        raise ValueError(f"{name} must have shape (n, d) with n > 0 and d >= {least}, but has {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, but {(~np.isfinite(array)).sum()} of its values are not")
     return array.astype(np.float64)
 
 
-def _mosaic(rows: list[np.ndarray], *, group: int = 1) -> tuple[np.ndarray, list[float]]:
+def _check_columns(points: np.ndarray, draws: np.ndarray) -> None:
+    if points.shape[1] != draws.shape[1]:
+        raise ValueError(f"prior must have the columns of codes, {points.shape[1]}, but has shape {tuple(draws.shape)}")
+
+
+def draw_clouds(
+    figure: Figure | SubFigure,
+    points: np.ndarray,
+    draws: np.ndarray,
+    names: tuple[str, str],
+    *,
+    classes: np.ndarray | None = None,
+    marked: np.ndarray | None = None,
+) -> None:
+    """Scatters codes and prior draws of shape (n, 2) side by side, on the same limits; marked draws in colour."""
+    # The clouds' outermost points would shrink everything else.
+    limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999)
+    # Fewer points can be larger and darker; at 2,000 a cloud still shows its density.
+    size = float(np.clip(12_000 / max(len(points), len(draws)), 2, 30))
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    if classes is None:
+        left.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.5, linewidths=0)
+    else:
+        _scatter_classes(left, points, classes, size)
+    marked = np.zeros(len(draws), dtype=bool) if marked is None else marked
+    for chosen, colour, factor in ((draws[~marked], GREY, 1), (draws[marked], ORANGE, 2)):
+        right.scatter(chosen[:, 0], chosen[:, 1], s=factor * size, color=colour, alpha=0.6, linewidths=0)
+    left.set(title="codes", xlabel=names[0], ylabel=names[1])
+    right.set(title="prior draws", xlabel=names[0])
+    for axes in (left, right):
+        axes.set_box_aspect(1)
+        axes.set_xlim(draws[:, 0].mean() - limit, draws[:, 0].mean() + limit)
+        axes.set_ylim(draws[:, 1].mean() - limit, draws[:, 1].mean() + limit)
+
+
+def draw_quantiles(figure: Figure | SubFigure, points: np.ndarray, draws: np.ndarray, names: Sequence[str]) -> None:
+    """Draws the quantiles of the columns of codes against those of prior draws."""
+    spread = draws.std(0)
+    spread = np.where(spread > 0, spread, 1.0)
+    # Quantiles further out are those of a few points.
+    tail = min(0.25, 5 / min(len(points), len(draws)))
+    levels = np.linspace(tail, 1 - tail, 101)
+    of_codes, of_prior = (np.quantile((rows - draws.mean(0)) / spread, levels, axis=0) for rows in (points, draws))
+    worst = int(np.abs(of_codes - of_prior).max(0).argmax())
+    low, high = min(of_codes.min(), of_prior.min()), max(of_codes.max(), of_prior.max())
+    axes = figure.subplots()
+    axes.plot([low, high], [low, high], color=GREY, linewidth=1.5, linestyle=(0, (4, 3)), zorder=0)
+    for index in range(points.shape[1]):
+        chosen = index == worst
+        axes.plot(
+            of_prior[:, index],
+            of_codes[:, index],
+            color=ORANGE if chosen else BLUE,
+            linewidth=3 if chosen else 1.5,
+            alpha=1 if chosen else 0.6,
+            zorder=3 if chosen else 2,
+            label=f"{names[index]}, strays most" if chosen else None,
+        )
+    axes.set(xlabel="quantile of the prior", ylabel="quantile of the codes")
+    axes.legend(frameon=False, loc="upper left", handlelength=1.2)
+
+
+def make_mosaic(rows: list[np.ndarray], *, group: int = 1) -> tuple[np.ndarray, list[float]]:
     """One picture of all rows, NaN between the images, with the height of each row's centre.
 
     Rows stand close together within a ``group`` and further apart between groups.
@@ -325,12 +411,12 @@ def _mosaic(rows: list[np.ndarray], *, group: int = 1) -> tuple[np.ndarray, list
     return mosaic, [top + (height - 1) / 2 for top in tops]
 
 
-def _mosaic_size(mosaic: np.ndarray, title: str | None, *, margin: float = 0.0) -> tuple[float, float]:
+def mosaic_size(mosaic: np.ndarray, title: str | None, *, margin: float = 0.0) -> tuple[float, float]:
     height, width = mosaic.shape[:2]
     return WIDTH, (WIDTH - margin) * height / width + (0.4 if title else 0.1)
 
 
-def _show(axes: Axes, mosaic: np.ndarray, cmap: str) -> None:
+def show_mosaic(axes: Axes, mosaic: np.ndarray, cmap: str) -> None:
     # Grey pixels that are NaN stay unpainted; in colour, where that does not hold, the gaps are made white.
     colour = mosaic.ndim == 3
     axes.imshow(np.where(np.isnan(mosaic), 1, mosaic) if colour else mosaic, cmap=cmap, vmin=0, vmax=1)
@@ -339,15 +425,18 @@ def _show(axes: Axes, mosaic: np.ndarray, cmap: str) -> None:
     axes.spines[:].set_visible(False)
 
 
+def least_alike(points: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Orthogonal directions as columns, that in which the second moments about the prior's mean differ most first."""
+    shift = (points.mean(0) - draws.mean(0))[:, None]
+    values, vectors = np.linalg.eigh(np.cov(points.T, ddof=0) - np.cov(draws.T, ddof=0) + shift @ shift.T)
+    return vectors[:, np.argsort(-np.abs(values))]
+
+
 def _plane(points: np.ndarray, draws: np.ndarray, plane: tuple[int, int] | None) -> tuple[np.ndarray, tuple[str, str]]:
     """The plane to show as the two columns of a (d, 2) matrix, with the names of its axes."""
     dim = points.shape[1]
     if plane is None and dim > 2:
-        shift = (points.mean(0) - draws.mean(0))[:, None]
-        difference = np.cov(points.T, ddof=0) - np.cov(draws.T, ddof=0) + shift @ shift.T
-        values, vectors = np.linalg.eigh(difference)
-        worst = np.argsort(-np.abs(values))[:2]
-        return vectors[:, worst], ("worst direction", "second worst")
+        return least_alike(points, draws)[:, :2], ("worst direction", "second worst")
     first, second = (0, 1) if plane is None else plane
     if first == second or not all(0 <= index < dim for index in (first, second)):
         raise ValueError(f"plane must be two different coordinates from 0 to {dim - 1}, but is {plane}")

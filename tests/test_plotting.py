@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_wae.plotting import codes_and_prior, image_grid, loss_curves, reconstructions
+from pyro_wae.plotting import codes_and_prior, image_grid, loss_curves, quantiles, reconstructions
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -199,3 +199,41 @@ def test_missing_matplotlib_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "pyro-wae\[tutorials\]"'):
         image_grid(torch.rand(4, 5, 5))
+
+
+def test_quantiles_lie_on_the_line_that_the_prior_gives():
+    prior = 5 * torch.randn(4000, 2) + 100
+    (axes,) = quantiles(2 * (prior - 100) + 110, prior, names=["a", "b"]).axes
+    diagonal, *lines = axes.lines
+    np.testing.assert_allclose(*diagonal.get_data())
+    assert len(lines) == 2
+    for line in lines:
+        of_prior, of_codes = line.get_data()
+        # Twice as wide, and shifted by (110 - 100) / 5 prior deviations, but for the sampled mean of the prior.
+        np.testing.assert_allclose(of_codes - 2 * of_prior, 2, atol=0.1)
+        assert abs(np.interp(0, of_prior, np.linspace(0, 1, len(of_prior))) - 0.5) < 0.05
+
+
+def test_the_coordinate_that_strays_most_is_named():
+    codes = torch.randn(500, 5)
+    codes[:, 3] += 2
+    (axes,) = quantiles(codes, torch.randn(500, 5)).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["coordinate 3, strays most"]
+
+
+def test_quantiles_of_a_single_constant_coordinate_are_shown():
+    assert len(quantiles(torch.ones(50, 1), torch.ones(50, 1), title="constant").axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "prior", "options", "message"),
+    [
+        (torch.rand(5, 2), torch.rand(5, 3), {}, "prior must have the columns of codes"),
+        (torch.rand(5), torch.rand(5, 1), {}, "codes must have shape"),
+        (torch.rand(5, 2), torch.rand(5, 2), {"names": ["a"]}, "names must have one entry"),
+    ],
+    ids=["columns", "rows", "names"],
+)
+def test_quantiles_refuse_what_does_not_fit(codes, prior, options, message):
+    with pytest.raises(ValueError, match=message):
+        quantiles(codes, prior, **options)

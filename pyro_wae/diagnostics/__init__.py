@@ -1,0 +1,28 @@
+"""How far codes are from the prior: tests on plain tensors, and a report on a model and its guide."""
+
+from pyro_wae.diagnostics.alarms import Alarm
+from pyro_wae.diagnostics.classifier import ClassifierTest, classifier_test
+from pyro_wae.diagnostics.comparison import Coverage, Moments, WorstDirection
+from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary
+from pyro_wae.diagnostics.pictures import Pictures
+from pyro_wae.diagnostics.report import Report, report
+from pyro_wae.diagnostics.site_comparison import Comparison, Noise
+from pyro_wae.diagnostics.two_sample import TwoSampleTest, two_sample_test
+
+__all__ = [
+    "Alarm",
+    "BatchNormComparison",
+    "ClassifierTest",
+    "Comparison",
+    "CostSummary",
+    "Coverage",
+    "Moments",
+    "Noise",
+    "Pictures",
+    "Report",
+    "TwoSampleTest",
+    "WorstDirection",
+    "classifier_test",
+    "report",
+    "two_sample_test",
+]

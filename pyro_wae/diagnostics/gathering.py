@@ -1,0 +1,305 @@
+"""Runs model and guide on held-out data, and keeps what a report looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from pyro_wae.batch_norm import batch_norm_at_rest
+from pyro_wae.codes import Codes
+from pyro_wae.costs import Cost
+from pyro_wae.diagnostics.samples import isolated_seed
+from pyro_wae.penalties import MMD
+from pyro_wae.prior import draw_prior
+from pyro_wae.site_penalties import check_names
+from pyro_wae.traces import Particle, Program, Structure, gather_codes, gather_observations, read_structure, run
+
+__all__ = ["BatchNormComparison", "CostSummary", "Gathered", "gather"]
+
+CostOption = Cost | Mapping[str, Cost]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostSummary:
+    """The cost of one observed site.
+
+    Args:
+        mean: Mean per datum.
+        standard_error: Of that mean; None of a single datum.
+    """
+
+    mean: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNormComparison:
+    """Codes and costs with the BatchNorm layers in train mode, normalised by their batch, and in eval mode.
+
+    Args:
+        layers: Number of BatchNorm layers that keep running statistics.
+        training: How many of them were in train mode when the report was made.
+        code_shift: Root mean square of the difference between the two codes of a datum, in prior standard deviations.
+        penalty_train: Mean over batches of the unbiased squared MMD, in train mode.
+        penalty_eval: The same in eval mode, against the same prior draws.
+        penalty_error: Standard error of the mean difference of the two; None of fewer than three batches.
+        cost_train: Mean cost per datum, all observed sites together, in train mode.
+        cost_eval: The same in eval mode.
+        batch_sizes: Smallest and largest number of data in a batch.
+    """
+
+    layers: int
+    training: int
+    code_shift: float
+    penalty_train: float
+    penalty_eval: float
+    penalty_error: float | None
+    cost_train: float
+    cost_eval: float
+    batch_sizes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was seen of model and guide.
+
+    Args:
+        codes: Shape (n, d), masked elements 0.
+        prior: Prior draws of the same layout and masks.
+        second: As many more.
+        columns: The columns of each latent site.
+        positions: The place of each row in the data, shape (n,).
+        noise: Variance that the guide's noise gives each coordinate, shape (d,).
+        paired: Whether a code and the prior draw in its row may depend on the same datum.
+        costs: By observed site.
+        batch_norm: None without such layers.
+        first: The first batch's arguments, and its run.
+    """
+
+    codes: Tensor
+    prior: Tensor
+    second: Tensor
+    columns: Mapping[str, slice]
+    positions: Tensor
+    noise: Tensor
+    paired: bool
+    costs: Mapping[str, CostSummary]
+    batch_norm: BatchNormComparison | None
+    first: tuple[tuple[Any, ...], Particle, Structure]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    codes: Codes
+    prior: Tensor  # (2, n, d)
+    costs: Mapping[str, Tensor]  # each (number of kept data,)
+    structure: Structure
+    particle: Particle
+
+    @property
+    def data(self) -> int:
+        return self.codes.values.shape[1]
+
+
+def gather(
+    model: Program,
+    guide: Program,
+    batches: Iterable[tuple[Any, ...]],
+    kwargs: Mapping[str, Any],
+    *,
+    cost: CostOption,
+    max_codes: int,
+    data_plate: str | None,
+    seed: int,
+) -> Gathered:
+    """Runs batch after batch until there are ``max_codes`` codes.
+
+    Raises:
+        ValueError: If there is no batch, model and guide do not fit a WAE, or batches give codes of different sizes.
+    """
+    seen: list[_Batch] = []
+    in_train: list[_Batch] = []
+    in_eval: list[_Batch] = []
+    noise: list[Tensor] = []
+    count = 0
+    layers: list[_BatchNorm] = []
+    first: tuple[tuple[Any, ...], Particle, Structure] | None = None
+    for index, args in enumerate(batches):
+
+        def observe(subsample_of: Particle | None, args: tuple[Any, ...] = args) -> _Batch:
+            return _observe(model, guide, args, kwargs, cost, data_plate, subsample_of)
+
+        device = _device((args, kwargs))
+        with isolated_seed(seed + 2 * index, device):
+            with _recorded(layers):
+                batch = observe(None)
+            again = _run(model, guide, args, kwargs, batch.particle)
+        first = first or (args, batch.particle, batch.structure)
+        with torch.no_grad():
+            other = gather_codes(again, batch.structure).masked(None)[0]
+            noise.append((batch.codes.masked(None)[0] - other)[0].square() / 2)
+        if layers:
+            for training, found in ((True, in_train), (False, in_eval)):
+                # One seed for both modes, so that the guide's noise is no difference between them.
+                with _mode(layers, training), isolated_seed(seed + 2 * index + 1, device):
+                    found.append(observe(batch.particle))
+        seen.append(batch)
+        count += len(noise[-1])
+        if count >= max_codes:
+            break
+    if first is None:
+        raise ValueError("There is no batch of data to report on. Write report(model, guide, x) or batches=loader.")
+    widths = {batch.codes.values.shape[2] for batch in seen}
+    if len(widths) > 1:
+        raise ValueError(
+            f"Batches give codes of different sizes, {sorted(widths)}, which have no joint distribution. Pad sequences "
+            "to one length under poutine.mask, or report on one batch."
+        )
+    rows = [batch.codes.masked(batch.prior) for batch in seen]
+    codes = torch.cat([values[0] for values, _ in rows])
+    draws = [draws.unflatten(0, (2, -1)) for _, draws in rows if draws is not None]
+    if len(codes) < 2:
+        raise ValueError(f"A report needs at least 2 data that are not masked, found {len(codes)}.")
+    chosen = torch.arange(len(codes), device=codes.device)
+    if len(codes) > max_codes:  # data may be sorted, by class for instance
+        chosen = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:max_codes].sort().values
+        chosen = chosen.to(codes.device)
+    return Gathered(
+        codes=codes[chosen],
+        prior=torch.cat([pair[0] for pair in draws])[chosen],
+        second=torch.cat([pair[1] for pair in draws])[chosen],
+        columns=seen[0].codes.columns,
+        positions=_positions(seen)[chosen],
+        noise=torch.cat(noise)[chosen].mean(0),
+        paired=any(batch.structure.prior_varies or batch.codes.kept is not None for batch in seen),
+        costs={name: _summary(torch.cat([batch.costs[name] for batch in seen])) for name in seen[0].costs},
+        batch_norm=_compare_modes(layers, in_train, in_eval) if layers else None,
+        first=first,
+    )
+
+
+def _run(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Particle | None
+) -> Particle:
+    with torch.no_grad(), batch_norm_at_rest():
+        return run(model, guide, args, kwargs, max_plate_nesting=math.inf, subsample_of=subsample_of)
+
+
+def _observe(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    cost: CostOption,
+    data_plate: str | None,
+    subsample_of: Particle | None,
+) -> _Batch:
+    particle = _run(model, guide, args, kwargs, subsample_of)
+    structure = read_structure(particle, data_plate)  # for each batch anew: the last may be smaller
+    with torch.no_grad():
+        codes = gather_codes(particle, structure)
+        prior = torch.cat([draw_prior(particle, structure) for _ in range(2)])
+        costs = {}
+        observations = list(gather_observations(particle, structure))
+        if isinstance(cost, Mapping):
+            check_names("cost", cost, [o.name for o in observations], "observed", "SquaredError()")
+        for observation in observations:
+            own = cost[observation.name] if isinstance(cost, Mapping) else cost
+            values, kept = own.per_datum(observation)[0], observation.kept
+            costs[observation.name] = values if kept is None else values[kept[0]]
+    for name, columns in codes.columns.items():
+        if not codes.masked(None)[0][..., columns].isfinite().all():
+            raise ValueError(f"The codes of latent site '{name}' are not all finite: look at the guide's output.")
+    return _Batch(codes, prior, costs, structure, particle)
+
+
+def _device(arguments: Any) -> torch.device:
+    """The device of the first tensor."""
+    return next((x.device for x in tree_leaves(arguments) if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def _positions(batches: Sequence[_Batch]) -> Tensor:
+    """The place of each unmasked datum among all data of the batches."""
+    found, start = [], 0
+    for batch in batches:
+        kept = batch.codes.kept
+        own = torch.arange(start, start + batch.data, device=batch.codes.values.device)
+        found.append(own if kept is None else own[kept.any(2).any(0)])
+        start += batch.data
+    return torch.cat(found)
+
+
+def _summary(costs: Tensor) -> CostSummary:
+    error = costs.double().std().item() / math.sqrt(len(costs)) if len(costs) > 1 else None
+    return CostSummary(mean=costs.double().mean().item(), standard_error=error)
+
+
+@contextmanager
+def _recorded(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Adds to a list the BatchNorm layers that run and have running statistics, wherever they are kept."""
+
+    def record(layer: Any, inputs: Any) -> None:
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer not in layers:
+            layers.append(layer)
+
+    hook = register_module_forward_pre_hook(record)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _mode(layers: Sequence[_BatchNorm], training: bool) -> Iterator[None]:
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.train(training)
+        yield
+    finally:
+        for layer, was_training in zip(layers, before, strict=True):
+            layer.train(was_training)
+
+
+def _compare_modes(
+    layers: Sequence[_BatchNorm], in_train: Sequence[_Batch], in_eval: Sequence[_Batch]
+) -> BatchNormComparison:
+    mmd, penalties, squares, spreads = MMD(), [], [], []
+    with torch.no_grad():
+        for trained, evaluated in zip(in_train, in_eval, strict=True):
+            codes, draws = trained.codes.masked(trained.prior)
+            others, _ = evaluated.codes.masked(None)
+            penalties.append(torch.stack([mmd(codes, draws), mmd(others, draws)]).double())
+            squares.append((codes - others)[0].square())
+            spreads.append(draws)
+    spread = torch.cat([draws for draws in spreads if draws is not None]).std(0)
+    shift = torch.cat(squares) / spread.where(spread > 0, 1.0).square()
+    values = torch.stack(penalties)
+    gap = values[:, 1] - values[:, 0]
+    means = values.mean(0).tolist()
+    costs = [sum(_mean_of(batches, name) for name in batches[0].costs) for batches in (in_train, in_eval)]
+    sizes = [batch.data for batch in in_train]
+    return BatchNormComparison(
+        layers=len(layers),
+        training=sum(layer.training for layer in layers),
+        code_shift=shift.mean().sqrt().item(),
+        penalty_train=means[0],
+        penalty_eval=means[1],
+        penalty_error=(gap.std() / math.sqrt(len(gap))).item() if len(gap) >= 3 else None,
+        cost_train=costs[0],
+        cost_eval=costs[1],
+        batch_sizes=(min(sizes), max(sizes)),
+    )
+
+
+def _mean_of(batches: Sequence[_Batch], name: str) -> float:
+    return torch.cat([batch.costs[name] for batch in batches]).double().mean().item()

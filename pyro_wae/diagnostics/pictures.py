@@ -1,0 +1,128 @@
+"""Samples, reconstructions and interpolations of the observed sites that hold images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_wae.costs import generator_output
+from pyro_wae.diagnostics.gathering import Gathered
+from pyro_wae.diagnostics.samples import isolated_seed
+from pyro_wae.predict import decode, sample
+from pyro_wae.traces import Program, gather_observations
+
+__all__ = ["Pictures", "collect_pictures"]
+
+SAMPLES, INPUTS, PATHS, STEPS = 30, 10, 3, 10
+
+SMALLEST_SIDE = 8
+"""Height and width from which the data of a site are taken for images, if neither is more than twice the other."""
+
+Shapes = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Images of one observed site, with values in [0, 1], shape (n, h, w) or (n, channels, h, w).
+
+    Args:
+        samples: New data.
+        inputs: Data.
+        outputs: Their reconstructions.
+        paths: Straight ways between the codes of two data, one after the other.
+        steps: Number of images on each.
+    """
+
+    samples: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    paths: Tensor
+    steps: int
+
+
+def collect_pictures(
+    model: Program,
+    guide: Program,
+    gathered: Gathered,
+    kwargs: Mapping[str, Any],
+    *,
+    shape: Shapes,
+    data_plate: str | None,
+    seed: int,
+) -> dict[str, Pictures]:
+    """Makes the pictures of each observed site whose data are images and whose distribution has a mean.
+
+    Raises:
+        ValueError: If ``shape`` names no observed site, or does not fit its data.
+    """
+    args, particle, structure = gathered.first
+    observations = {o.name: o for o in gather_observations(particle, structure)}
+    shapes = _by_site(shape, list(observations))
+    found: dict[str, Pictures] = {}
+    for name, observation in observations.items():
+        layout, event_dim = observation.layout, observation.event_dim
+        inputs = layout.rows(observation.value, event_dim)[0]
+        size = shapes[name] if name in shapes else _image_shape(tuple(inputs.shape[1:]))
+        if size is None:
+            continue
+        if len(size) not in (2, 3) or inputs[0].numel() != math.prod(size):
+            raise ValueError(
+                f"shape={size} does not fit the data of site '{name}', of shape {tuple(inputs.shape[1:])} each. "
+                "Write shape=(height, width) or shape=(channels, height, width)."
+            )
+        try:
+            outputs = layout.rows(generator_output(observation.distribution).expand(observation.value.shape), event_dim)
+        except ValueError:
+            continue  # a Categorical, say
+        options = {"return_sites": [name], "data_plate": data_plate, **kwargs}
+        data_dim = layout.data_dim - event_dim
+        with isolated_seed(seed, inputs.device):
+            samples = sample(model, *args, num_samples=SAMPLES, **options)[name].movedim(data_dim, 0)
+            paths = decode(model, _paths(gathered, len(inputs)), *args, **options)[name].movedim(data_dim, 0)
+        low, high = inputs.min(), inputs.max()
+        if low >= -0.05 and high <= 1.05:
+            low, high = low.new_zeros(()), high.new_ones(())
+        images = [
+            ((x.reshape(len(x), *size) - low) / (high - low)).clamp(0, 1)
+            for x in (samples, inputs[:INPUTS], outputs[0, :INPUTS].detach(), paths)
+        ]
+        found[name] = Pictures(samples=images[0], inputs=images[1], outputs=images[2], paths=images[3], steps=STEPS)
+    return found
+
+
+def _paths(gathered: Gathered, count: int) -> dict[str, Tensor]:
+    """Codes on straight lines between data 0 and 1, 2 and 3, and so on, in the shape of their sites."""
+    _, particle, structure = gathered.first
+    codes = {}
+    for name, layout in structure.latents.items():
+        value, dim = particle.model.nodes[name]["value"], layout.data_dim - particle.model.nodes[name]["fn"].event_dim
+        rows = value.movedim(dim, 0)
+        t = torch.linspace(0, 1, STEPS, dtype=rows.dtype, device=rows.device).reshape(-1, *[1] * (rows.ndim - 1))
+        ways = [(1 - t) * rows[2 * i % count] + t * rows[(2 * i + 1) % count] for i in range(PATHS)]
+        codes[name] = torch.cat(ways).movedim(0, dim)
+    return codes
+
+
+def _by_site(shape: Shapes, names: list[str]) -> dict[str, tuple[int, ...]]:
+    if shape is None:
+        return {}
+    if not isinstance(shape, Mapping):
+        if len(names) > 1:
+            raise ValueError(f"There are several observed sites, {names}: write shape={{'{names[0]}': {shape}}}.")
+        return {names[0]: tuple(shape)}
+    unknown = [name for name in shape if name not in names]
+    if unknown:
+        raise ValueError(f"shape names '{unknown[0]}', which is no observed site; these are {names}.")
+    return {name: tuple(size) for name, size in shape.items()}
+
+
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in (1, 3)):
+        return None
+    height, width = shape[-2:]
+    return shape if min(height, width) >= SMALLEST_SIDE and max(height, width) <= 2 * min(height, width) else None

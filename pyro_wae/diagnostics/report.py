@@ -1,0 +1,214 @@
+"""One call that says whether a Wasserstein auto-encoder's codes match its prior, and where they do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pyro_wae.costs import Cost, SquaredError, as_cost
+from pyro_wae.diagnostics.alarms import Alarm, find_alarms
+from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary, gather
+from pyro_wae.diagnostics.pictures import Pictures, collect_pictures
+from pyro_wae.diagnostics.samples import new_generator
+from pyro_wae.diagnostics.site_comparison import Comparison, compare_site
+from pyro_wae.diagnostics.table import report_lines
+from pyro_wae.traces import Program
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What :func:`report` found; ``str(report)`` is a table, :meth:`plot` a picture.
+
+    Args:
+        comparisons: One for each latent site, and with several one more, ``"joint"``, for all side by side.
+        costs: The cost of each observed site, per datum.
+        batch_norm: The codes in the two modes of BatchNorm layers; None without such layers.
+        alarms: What to look at; empty if all is well.
+        codes: Codes of all sites side by side, shape (n, d).
+        prior: Prior draws, shape (n, d).
+        in_hole: Which prior draws have no code nearby, shape (n,).
+        columns: The columns of each latent site.
+        pictures: Samples, reconstructions and interpolations of observed sites that hold images.
+    """
+
+    comparisons: Mapping[str, Comparison]
+    costs: Mapping[str, CostSummary]
+    batch_norm: BatchNormComparison | None
+    alarms: tuple[Alarm, ...]
+    codes: Tensor = field(repr=False, compare=False)
+    prior: Tensor = field(repr=False, compare=False)
+    in_hole: Tensor = field(repr=False, compare=False)
+    columns: Mapping[str, slice] = field(repr=False)
+    pictures: Mapping[str, Pictures] = field(repr=False, compare=False)
+
+    @property
+    def joint(self) -> Comparison:
+        """The comparison of all sites together; of the only site, if there is one."""
+        return list(self.comparisons.values())[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that was found, without tensors and pictures, as numbers, strings, lists and dicts that JSON takes."""
+        return {
+            "codes": len(self.codes),
+            "comparisons": {
+                name: {
+                    "two_sample": found.two_sample.to_dict(),
+                    "classifier": found.classifier.to_dict(),
+                    **{
+                        part: _plain(dataclasses.asdict(getattr(found, part)))
+                        for part in ("moments", "direction", "coverage", "noise")
+                    },
+                }
+                for name, found in self.comparisons.items()
+            },
+            "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
+            "batch_norm": None if self.batch_norm is None else _plain(dataclasses.asdict(self.batch_norm)),
+            "alarms": [dataclasses.asdict(alarm) for alarm in self.alarms],
+        }
+
+    def plot(self, *, cmap: str = "gray") -> Figure:
+        """Draws the codes against the prior, and pictures where an observed site holds images.
+
+        From the top: codes and prior draws in the plane where they match worst, whose first axis is the line on which
+        they lie farthest apart; the quantiles of each coordinate of the codes against those of the prior; then
+        for each site that holds images samples, reconstructions and interpolations.
+
+        Args:
+            cmap: Matplotlib's colour map for images of one channel. ``"gray_r"`` shows ink on paper.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from pyro_wae.diagnostics.plots import draw_report
+
+        return draw_report(self, cmap=cmap)
+
+    def __str__(self) -> str:
+        return "\n".join(report_lines(self))
+
+
+def report(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    batches: Iterable[Any] | None = None,
+    cost: Cost | Callable[[Tensor, Tensor], Tensor] | Mapping[str, Any] | None = None,
+    max_codes: int = 2000,
+    test_codes: int = 500,
+    permutations: int = 199,
+    level: float = 0.05,
+    data_plate: str | None = None,
+    shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Report:
+    """Says whether codes match the prior, and where they do not.
+
+    Give it data that were not trained on, and put modules in the mode that you will use, which is ``.eval()``: they
+    run in the mode they are in. BatchNorm's statistics, parameters and the random state stay as they are. Every
+    figure of the codes stands beside that of a second set of prior draws, which is what chance alone does.
+
+    Each datum gives one code, since the particles of one datum are not independent. Coordinates are measured by the
+    mean and the standard deviation of prior draws that the tests do not see. Masked data are left out.
+
+    Args:
+        model: The Pyro model.
+        guide: Its guide.
+        args: What both are called with, for one batch of data.
+        batches: An iterable in their place, such as a ``DataLoader``. An item that is a tuple or a list holds all
+            arguments; anything else is the only one. It is read until there are ``max_codes`` codes. With
+            BatchNorm, take the batch size of the training.
+        cost: A cost, a function f(x, g), or a dict of them, as in :class:`~pyro_wae.WAELoss`. Default: squared error.
+        max_codes: Most codes to compare, drawn at random if a batch holds more, >= 2.
+        test_codes: Most codes in a kernel two-sample test, whose time grows with their square, >= 2.
+        permutations: Permutations of that test.
+        level: Level of each test.
+        data_plate: Name of the plate that holds the data; found if not given.
+        shape: Shape of an image, ``(h, w)`` or ``(channels, h, w)``, for one observed site or a dict by site. A
+            site whose data have such a shape themselves is taken for images without it.
+        seed: Seed of all that is random here.
+        kwargs: Keyword arguments of model and guide.
+
+    Returns:
+        A :class:`Report`: print it, or look at its fields, :meth:`~Report.to_dict` and :meth:`~Report.plot`.
+
+    Raises:
+        ValueError: If an argument is out of range, there are too few data for the tests, or model and guide do not
+            fit a WAE.
+        TypeError: If data are given twice.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Delta(x + 1).to_event(1))
+        >>> found = report(model, guide, torch.randn(200, 2, generator=torch.Generator().manual_seed(1)))
+        >>> found.joint.two_sample.rejected, "mismatch" in {alarm.kind for alarm in found.alarms}
+        (True, True)
+    """
+    for name, value in (("max_codes", max_codes), ("test_codes", test_codes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+            raise ValueError(f"{name} must be a whole number >= 2, found {value!r}. Write {name}=500.")
+    if batches is not None and args:
+        raise TypeError("Data are given twice. Write report(model, guide, x) or report(model, guide, batches=loader).")
+    items = [args] if batches is None else batches
+    _, own_seed = new_generator(seed)
+    _, own_seed = new_generator(own_seed)  # the tests take the stream of the first
+    gathered = gather(
+        model,
+        guide,
+        (tuple(item) if isinstance(item, tuple | list) else (item,) for item in items),
+        kwargs,
+        cost=_as_costs(cost),
+        max_codes=max_codes,
+        data_plate=data_plate,
+        seed=own_seed,
+    )
+    parts = dict(gathered.columns)
+    if len(parts) > 1:
+        parts["joint" if "joint" not in parts else "all sites"] = slice(None)
+    comparisons = {}
+    in_hole = gathered.prior.new_zeros(len(gathered.prior)).bool()
+    for name, columns in parts.items():
+        comparisons[name], in_hole = compare_site(
+            name, gathered, columns, test_codes=test_codes, permutations=permutations, level=level, seed=seed
+        )
+    return Report(
+        comparisons=comparisons,
+        costs=gathered.costs,
+        batch_norm=gathered.batch_norm,
+        alarms=tuple(find_alarms(comparisons, gathered.batch_norm)),
+        codes=gathered.codes,
+        prior=gathered.prior,
+        in_hole=in_hole,
+        columns=gathered.columns,
+        pictures=collect_pictures(model, guide, gathered, kwargs, shape=shape, data_plate=data_plate, seed=own_seed),
+    )
+
+
+def _as_costs(cost: Any) -> Cost | dict[str, Cost]:
+    if cost is None:
+        return SquaredError()
+    if isinstance(cost, Mapping):
+        return {name: as_cost(own) for name, own in cost.items()}
+    return as_cost(cost)
+
+
+def _plain(value: Any) -> Any:
+    """The same with lists in place of tuples, as JSON reads it back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,99 @@
+"""A report as text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pyro_wae.diagnostics.classifier import ClassifierTest
+from pyro_wae.diagnostics.comparison import Moments
+from pyro_wae.diagnostics.gathering import BatchNormComparison
+from pyro_wae.diagnostics.site_comparison import Comparison
+from pyro_wae.diagnostics.two_sample import TwoSampleTest
+
+if TYPE_CHECKING:
+    from pyro_wae.diagnostics.report import Report
+
+__all__ = ["report_lines"]
+
+TABLE_ROWS = 10
+"""Coordinates in a table; of more, those least like the prior."""
+
+TEXT_WIDTH = 90
+
+
+def report_lines(found: Report) -> Iterator[str]:
+    """The lines of the text that ``str(report)`` gives."""
+    yield f"{len(found.codes)} codes against as many prior draws, one code for each datum"
+    for name, comparison in found.comparisons.items():
+        yield ""
+        yield from _comparison_lines(name, comparison)
+    yield ""
+    for name, cost in found.costs.items():
+        error = "" if cost.standard_error is None else f" +- {cost.standard_error:.2g}"
+        yield f"cost of {name}: {cost.mean:.5g}{error} per datum"
+    if found.batch_norm is not None:
+        yield from _batch_norm_lines(found.batch_norm)
+    yield ""
+    yield "alarms:" if found.alarms else "alarms: none"
+    for alarm in found.alarms:
+        text = f"[{alarm.kind}] {f'{alarm.site}: ' if alarm.site else ''}{alarm.message}"
+        yield from textwrap.wrap(text, TEXT_WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
+    test, classifier, shape = found.two_sample, found.classifier, found.moments
+    yield f"{name}: {found.size} number{'s' if found.size > 1 else ''} a code"
+    yield f"  two-sample test       p = {test.p_value:.3g}, {test.standardized:+.2f} null deviations ({_verdict(test)})"
+    yield (
+        f"  classifier            right on {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%}), "
+        f"p = {classifier.p_value:.3g} ({_verdict(classifier)})"
+    )
+    yield f"  {'':48s}{'codes':>9s}{'prior':>9s}"
+    rows = [
+        ("farthest apart on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
+        ("least variance on a line over the prior's", shape.narrowest, shape.narrowest_null),
+        ("largest variance on a line over the prior's", shape.widest, shape.widest_null),
+        ("largest over smallest eigenvalue of covariance", shape.eigenvalue_ratio, shape.prior_eigenvalue_ratio),
+        ("prior draws with no code nearby", found.coverage.holes, 0.01),
+        ("codes with no prior draw nearby", found.coverage.stray, 0.01),
+    ]
+    for label, value, null in rows:
+        yield f"  {label:48s}{_number(value):>9s}{_number(null):>9s}"
+    share = found.noise.share
+    yield f"  {'share of noise in the variance':48s}{'none' if share == 0 else f'{share:.3g}':>9s}"
+    yield f"  farthest apart along {found.loadings()}"
+    yield f"  {'coordinate':>12s}{'mean':>9s}{'spread':>9s}{'noise':>9s}"
+    for index in _least_like(shape)[:TABLE_ROWS]:
+        noise = found.noise.by_coordinate[index]
+        yield f"  {found.coordinates[index]:>12s}{shape.mean[index]:>+9.2f}{shape.spread[index]:>9.2f}{noise:>9.2g}"
+    if found.size > TABLE_ROWS:
+        yield f"  {'...':>12s} and {found.size - TABLE_ROWS} more, closer to mean 0 and spread 1"
+
+
+def _batch_norm_lines(modes: BatchNormComparison) -> Iterator[str]:
+    low, high = modes.batch_sizes
+    sizes = f"{low}" if low == high else f"{low} to {high}"
+    error = "" if modes.penalty_error is None else f" (the difference +- {modes.penalty_error:.2g})"
+    layers = f"{modes.layers} layer{'s' * (modes.layers > 1)}"
+    yield f"BatchNorm: {layers}, {modes.training} in train mode, batches of {sizes}"
+    yield f"  codes in train and eval mode differ by {modes.code_shift:.2g} prior standard deviations"
+    yield f"  MMD^2 of a batch: {modes.penalty_train:+.3g} in train mode, {modes.penalty_eval:+.3g} in eval mode{error}"
+    yield f"  cost: {modes.cost_train:.4g} in train mode, {modes.cost_eval:.4g} in eval mode"
+
+
+def _least_like(shape: Moments) -> list[int]:
+    """The coordinates, all in order if they fit a table, else those first that differ most from the prior."""
+    indices = list(range(len(shape.mean)))
+    if len(indices) <= TABLE_ROWS:
+        return indices
+    return sorted(indices, key=lambda i: -(shape.mean[i] ** 2 + (shape.spread[i] - 1) ** 2))
+
+
+def _verdict(test: TwoSampleTest | ClassifierTest) -> str:
+    return f"{'told apart' if test.rejected else 'not told apart'} at level {test.level:g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,196 @@
+"""The classifier test: a guess where codes are draws of the prior, more where they are not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_wae.diagnostics import classifier, classifier_test
+
+NORMAL = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def rejections(runs, n, m, level):
+    rejected = 0
+    for run in range(runs):
+        generator = torch.Generator().manual_seed(10_000 + run)
+        codes, prior = torch.randn(n, 2, generator=generator), torch.randn(m, 2, generator=generator)
+        rejected += classifier_test(codes, prior, level=level, steps=10, width=16, seed=run).rejected
+    return rejected / runs
+
+
+def exact_level(held_out, level):
+    """The largest binomial tail that is at most the level: the size of the test where every guess is even."""
+    tails = [
+        sum(math.comb(held_out, k) for k in range(right, held_out + 1)) / 2**held_out for right in range(held_out + 1)
+    ]
+    return max(tail for tail in tails if tail <= level)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "m"), [(100, 100), (100, 250)])
+@pytest.mark.parametrize("level", [0.05, 0.5])
+def test_size_is_at_most_the_level_under_the_null(n, m, level):
+    # Null: codes are draws of the prior, 400 runs. The size is at most that of even guesses, and not half of it;
+    # 3.5 binomial standard deviations are allowed (0.05: 0.037, 0.5: 0.087).
+    size, share = exact_level(100, level), rejections(400, n, m, level)
+    allowed = 3.5 * math.sqrt(size * (1 - size) / 400)
+    assert size / 2 - allowed < share < size + allowed
+
+
+def test_judging_the_rows_it_learnt_from_is_seen_in_the_size(monkeypatch):
+    # Null as above, 20 runs. A net that knows its rows by heart guesses the others (more than 4 rejections come by
+    # chance once in 400), and is right on every row of its own.
+    monkeypatch.setattr(
+        classifier, "_trained", lambda codes, draws, **_: ByHeart(torch.cat([codes, draws]), len(codes))
+    )
+    assert rejections(20, 100, 100, 0.05) <= 4 / 20
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n).remainder(n // 2))
+    assert rejections(5, 100, 100, 0.05) == 1
+
+
+class ByHeart(torch.nn.Module):
+    """Says of a row what the nearest of the rows that it learnt was."""
+
+    def __init__(self, rows, codes):
+        super().__init__()
+        self.rows, self.codes = rows, codes
+
+    def forward(self, x):
+        return torch.where(torch.cdist(x, self.rows).argmin(1) < self.codes, 1.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        pytest.param(lambda: torch.randn(600, 3) + 0.7, id="shift"),
+        pytest.param(lambda: 1.6 * torch.randn(600, 3), id="scale"),
+        pytest.param(lambda: 1e-3 + 1e-3 * torch.randn(600, 3), id="collapse"),
+        pytest.param(lambda: torch.cat([torch.randn(600, 2), torch.zeros(600, 1)], 1), id="one-constant"),
+    ],
+)
+def test_codes_off_the_prior_are_told_from_it(codes):
+    found = classifier_test(codes(), NORMAL)
+    assert found.rejected
+    assert found.low > 0.5
+    assert found.held_out == 600
+
+
+def test_accuracy_nears_the_best_that_is_possible():
+    # N(2, 1) against N(0, 1): the best classifier cuts at 1 and is right with probability Phi(1) = 0.8413; 4000
+    # held-out rows leave a standard deviation of 0.006.
+    found = classifier_test(torch.randn(4000, 1) + 2, torch.randn(4000, 1))
+    assert found.accuracy == pytest.approx(0.8413, abs=0.025)
+
+
+def test_any_scale_of_codes_is_as_good():
+    codes, prior = torch.randn(300, 2) + 0.8, torch.randn(300, 2)
+    one = classifier_test(codes, prior)
+    other = classifier_test(1024 * codes, 1024 * prior)
+    assert other.accuracy == pytest.approx(one.accuracy, abs=0.02)
+
+
+@pytest.mark.parametrize(("right", "trials"), [(0, 7), (4, 7), (7, 7), (60, 100), (540, 1000)])
+def test_p_value_is_the_binomial_tail_in_whole_numbers(right, trials):
+    exact = sum(math.comb(trials, k) for k in range(right, trials + 1)) / 2**trials
+    assert classifier._binomial_tail(right, trials) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize(("right", "trials"), [(0, 20), (13, 20), (20, 20), (540, 1000)])
+def test_interval_is_where_the_score_test_does_not_reject(right, trials):
+    # Wilson's ends are the p with (share - p)^2 = z^2 p (1 - p) / trials, z = 1.959963984540054 at 95 percent.
+    for p in classifier._wilson(right, trials, 0.05):
+        assert 0 <= p <= 1
+        assert (right / trials - p) ** 2 == pytest.approx(1.959963984540054**2 * p * (1 - p) / trials, abs=1e-9)
+    low, high = classifier._wilson(right, trials, 0.05)
+    assert low <= right / trials <= high
+
+
+def test_binomial_and_interval_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(540, 1000, alternative="greater")
+    assert classifier._binomial_tail(540, 1000) == pytest.approx(expected.pvalue, rel=1e-9)
+    interval = stats.binomtest(540, 1000).proportion_ci(0.95, method="wilson")
+    assert classifier._wilson(540, 1000, 0.05) == pytest.approx((interval.low, interval.high), rel=1e-9)
+
+
+def test_unequal_numbers_leave_a_guess_at_one_half():
+    # A net that always says "prior" would be right on 91 percent of all rows.
+    found = classifier_test(torch.zeros(100, 2), torch.zeros(1000, 2))
+    assert found.accuracy == 0.5
+    assert found.held_out == 100
+    assert not found.rejected
+
+
+def test_net_learns_from_equal_numbers_too():
+    # N(2, 1) against N(0, 1) as above: the best is 0.84, with a standard deviation of 0.037 for 100 held-out rows. A
+    # net that had seen 20 draws for each code would call most codes draws and be right on 0.62.
+    assert classifier_test(torch.randn(100, 1) + 2, torch.randn(2000, 1)).accuracy > 0.73
+
+
+def test_result_depends_on_the_seed_alone_and_leaves_the_global_state():
+    codes = torch.randn(100, 3) + 0.3
+    state = torch.get_rng_state()
+    first = classifier_test(codes, NORMAL, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(17)
+    assert classifier_test(codes, NORMAL, seed=3) == first
+    assert classifier_test(codes, NORMAL, seed=4) != first
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_surrounding_modes_change_nothing(mode):
+    codes, prior = torch.randn(200, 3) + 0.5, torch.randn(200, 3)
+    expected = classifier_test(codes, prior)
+    with mode():
+        assert classifier_test(codes.clone(), prior.clone()) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_precision_works_and_gradients_are_left_alone(dtype):
+    codes = (torch.randn(200, 3) + 2).to(dtype).requires_grad_()
+    assert classifier_test(codes, torch.randn(200, 3).to(dtype)).rejected
+    assert codes.grad is None
+
+
+def test_result_is_readable_and_serialisable():
+    found = classifier_test(torch.randn(100, 2) + 9, torch.randn(100, 2))
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["rejected"] is True
+    assert values["accuracy"] == 1
+    assert str(found).startswith("codes = prior rejected at level 0.05: p = ")
+    assert "right on 100.0% of 100 held-out rows (95% interval 96.3% to 100.0%)" in str(found)
+    assert "not rejected" in str(classifier_test(torch.ones(40, 2), torch.ones(30, 2)))
+    assert repr(found).startswith("ClassifierTest(accuracy=1.0, ")
+
+
+Z = torch.zeros(20, 3)
+ERRORS = {
+    "particles": (lambda: classifier_test(Z[None], Z), ValueError, r"codes .* found \(1, 20, 3\).*codes\[0\]"),
+    "nan": (lambda: classifier_test(Z / 0, Z), ValueError, "codes must be finite"),
+    "dtype": (lambda: classifier_test(Z, Z.double()), ValueError, "one dtype"),
+    "no-prior": (lambda: classifier_test(Z, 3), TypeError, "prior must be draws"),
+    "level": (lambda: classifier_test(Z, Z, level=0.0), ValueError, r"level must be in \(0, 1\)"),
+    "few-rows": (lambda: classifier_test(Z[:4], Z), ValueError, "leave 4 held-out rows.*Give 6 of each"),
+    "width": (lambda: classifier_test(Z, Z, width=0), ValueError, "width must be a whole number > 0.*width=64"),
+    "steps": (lambda: classifier_test(Z, Z, steps=1.5), ValueError, "steps must be a whole number > 0.*steps=50"),
+    "seed": (lambda: classifier_test(Z, Z, seed=0.5), TypeError, "seed must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", list(ERRORS))
+def test_wrong_arguments_are_named(name):
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message):
+        call()
+    if name == "few-rows":
+        assert classifier_test(Z[:6], Z).held_out == 6

@@ -1,0 +1,350 @@
+"""Encoding, decoding, sampling and interpolating, on models whose answers are written out."""
+
+import copy
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.poutine import runtime
+from torch import nn
+
+from pyro_wae.predict import code_rows, decode, encode, interpolate, reconstruct, sample
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    assert runtime._PYRO_STACK == []
+
+
+def model(x):
+    """G(z) = 3 z + 1, with much noise around it."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Normal(3 * z + 1, 100).to_event(1), obs=x)
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(x - 5).to_event(1))
+
+
+def hierarchy(x):
+    """Two latents in two plates, two observed sites; every output is a sum of latents."""
+    with pyro.plate("data", len(x), dim=-2):
+        a = pyro.sample("a", dist.Normal(0, 1))  # (n, 1)
+        with pyro.plate("time", 3, dim=-1):
+            b = pyro.sample("b", dist.Normal(10 + a, 1e-3))  # (n, 3)
+            pyro.sample("x", dist.Normal(a + b, 1), obs=x)
+        pyro.sample("y", dist.Delta(2 * a), obs=x[:, :1])
+
+
+def hierarchy_guide(x):
+    with pyro.plate("data", len(x), dim=-2):
+        pyro.sample("a", dist.Delta(x.mean(1, keepdim=True)))
+        with pyro.plate("time", 3, dim=-1):
+            pyro.sample("b", dist.Delta(x))
+
+
+class Module(nn.Module):
+    """A model and a guide with BatchNorm in both."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        self.decoder = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4))
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+
+
+def test_codes_are_the_guides_values_by_site():
+    x = torch.randn(7, 3)
+    codes = encode(hierarchy, hierarchy_guide, x, data_plate="data")
+    assert list(codes) == ["a", "b"]
+    torch.testing.assert_close(codes["a"], x.mean(1, keepdim=True))
+    torch.testing.assert_close(codes["b"], x)
+
+
+def test_auxiliary_sites_of_the_guide_are_no_codes():
+    def with_auxiliary(x):
+        pyro.sample("noise", dist.Normal(0, 1), infer={"is_auxiliary": True})
+        guide(x)
+
+    assert list(encode(model, with_auxiliary, torch.randn(3, 2))) == ["z"]
+
+
+def test_rows_are_codes_and_ancestral_prior_draws_side_by_side():
+    x = torch.randn(500, 3)
+    codes, prior = code_rows(hierarchy, hierarchy_guide, x, prior_draws=4, data_plate="data")
+    torch.testing.assert_close(codes, torch.cat([x.mean(1, keepdim=True), x], 1))
+    assert prior.shape == (2000, 4)
+    torch.testing.assert_close(prior[:, 1:], (10 + prior[:, :1]).expand(-1, 3), atol=0.01, rtol=0)
+    assert abs(prior[:, 0].std() - 1) < 5 / math.sqrt(2 * 2000)  # five standard errors of a deviation
+
+
+def test_rows_of_one_site():
+    x = torch.randn(5, 3)
+    codes, prior = code_rows(hierarchy, hierarchy_guide, x, site="b", data_plate="data")
+    torch.testing.assert_close(codes, x)
+    assert (prior > 4).all()
+
+
+def test_masked_data_are_no_rows():
+    kept = torch.tensor([True, False, True])
+    x = torch.randn(3, 2)
+    codes, prior = code_rows(poutine.mask(model, mask=kept), guide, x, prior_draws=2)
+    torch.testing.assert_close(codes, x[kept] - 5)
+    assert prior.shape == (4, 2)
+
+
+def test_decoding_gives_the_mean_of_each_observed_site():
+    codes = {"a": torch.randn(7, 1), "b": torch.randn(7, 3)}
+    outputs = decode(hierarchy, codes, torch.zeros(7, 3), data_plate="data")
+    assert list(outputs) == ["x", "y"]
+    torch.testing.assert_close(outputs["x"], codes["a"] + codes["b"])
+    torch.testing.assert_close(outputs["y"], 2 * codes["a"])
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 11])
+def test_any_number_of_codes_is_decoded_whatever_the_batch(count):
+    codes = {"a": torch.randn(count, 1), "b": torch.randn(count, 3)}
+    outputs = decode(hierarchy, codes, torch.zeros(4, 3), data_plate="data")
+    torch.testing.assert_close(outputs["x"], codes["a"] + codes["b"])
+    torch.testing.assert_close(outputs["y"], 2 * codes["a"])
+
+
+def test_a_latent_that_is_not_given_is_drawn_given_the_others():
+    a = torch.tensor([[-50.0], [50.0]])
+    outputs = decode(hierarchy, {"a": a}, torch.zeros(2, 3), data_plate="data")
+    torch.testing.assert_close(outputs["x"], (2 * a + 10).expand(2, 3), atol=0.02, rtol=0)
+
+
+def test_reconstructions_are_the_decoded_codes():
+    x = torch.randn(6, 2)
+    torch.testing.assert_close(reconstruct(model, guide, x)["x"], 3 * (x - 5) + 1)
+
+
+def test_a_random_output_is_a_draw():
+    x = torch.randn(5000, 2)
+    noise = reconstruct(model, guide, x, random=True)["x"] - (3 * (x - 5) + 1)
+    assert abs(noise.std() - 100) < 5 * 100 / math.sqrt(2 * noise.numel())
+
+
+def test_reconstructions_of_a_subsample_belong_to_one_subsample():
+    data = torch.arange(100.0)
+
+    def subsampled(x):
+        with pyro.plate("data", 100, subsample_size=10) as index:
+            z = pyro.sample("z", dist.Normal(0, 1))
+            # The output tells which data the model saw and which code it got.
+            pyro.sample("x", dist.Normal(1000 * z + x[index], 1), obs=x[index])
+
+    def encoder(x):
+        with pyro.plate("data", 100, subsample_size=10) as index:
+            pyro.sample("z", dist.Delta(x[index]))
+
+    outputs = reconstruct(subsampled, encoder, data)["x"]
+    assert outputs.shape == (10,)
+    torch.testing.assert_close(outputs // 1000, outputs % 1000)
+
+
+def test_sampling_draws_codes_from_the_prior():
+    x = torch.full((4, 2), 1e6)
+    outputs = sample(model, x, num_samples=5001)["x"]
+    assert outputs.shape == (5001, 2)
+    # 3 z + 1 with z ~ N(0, 1), within five standard errors.
+    assert abs(outputs.mean() - 1) < 5 * 3 / math.sqrt(outputs.numel())
+    assert abs(outputs.std() - 3) < 5 * 3 / math.sqrt(2 * outputs.numel())
+    assert len(outputs.unique(dim=0)) == 5001
+
+
+def test_one_run_gives_as_many_samples_as_data():
+    assert sample(hierarchy, torch.zeros(7, 3))["x"].shape == (7, 3)
+
+
+def test_samples_of_a_hierarchy_join_along_the_data():
+    outputs = sample(hierarchy, torch.zeros(4, 3), num_samples=10, data_plate="data")
+    assert outputs["x"].shape == (10, 3)
+    assert outputs["y"].shape == (10, 1)
+    # x = a + b = 2 a + 10, y = 2 a.
+    torch.testing.assert_close(outputs["x"], (outputs["y"] + 10).expand(10, 3), atol=0.01, rtol=0)
+
+
+def test_a_model_may_run_without_data():
+    def free(x=None, n=20):
+        with pyro.plate("data", n if x is None else len(x)):
+            z = pyro.sample("z", dist.Normal(50.0, 1))
+            pyro.sample("x", dist.Normal(2 * z, 1e-3), obs=x)
+
+    outputs = sample(free, num_samples=30, return_sites=["x"], n=20)
+    assert outputs["x"].shape == (30,)
+    assert (outputs["x"] > 80).all()
+    given = decode(free, {"z": torch.arange(20.0)}, return_sites=["x"])["x"]
+    torch.testing.assert_close(given, 2 * torch.arange(20.0))
+    with pytest.raises(ValueError, match=r"return_sites=\('x',\)"):
+        sample(free)
+
+
+def test_return_sites_leave_out_the_others():
+    x = torch.randn(4, 3)
+    options = {"return_sites": ["y"], "data_plate": "data"}
+    assert list(reconstruct(hierarchy, hierarchy_guide, x, **options)) == ["y"]
+    assert list(decode(hierarchy, {"a": x[:, :1]}, x, **options)) == ["y"]
+    assert list(interpolate(hierarchy, hierarchy_guide, x, x, 2, **options)) == ["y"]
+    assert list(sample(hierarchy, x, return_sites=["y"])) == ["y"]
+
+
+@pytest.mark.parametrize("path", ["linear", "spherical"])
+def test_a_way_begins_and_ends_at_the_data(path):
+    a, b = torch.randn(5, 3), torch.randn(5, 3)
+    outputs = interpolate(hierarchy, hierarchy_guide, a, b, 4, path=path, data_plate="data")
+    assert outputs["x"].shape == (4, 5, 3)
+    for end, data in ((0, a), (-1, b)):
+        torch.testing.assert_close(outputs["x"][end], data.mean(1, keepdim=True) + data)
+        torch.testing.assert_close(outputs["y"][end], 2 * data.mean(1, keepdim=True))
+
+
+def test_the_straight_way_is_even():
+    a, b = torch.randn(5, 2), torch.randn(5, 2)
+    outputs = interpolate(model, guide, a, b, 5)["x"]
+    for step in range(5):
+        torch.testing.assert_close(outputs[step], 3 * (a + step / 4 * (b - a) - 5) + 1, atol=1e-4, rtol=1e-5)
+
+
+def test_the_spherical_way_turns_and_changes_its_norm_evenly():
+    # From (1, 0) to (0, 3): a quarter turn, here in three steps of 30 degrees, norms 1, 5/3, 7/3, 3.
+    a, b = torch.tensor([[6.0, 5.0]]), torch.tensor([[5.0, 8.0]])
+    codes = (interpolate(model, guide, a, b, 4, path="spherical")["x"][:, 0] - 1) / 3
+    angles = torch.tensor([0, math.pi / 6, math.pi / 3, math.pi / 2])
+    norms = torch.tensor([1, 5 / 3, 7 / 3, 3])
+    expected = norms[:, None] * torch.stack([angles.cos(), angles.sin()], 1)
+    torch.testing.assert_close(codes, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("other", [[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 0.0]], ids=str)
+def test_codes_on_one_line_through_zero_are_joined_by_it(other):
+    a, b = torch.tensor([[6.0, 5.0]]), torch.tensor([other]) + 5
+    codes = (interpolate(model, guide, a, b, 3, path="spherical")["x"][1, 0] - 1) / 3
+    torch.testing.assert_close(codes, (torch.tensor([1.0, 0.0]) + torch.tensor(other)) / 2, atol=1e-5, rtol=0)
+
+
+def test_arguments_come_as_a_tuple_where_there_are_several():
+    def two(x, scale):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0, 1))
+            pyro.sample("x", dist.Normal(scale * z, 1), obs=x)
+
+    def two_guide(x, scale):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x / scale))
+
+    a, b = torch.zeros(2), torch.ones(2)
+    middle = interpolate(two, two_guide, (a, 4.0), (b, 4.0), 3)["x"][1]
+    torch.testing.assert_close(middle, torch.full((2,), 0.5))
+
+
+CALLS = {
+    "encode": lambda m, x: encode(m.model, m.guide, x)["z"],
+    "rows": lambda m, x: code_rows(m.model, m.guide, x)[0],
+    "decode": lambda m, x: decode(m.model, {"z": x[:, :2]}, x)["x"],
+    "reconstruct": lambda m, x: reconstruct(m.model, m.guide, x)["x"],
+    "sample": lambda m, x: sample(m.model, x, num_samples=3)["x"],
+    "interpolate": lambda m, x: interpolate(m.model, m.guide, x, x.flip(0), 3)["x"],
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_modules_stay_as_they_are_and_nothing_has_a_graph(call, training):
+    module = Module().train(training)
+    before = copy.deepcopy(module.state_dict())
+    value = call(module, torch.randn(8, 4))
+    assert not value.requires_grad
+    for name, after in module.state_dict().items():
+        torch.testing.assert_close(after, before[name], rtol=0, atol=0, msg=name)
+    assert all(part.training == training for part in module.modules())
+
+
+def test_batch_norm_normalises_by_the_batch_in_train_mode_alone():
+    module, x = Module(), torch.randn(8, 4) + 20
+    codes = encode(module.model, module.guide, x)["z"]
+    torch.testing.assert_close(codes.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    with torch.no_grad():
+        expected = module.eval().encoder(x)
+    torch.testing.assert_close(encode(module.model, module.guide, x)["z"], expected)
+
+
+def test_a_module_that_is_the_model_itself():
+    class Generator(nn.Module):
+        def forward(self, x):
+            return model(x)
+
+    class Encoder(nn.Module):
+        def forward(self, x):
+            return guide(x)
+
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(reconstruct(Generator(), Encoder(), x)["x"], 3 * (x - 5) + 1)
+
+
+def categorical(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Categorical(logits=z), obs=x[:, 0].abs().long().clamp(max=1))
+
+
+def test_a_site_without_a_mean_is_drawn():
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"'x' \(Categorical\).*random=True"):
+        reconstruct(categorical, guide, x)
+    assert sample(categorical, x, random=True)["x"].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, y: decode(model, {"w": x}, y), "'w'.*no latent site.*'z'"),
+        (lambda x, y: decode(model, {}, y), "empty"),
+        (lambda x, y: decode(hierarchy, {"a": x[:, :1], "b": x[:2]}, x, data_plate="data"), "same number.*'b': 2"),
+        (lambda x, y: decode(hierarchy, {"a": x[0, 0]}, x, data_plate="data"), "site 'a' have shape"),
+        (lambda x, y: sample(model, y, num_samples=0), "num_samples"),
+        (lambda x, y: sample(model, y, return_sites=["w"]), "'w'.*'z', 'x'"),
+        (lambda x, y: reconstruct(model, guide, y, return_sites=["z"]), "'z'.*'x'"),
+        (lambda x, y: interpolate(model, guide, y, y, 1), "steps"),
+        (lambda x, y: interpolate(model, guide, y, y, path="round"), "path.*'round'"),
+        (lambda x, y: interpolate(model, guide, y, y[:2]), "one shape"),
+        (lambda x, y: code_rows(model, guide, y, site="w"), "site='w'.*'z'"),
+        (lambda x, y: code_rows(model, guide, y, prior_draws=0), "prior_draws"),
+    ],
+    ids=[
+        "unknown-code",
+        "no-code",
+        "different-counts",
+        "no-data-dimension",
+        "no-samples",
+        "unknown-site",
+        "latent-site",
+        "one-step",
+        "unknown-path",
+        "different-data",
+        "unknown-rows",
+        "no-draws",
+    ],
+)
+def test_errors_say_what_was_found(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(4, 3), torch.randn(4, 2))
