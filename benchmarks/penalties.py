@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, softplus
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from pyro_wae import WAELoss, kernels, penalties
+from pyro_wae import WAELoss, kernels, penalties, weights
 from pyro_wae.kernels import InverseMultiquadratic
 from pyro_wae.penalties import MMD, JensenShannon, Penalty, PenaltyContext
 
@@ -48,12 +48,12 @@ class Choice:
 
     Args:
         line: The line that makes it; it is this that runs.
-        weight: The penalty weight, or None for the one whose gradient is as large as MMD's.
+        weight: The penalty weight, the line that makes it, or None for the one whose gradient is as large as MMD's.
         stochastic: Whether it needs a guide that draws its codes.
     """
 
     line: str
-    weight: float | None = None
+    weight: float | str | None = None
     stochastic: bool = False
 
     def make(self) -> Penalty:
@@ -83,6 +83,14 @@ CHOICES = {
 }
 BASELINE = "mmd"
 DEFAULT_CHOICES = [name for name, choice in CHOICES.items() if not choice.stochastic]
+CHOICES |= {
+    "mmd-30": Choice("MMD()", 30.0),
+    "mmd-300": Choice("MMD()", 300.0),
+    "mmd-1000": Choice("MMD()", 1000.0),
+    "mmd-linear": Choice("MMD()", "Linear(0.0, 200.0, steps=500)"),
+    "mmd-constraint": Choice("MMD()", "Constraint()"),
+    "mmd-constraint-300": Choice("MMD()", "Constraint(codes=300)"),
+}
 
 
 class StochasticDigitWAE(DigitWAE):
@@ -141,7 +149,7 @@ class DigitClassifier(nn.Module):
 class Training:
     """The nets, loss and optimiser of one penalty and seed, apart from those of the others."""
 
-    def __init__(self, choice: Choice, weight: float, seed: int, args: argparse.Namespace) -> None:
+    def __init__(self, choice: Choice, weight: float | str, seed: int, args: argparse.Namespace) -> None:
         pyro.set_rng_seed(seed)
         self.wae = (StochasticDigitWAE if choice.stochastic else DigitWAE)(args.zdim)
         if args.encoder == "batch":
@@ -149,6 +157,7 @@ class Training:
                 if isinstance(layer, nn.GroupNorm):
                     self.wae.encoder[index] = nn.BatchNorm2d(layer.num_channels)
         self.wae.train()
+        weight = eval(weight, vars(weights)) if isinstance(weight, str) else weight
         self.loss = WAELoss(penalty=choice.make(), penalty_weight=weight)
         self.optimizer = pyro.optim.CosineAnnealingLR(
             {"optimizer": torch.optim.Adam, "optim_args": adam_args, "T_max": args.steps}
@@ -223,6 +232,7 @@ class Judge:
         codes = training.codes(self.images)
         mmd2 = self.mmd2(codes)
         return {
+            "weight": float(training.loss.terms.weight),
             "test_cost": (training.wae.decoder(codes) - self.images).square().sum((1, 2, 3)).mean().item(),
             "frechet": self.frechet_distance(training.wae.decoder(torch.randn(self.args.samples, self.args.zdim))),
             "mmd2": mmd2,
@@ -275,8 +285,8 @@ def one_digit(x: float) -> float:
 def summary(report: dict[str, Any]) -> str:
     """The table as Markdown, and under it how it came about."""
     header = [
-        "penalty", "the line that makes it", "weight", "gradient", "test cost", "Frechet", "test MMD^2", "p",
-        "mean", "spread", "ms/step", "x MMD",
+        "penalty", "the line that makes it", "weight", "at the end", "gradient", "test cost", "Frechet", "test MMD^2",
+        "p", "mean", "spread", "ms/step", "x MMD",
     ]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     for name, settings in report["penalties"].items():
@@ -297,7 +307,8 @@ def summary(report: dict[str, Any]) -> str:
         cells = [
             name + (f" ({failed} of {len(results)} diverged)" if failed else ""),
             f"`{settings['line']}`",
-            f"{settings['weight']:g}",
+            f"`{settings['weight']}`" if isinstance(settings["weight"], str) else f"{settings['weight']:g}",
+            column("weight", ".0f"),
             f"{settings['gradient']:.2g}",
             column("test_cost", ".1f"),
             column("frechet", ".2f"),
@@ -327,6 +338,7 @@ on {report["machine"]}, torch {report["torch"]}.
 {options["encoder"].capitalize()}Norm in the encoder, Adam at 0.001 lowered to 0 along a cosine (a discriminator
 with betas of 0.5 and 0.99).
 
+- *at the end*: the weight of the last step.
 - *gradient*: norm of the penalty's gradient over that of `MMD()`, for {batch} codes of {SHIFT} + {SCALE} N(0, I);
   root mean square over {options["repeats"]} batches, so that sampling noise counts, and with the best of
   discriminators. The weight is 100 over it, rounded to one digit, except for `none`, `JensenShannon`, guards

@@ -69,7 +69,18 @@ html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sphinx = False
 
-PUBLIC_MODULES = ("pyro_wae", "pyro_wae.penalties", "pyro_wae.kernels", "pyro_wae.costs", "pyro_wae.plotting")
+PUBLIC_MODULES = (
+    "pyro_wae",
+    "pyro_wae.penalties",
+    "pyro_wae.kernels",
+    "pyro_wae.costs",
+    "pyro_wae.weights",
+    "pyro_wae.priors",
+    "pyro_wae.predict",
+    "pyro_wae.diagnostics",
+    "pyro_wae.optim",
+    "pyro_wae.plotting",
+)
 
 
 def _public_names() -> dict[str, str]:

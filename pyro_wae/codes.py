@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,12 +142,19 @@ class Codes:
         values = torch.cat([part.values for part in parts])
         return cls(values, parts[0].columns, torch.cat(masks) if len(masks) == len(parts) else None)
 
-    def site(self, name: str) -> Codes:
-        """The codes of one site alone."""
-        columns = self.columns[name]
-        kept = None if self.kept is None else self.kept[..., columns]
-        size = columns.stop - columns.start
-        return Codes(self.values[..., columns], {name: slice(0, size)}, kept)
+    def site(self, *names: str) -> Codes:
+        """The codes of one site alone, or of several in the order they have here."""
+        columns, start = {}, 0
+        for site, here in self.columns.items():
+            if site in names:
+                columns[site] = slice(start, start + here.stop - here.start)
+                start = columns[site].stop
+        kept = None if self.kept is None else self.cut(self.kept, names)
+        return Codes(self.cut(self.values, names), columns, kept)
+
+    def cut(self, rows: Tensor, names: Collection[str]) -> Tensor:
+        """The columns of some sites, from a tensor (..., d) that is laid out as these codes."""
+        return torch.cat([rows[..., columns] for site, columns in self.columns.items() if site in names], dim=-1)
 
     def masked(self, draws: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Leaves out masked data and sets other masked elements to 0, alike in codes and prior draws.
@@ -167,3 +174,7 @@ class Codes:
                 repeats = math.ceil(len(draws) / len(kept))
                 draws = draws[:, whole].where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
         return codes, None if draws is None else draws.flatten(0, 1)
+
+    def kept_rows(self) -> Tensor | None:
+        """Which numbers are unmasked, shape (K, n', d), of the n' data that :meth:`masked` leaves; None if all are."""
+        return None if self.kept is None else self.kept[:, self.kept.any(2).any(0)]

@@ -40,6 +40,8 @@ def penalty_context(particles: Sequence[Particle], structure: Structure, codes: 
         prior=prior,
         prior_log_prob=log_prob,
         encoder_variance=functools.partial(_encoder_variance, particles, structure, codes),
+        sites=codes.columns,
+        kept=codes.kept_rows,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pyro_wae._repr import CallRepr
 from pyro_wae.numerics import at_least_float32, squared_distances, working_precision
 
 __all__ = [
+    "Conditional",
     "Energy",
     "FunctionKernel",
     "Gaussian",
@@ -29,11 +30,16 @@ __all__ = [
     "Product",
     "RadialKernel",
     "RationalQuadratic",
+    "SameLabel",
     "Scaled",
     "Sum",
+    "UnitMean",
 ]
 
 AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+Scratch = tuple[Tensor, Tensor, Tensor]
+"""Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
 
 
 class Kernel(CallRepr, nn.Module):
@@ -49,6 +55,7 @@ class Kernel(CallRepr, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._compiles = False
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Gives the kernel's values on all pairs of rows.
@@ -78,6 +85,60 @@ class Kernel(CallRepr, nn.Module):
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         """The same as a call, unchecked and left in the working precision, for sums that nearly cancel."""
         raise NotImplementedError
+
+    @property
+    def is_radial(self) -> bool:
+        """Whether it is a function of the distance alone: :meth:`profile` of ``u = |x - y|^2 / squared_unit``."""
+        return False
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        """The squared length in which a radial kernel measures, a scalar with the precision and device of ``like``."""
+        return like.new_ones(())
+
+    def profile(self, u: Tensor) -> Tensor:
+        """A radial kernel as a function of ``u >= 0``, elementwise."""
+        raise NotImplementedError
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        """The profile and its derivative by u, which is 0 where it would be infinite: without a graph.
+
+        The derivative is taken automatically where a subclass does not write it out, which saves time.
+
+        Args:
+            u: Any shape.
+            scratch: Three tensors of that shape to work in; what is returned may lie in them.
+
+        Returns:
+            Two tensors of the shape of ``u``.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            u = u.detach().clone().requires_grad_()
+            values = self.profile(u)
+            (slopes,) = torch.autograd.grad(values.sum(), u)
+        return values.detach(), slopes
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what a penalty of a large batch spends its time on, the profile and slope of a radial kernel.
+
+        The first large batch then takes a while. It needs what :func:`torch.compile` needs, a C++ compiler on a CPU.
+
+        Args:
+            *args: None.
+            **kwargs: None.
+
+        Raises:
+            TypeError: If there are arguments, or the kernel is not radial.
+        """
+        if args or kwargs:
+            raise TypeError("Kernel.compile takes no arguments. Write kernel.compile().")
+        if not self.is_radial:
+            raise TypeError(f"Kernel.compile takes a kernel of the distance alone, found {self!r}. Leave it as it is.")
+        self._compiles = True
+
+    @property
+    def compiles(self) -> bool:
+        """Whether :meth:`compile` has been called."""
+        return self._compiles
 
     def fit(self, prior: Tensor) -> None:
         """Sets every length that is still unset, from draws of the prior.
@@ -153,9 +214,28 @@ class RadialKernel(Kernel):
             self.squared_length = value.detach().clone()
         self._is_fitted = True
 
+    @property
+    def is_radial(self) -> bool:
+        return type(self).gram is RadialKernel.gram
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        self._check_set()
+        return self.squared_length_like(like)
+
     def profile(self, u: Tensor) -> Tensor:
         """The kernel as a function of ``u = |x - y|^2 / l^2``, elementwise."""
         raise NotImplementedError
+
+    def profile_and_slope_at_scales(
+        self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum over factors c of the profile at ``u / c``, and its derivative, as :meth:`profile_and_slope`."""
+        values, slopes = torch.zeros_like(u), torch.zeros_like(u)
+        for factor in factors:
+            value, slope = self.profile_and_slope(u / factor)
+            values += value
+            slopes.add_(slope, alpha=1 / factor)
+        return values, slopes
 
     def scaled_squares(self, x: Tensor, y: Tensor) -> Tensor:
         """``|x - y|^2 / l^2`` for all pairs, in the working precision.
@@ -163,14 +243,17 @@ class RadialKernel(Kernel):
         Raises:
             ValueError: If the length has neither been given nor taken from prior draws.
         """
+        self._check_set()
+        x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
+        squares = squared_distances(x, y)
+        return squares / self.squared_length_like(squares)
+
+    def _check_set(self) -> None:
         if not self.is_set:
             raise ValueError(
                 f"{self!r} has no length yet. Give one, as in {type(self).__name__}({self._length_name}=1.0), "
                 "or take it from prior draws: kernel.fit(prior)."
             )
-        x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
-        squares = squared_distances(x, y)
-        return squares / self.squared_length_like(squares)
 
     def squared_length_like(self, x: Tensor) -> Tensor:
         """l^2 as a scalar with the precision and device of ``x``; the length must be set."""
@@ -203,6 +286,11 @@ class Gaussian(RadialKernel):
     def profile(self, u: Tensor) -> Tensor:
         return torch.exp(-u / 2)
 
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, _ = scratch or _scratch_like(u)
+        torch.exp(torch.mul(u, -0.5, out=values), out=values)
+        return values, torch.mul(values, -0.5, out=slopes)
+
 
 class InverseMultiquadratic(RadialKernel):
     """The inverse multiquadratic kernel, ``k(x, y) = C / (C + |x - y|^2)``.
@@ -225,6 +313,20 @@ class InverseMultiquadratic(RadialKernel):
     def profile(self, u: Tensor) -> Tensor:
         return (1 + u).reciprocal()
 
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        return self.profile_and_slope_at_scales(u, (1.0,), scratch)
+
+    def profile_and_slope_at_scales(
+        self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        values, slopes, terms = scratch or _scratch_like(u)
+        zero = u.new_zeros(())
+        for index, factor in enumerate(factors):
+            torch.add(u, factor, out=terms).reciprocal_()
+            torch.add(values if index else zero, terms, alpha=factor, out=values)
+            torch.addcmul(slopes if index else zero, terms, terms, value=-factor, out=slopes)
+        return values, slopes
+
     @classmethod
     def multiscale(cls, scale: float | None = None, factors: Sequence[float] = AUTHORS_FACTORS) -> MultiScale:
         """The sum of seven kernels with C times 0.1 to 10 that the authors' code uses."""
@@ -244,6 +346,13 @@ class Laplace(RadialKernel):
 
     def profile(self, u: Tensor) -> Tensor:
         return torch.exp(-_root(u))
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, roots = scratch or _scratch_like(u)
+        _root_into(u, roots)
+        torch.exp(torch.neg(roots, out=values), out=values)
+        torch.div(values, roots, out=slopes).mul_(-0.5)
+        return values, _without_infinite(slopes, u)
 
 
 class Matern(RadialKernel):
@@ -274,6 +383,21 @@ class Matern(RadialKernel):
             return torch.exp(-t)
         return (1 + t) * torch.exp(-t) if self.nu == 1.5 else (1 + t + t.square() / 3) * torch.exp(-t)
 
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, t = scratch or _scratch_like(u)
+        _root_into(u, t).mul_(math.sqrt(2 * self.nu))
+        torch.exp(torch.neg(t, out=values), out=values)
+        if self.nu == 0.5:
+            torch.div(values, t, out=slopes).mul_(-0.5)
+            return values, _without_infinite(slopes, u)
+        # With e = exp(-t): d/du = nu / t d/dt, and d/dt is -t e for nu = 3/2 and -t (1 + t) e / 3 for nu = 5/2.
+        if self.nu == 1.5:
+            torch.mul(values, -1.5, out=slopes)
+            return values.addcmul_(values, t), slopes
+        torch.addcmul(values, values, t, out=slopes)
+        values.mul_(t.square_().div_(3)).add_(slopes)
+        return values, slopes.mul_(-5 / 6)
+
 
 class RationalQuadratic(RadialKernel):
     """The rational quadratic kernel, ``k(x, y) = (1 + |x - y|^2 / (2 alpha s^2))^-alpha``.
@@ -294,6 +418,12 @@ class RationalQuadratic(RadialKernel):
 
     def profile(self, u: Tensor) -> Tensor:
         return (1 + u / (2 * self.alpha)) ** -self.alpha
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, base = scratch or _scratch_like(u)
+        torch.div(u, 2 * self.alpha, out=base).add_(1)
+        torch.pow(base, -self.alpha, out=values)
+        return values, torch.div(values, base, out=slopes).mul_(-0.5)
 
 
 class Energy(Kernel):
@@ -319,7 +449,25 @@ class Energy(Kernel):
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
-        return -(_root(squared_distances(x, y)) ** self.exponent)
+        return self.profile(squared_distances(x, y))
+
+    @property
+    def is_radial(self) -> bool:
+        return True
+
+    def profile(self, u: Tensor) -> Tensor:
+        return -(_root(u) ** self.exponent)
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, roots = scratch or _scratch_like(u)
+        _root_into(u, roots)
+        if self.exponent == 1:
+            torch.neg(roots, out=values)
+            torch.reciprocal(roots, out=slopes).mul_(-0.5)
+        else:
+            torch.pow(roots, self.exponent, out=values).neg_()
+            torch.div(values, roots, out=slopes).div_(roots).mul_(self.exponent / 2)
+        return values, _without_infinite(slopes, u)
 
 
 class MultiScale(Kernel):
@@ -349,11 +497,23 @@ class MultiScale(Kernel):
         self.factors = tuple(float(factor) for factor in factors)
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        u = self.kernel.scaled_squares(x, y)
+        return self.profile(self.kernel.scaled_squares(x, y))
+
+    @property
+    def is_radial(self) -> bool:
+        return self.kernel.is_radial
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        return self.kernel.squared_unit(like)
+
+    def profile(self, u: Tensor) -> Tensor:
         total = self.kernel.profile(u / self.factors[0])
         for factor in self.factors[1:]:
             total = total + self.kernel.profile(u / factor)
         return total
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        return self.kernel.profile_and_slope_at_scales(u, self.factors, scratch)
 
 
 class Composite(Kernel):
@@ -374,12 +534,35 @@ class Composite(Kernel):
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return functools.reduce(self.combine, (kernel.gram(x, y) for kernel in self.parts()))
 
+    @property
+    def is_radial(self) -> bool:
+        return all(kernel.is_radial for kernel in self.parts())
+
+    def profile(self, u: Tensor) -> Tensor:
+        return functools.reduce(self.combine, (part.profile(u / part.squared_unit(u)) for part in self.parts()))
+
+    def profiles_and_slopes(self, u: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The profile and slope by u of each part, one after the other."""
+        for part in self.parts():
+            unit = part.squared_unit(u)
+            values, slopes = part.profile_and_slope(u / unit)
+            yield values, slopes / unit
+
 
 class Sum(Composite):
     """k1 + k2 + ...; usually written with ``+``."""
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, _ = scratch or _scratch_like(u)
+        values.zero_()
+        slopes.zero_()
+        for value, slope in self.profiles_and_slopes(u):
+            values += value
+            slopes += slope
+        return values, slopes
 
     def __repr__(self) -> str:
         return f"({' + '.join(map(repr, self.kernels))})"
@@ -403,6 +586,15 @@ class Product(Composite):
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
 
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, _ = scratch or _scratch_like(u)
+        values.fill_(1)
+        slopes.zero_()
+        for value, slope in self.profiles_and_slopes(u):
+            slopes.mul_(value).addcmul_(values, slope)
+            values *= value
+        return values, slopes
+
     def __repr__(self) -> str:
         return " * ".join(map(repr, self.kernels))
 
@@ -422,6 +614,20 @@ class Scaled(Kernel):
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return self.factor * self.kernel.gram(x, y)
+
+    @property
+    def is_radial(self) -> bool:
+        return self.kernel.is_radial
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        return self.kernel.squared_unit(like)
+
+    def profile(self, u: Tensor) -> Tensor:
+        return self.factor * self.kernel.profile(u)
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes = self.kernel.profile_and_slope(u, scratch)
+        return values.mul_(self.factor), slopes.mul_(self.factor)
 
     def __repr__(self) -> str:
         return f"{self.factor} * {self.kernel!r}"
@@ -452,10 +658,146 @@ class FunctionKernel(Kernel):
         return working_precision(values)
 
 
+class SameLabel(Kernel):
+    """1 where two rows are equal and 0 elsewhere: the kernel of labels, which have no distance.
+
+    Example:
+        >>> import torch
+        >>> SameLabel()(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [1.0], [2.0]]))
+        tensor([[0., 0., 0.],
+                [1., 1., 0.]])
+    """
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        same = torch.ones(len(x), len(y), dtype=torch.bool, device=x.device)
+        for column in range(x.shape[1]):
+            same = same & (x[:, None, column] == y[:, column])
+        return same.to(working_precision(x).dtype)
+
+
+class UnitMean(Kernel):
+    """A kernel over its mean, so that a product with it keeps the other's size: ``(k(x, y) / E k + a) / (1 + a)``.
+
+    Args:
+        kernel: Any kernel with a positive mean.
+        constant: a >= 0, the share of a constant kernel beside k.
+
+    Raises:
+        ValueError: If the constant is negative or not finite; in :meth:`fit`, if the mean is not positive.
+
+    Example:
+        >>> import torch
+        >>> kernel = UnitMean(SameLabel())
+        >>> kernel.fit(torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+        >>> kernel(torch.zeros(1, 1), torch.tensor([[0.0], [1.0]]))
+        tensor([[2., 0.]])
+    """
+
+    mean: Tensor
+
+    def __init__(self, kernel: Kernel, constant: float = 0.0) -> None:
+        super().__init__()
+        if not (math.isfinite(constant) and constant >= 0):
+            raise ValueError(f"UnitMean takes a finite constant >= 0, found {constant!r}. Write constant=1.0.")
+        self.kernel = kernel
+        self.constant = constant
+        self._is_fitted = False
+        self.register_buffer("mean", torch.tensor(math.nan))
+
+    def fit(self, prior: Tensor) -> None:
+        """Takes the lengths, and the mean over all pairs of rows, from the first rows that it sees."""
+        self.kernel.fit(prior)
+        if self._is_fitted:
+            return
+        with torch.no_grad():
+            mean = self.kernel.gram(prior, prior).mean()
+        if not (torch.isfinite(mean) and mean > 0):
+            raise ValueError(
+                f"{self!r} divides by the mean of its kernel, found {mean.item():g}. Use a kernel that is positive, "
+                "such as SameLabel() or Gaussian()."
+            )
+        with torch.inference_mode(False):
+            self.mean = mean.detach().clone()
+        self._is_fitted = True
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self._is_fitted:
+            raise ValueError(f"{self!r} has no mean yet. Take it from the rows to be compared: kernel.fit(rows).")
+        values = self.kernel.gram(x, y)
+        return (values / self.mean.to(values) + self.constant) / (1 + self.constant)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state_dict.get(prefix + "mean")
+        if value is not None:
+            # Assigned and not copied, as in RadialKernel.
+            self.mean = value.detach().clone().to(self.mean.device)
+            self._is_fitted = not bool(value.isnan())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Conditional(Kernel):
+    """``k((z, y), (z', y')) = k_z(z, z') k_y(y, y')``, for codes z beside what they are conditional on, y.
+
+    Both sides must have the same y: an :class:`Energy` kernel on the codes then serves too, which in a plain
+    :class:`Product` it does not.
+
+    Args:
+        kernel: On the codes.
+        condition_kernel: On the conditions; positive definite.
+        size: How many of the last columns are the condition.
+
+    Raises:
+        ValueError: If the condition's kernel holds an :class:`Energy` kernel; in :meth:`fit`, if the conditions give it
+            no length.
+    """
+
+    def __init__(self, kernel: Kernel, condition_kernel: Kernel, size: int) -> None:
+        super().__init__()
+        if any(isinstance(part, Energy) for part in condition_kernel.modules()):
+            raise ValueError(
+                f"A condition's kernel must be positive definite, and {condition_kernel!r} is only conditionally so. "
+                "Write Laplace() in its place."
+            )
+        self.kernel = kernel
+        self.condition_kernel = condition_kernel
+        self.size = size
+
+    def fit(self, prior: Tensor) -> None:
+        z, y = self._split(prior)
+        self.kernel.fit(z)
+        try:
+            self.condition_kernel.fit(y)
+        except ValueError as error:
+            raise ValueError(
+                f"The first conditions, of shape {tuple(y.shape)}, give {self.condition_kernel!r} no length: {error} "
+                "Shuffle the data, or give the kernel, as in MMD(condition_kernel=Gaussian(bandwidth=1.0))."
+            ) from error
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        first = self._split(x)
+        second = first if y is x else self._split(y)
+        return self.kernel.gram(first[0], second[0]) * self.condition_kernel.gram(first[1], second[1])
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[:, : -self.size], rows[:, -self.size :]
+
+
 def _root(u: Tensor) -> Tensor:
     # The square root has an infinite slope at 0, and 0 times infinity on the diagonal would be NaN:
     # below the smallest normal number the clamp passes no gradient.
     return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
+
+
+def _root_into(u: Tensor, out: Tensor) -> Tensor:
+    return torch.clamp(u, min=torch.finfo(u.dtype).tiny, out=out).sqrt_()
+
+
+def _without_infinite(slopes: Tensor, u: Tensor) -> Tensor:
+    return slopes.masked_fill_(u <= torch.finfo(u.dtype).tiny, 0)
+
+
+def _scratch_like(u: Tensor) -> Scratch:
+    return torch.empty_like(u), torch.empty_like(u), torch.empty_like(u)
 
 
 def _check_positive(owner: str, argument: str, value: float) -> None:

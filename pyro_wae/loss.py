@@ -16,18 +16,27 @@ from torch import Tensor, nn
 from pyro_wae._repr import CallRepr
 from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes
-from pyro_wae.context import penalty_context
+from pyro_wae.condition import Condition, Given
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
-from pyro_wae.penalties import MMD, Penalty, as_penalty
 from pyro_wae.prior import draw_prior, warn_of_lost_gradient
+from pyro_wae.site_penalties import (
+    PenaltyLike,
+    as_option,
+    check_names,
+    compare,
+    compared,
+    each_penalty,
+    prepare,
+    site_label,
+)
 from pyro_wae.terms import Terms
 from pyro_wae.traces import Particle, Structure, gather_codes, gather_observations, read_structure, run
+from pyro_wae.weights import Weight, as_weight
 
 __all__ = ["WAELoss", "WAEModule"]
 
 DEFAULT_PENALTY_WEIGHT = 100.0
 
-PenaltyLike = Penalty | Callable[[Tensor, Tensor], Tensor]
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -41,10 +50,12 @@ class WAELoss(CallRepr, ELBO):
 
     Args:
         penalty: A :class:`~pyro_wae.penalties.Penalty`, a function f(codes, prior), or a dict with one of them for
-            each latent site (None leaves a site free). Default: :class:`~pyro_wae.penalties.MMD`.
+            each latent site (None leaves a site free). A tuple of names as a key compares the joint code of these
+            sites; ``*`` in a name stands for any letters. Default: :class:`~pyro_wae.penalties.MMD`.
         cost: A :class:`~pyro_wae.costs.Cost`, a function f(x, g), or a dict with one of them for each observed site.
             Default: :class:`~pyro_wae.costs.SquaredError`.
-        penalty_weight: lambda >= 0, in units of cost per unit of penalty.
+        penalty_weight: lambda >= 0, in units of cost per unit of penalty: a number, or one of
+            :mod:`pyro_wae.weights`, such as a schedule, or a constraint that finds it.
         data_plate: Name of the plate that holds the data. Default: the one plate around every latent and observed
             site; of several, the subsampled one.
         num_particles: Number of codes for each datum.
@@ -53,6 +64,10 @@ class WAELoss(CallRepr, ELBO):
             of model and guide at the first step if not given.
         retain_graph: Passed to ``backward``.
         prior_draws: Prior draws for each code; more lower the variance, and nothing is decoded for them.
+        condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, or one of
+            its arguments. The penalty then compares the joint of (z, y) with that of (z', y), z' ~ p(z | y), and not
+            only the marginals. Whole numbers are labels, one for each datum; floats of any shape have a distance. An
+            observed site that is a condition has no cost, unless ``cost`` names it.
 
     Attributes:
         terms: The :class:`~pyro_wae.terms.Terms` of the last step, or None before the first.
@@ -86,46 +101,41 @@ class WAELoss(CallRepr, ELBO):
 
     def __init__(
         self,
-        penalty: PenaltyLike | Mapping[str, PenaltyLike | None] | None = None,
+        penalty: PenaltyLike | Mapping[Any, PenaltyLike | None] | None = None,
         *,
         cost: CostLike | Mapping[str, CostLike] | None = None,
-        penalty_weight: float = DEFAULT_PENALTY_WEIGHT,
+        penalty_weight: float | Weight = DEFAULT_PENALTY_WEIGHT,
         data_plate: str | None = None,
         num_particles: int = 1,
         vectorize_particles: bool = False,
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
         prior_draws: int = 1,
+        condition: str | None = None,
     ) -> None:
         _check_count("num_particles", num_particles)
         _check_count("prior_draws", prior_draws)
-        if isinstance(penalty_weight, bool) or not isinstance(penalty_weight, int | float):
-            raise TypeError(
-                f"penalty_weight must be a number, found {type(penalty_weight).__name__}. Write penalty_weight=100.0."
-            )
-        if not (penalty_weight >= 0 and math.isfinite(penalty_weight)):
-            raise ValueError(
-                f"penalty_weight must be finite and >= 0, found {penalty_weight}. Write penalty_weight=100.0."
-            )
         if data_plate is not None and not isinstance(data_plate, str):
             raise TypeError(f"data_plate must be a plate's name, found {data_plate!r}. Write data_plate='data'.")
+        if condition is not None and not isinstance(condition, str):
+            raise TypeError(
+                f"condition must be the name of an observed site or of an argument of the model, found "
+                f"{type(condition).__name__}. Write condition='y'."
+            )
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,
         )
-        self.penalty = _options(penalty, MMD, lambda option: None if option is None else as_penalty(option))
-        if isinstance(self.penalty, dict) and self.penalty and not self._each_penalty():
-            sites = list(self.penalty)
-            raise ValueError(
-                f"penalty leaves every latent site free ({', '.join(map(repr, sites))}). Give one of them a penalty, "
-                f"as in WAELoss({{{sites[0]!r}: MMD(), ...}}), or train without: WAELoss(penalty_weight=0.0)."
-            )
+        self.penalty = as_option(penalty)
         self.cost = _options(cost, SquaredError, as_cost)
-        self.penalty_weight = penalty_weight
+        self.penalty_weight = as_weight(penalty_weight)
         self.data_plate = data_plate
         self.prior_draws = prior_draws
+        self.condition = condition
+        entries = len(self.penalty) if isinstance(self.penalty, dict) else 1
+        self._condition = None if condition is None else Condition(condition, entries)
         self.terms = None
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> WAEModule:
@@ -133,13 +143,21 @@ class WAELoss(CallRepr, ELBO):
         return WAEModule(model, guide, self)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The penalties and costs that are modules, with a name for each."""
+        """The penalties, costs and the penalty weight, which are modules, with a name for each."""
+        yield "weight", self.penalty_weight
+        if self._condition is not None:
+            yield "condition", self._condition
         for kind, option in (("penalty", self.penalty), ("cost", self.cost)):
             options = option if isinstance(option, dict) else {"": option}
-            for site, module in options.items():
+            names: set[str] = set()
+            for sites, module in options.items():
                 if module is not None:
                     # A module's name may not hold a dot, a site's may.
-                    yield kind + (f"_{site.replace('.', '_')}" if site else ""), module
+                    name = kind + (f"_{site_label(sites).replace('.', '_')}" if sites else "")
+                    while name in names:
+                        name += "_"
+                    names.add(name)
+                    yield name, module
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Estimates the loss.
@@ -151,7 +169,7 @@ class WAELoss(CallRepr, ELBO):
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
         with torch.no_grad():
-            loss, check = self._loss(model, guide, args, kwargs)
+            loss, check, _ = self._loss(model, guide, args, kwargs)
         return check(loss.item())
 
     def differentiable_loss(
@@ -165,9 +183,11 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
-        loss, check = self._loss(model, guide, args, kwargs)
+        loss, check, observe = self._loss(model, guide, args, kwargs)
         if loss.device.type == "cpu" or is_validation_enabled():
             check(loss.item())
+        if torch.is_grad_enabled():
+            observe()
         return loss
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -179,54 +199,69 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN; no gradient is then added.
         """
-        loss, check = self._loss(model, guide, args, kwargs, register=True)
+        loss, check, observe = self._loss(model, guide, args, kwargs, register=True)
         value = check(loss.item())
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
+        observe()
         return value
 
     def _loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, register: bool = False
-    ) -> tuple[Tensor, Callable[[float], float]]:
-        """The loss, and a function that passes its value on unless it is NaN.
+    ) -> tuple[Tensor, Callable[[float], float], Callable[[], None]]:
+        """The loss, a function that passes its value on unless it is NaN, and one that shows the step to the weight.
 
         With `register`, the parameters of penalties and costs are shown to Pyro, so that SVI trains them.
         """
         particles, codes, prior, costs, kept = [], [], [], [], []
         structure: Structure | None = None
-        draws = self.prior_draws if any(penalty.needs_prior_draws for penalty in self._each_penalty()) else 0
+        given: Given | None = None
+        draws = self.prior_draws if self._needs_prior_draws() else 0
         for particle in self._particles(model, guide, args, kwargs):
             structure = structure or read_structure(particle, self.data_plate)
             particles.append(particle)
             codes.append(gather_codes(particle, structure))
             prior += [draw_prior(particle, structure) for _ in range(draws)]
             observations = list(gather_observations(particle, structure))
+            if self._condition is not None:
+                given = given or self._condition.read(observations, particle, structure, (model, args, kwargs))
+                observations = self._reconstructed(observations)
             costs.append(self._costs(observations))
             kept.append(_kept(observations))
         assert structure is not None  # num_particles >= 1
         mean_costs = _mean_costs(costs, kept)
         joint = Codes.stack(codes)
-        self._prepare(joint, structure, register)
-        penalties = self._penalties(joint, torch.cat(prior) if prior else None, particles, structure)
+        self._prepare(joint, structure, given, register)
+        prior_rows = torch.cat(prior) if prior else None
+        penalties = compare(self.penalty, joint, prior_rows, particles, structure, given)
         cost = torch.stack(list(mean_costs.values())).sum()
         penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
         if prior:
             warn_of_lost_gradient(particles[0], structure, penalty)
-        loss = cost + self.penalty_weight * penalty
+        weight = self.penalty_weight(cost.detach())
+        loss = cost + weight * penalty
         self.terms = Terms(
             cost=cost.detach(),
             penalty=penalty.detach(),
-            weight=self.penalty_weight,
+            weight=weight,
             costs={site: value.detach() for site, value in mean_costs.items()},
             penalties={site: value.detach() for site, value in penalties.items() if site},
         )
 
         def check(value: float) -> float:
             if math.isnan(value):
-                raise ValueError(_nan_message(codes, mean_costs, penalties))
+                raise ValueError(_nan_message(codes, mean_costs, penalties, given))
             return value
 
-        return loss, check
+        def observe() -> None:
+            own, draws = compared(self.penalty, joint, prior_rows)
+            seen, draws = own.masked(draws)
+            self.penalty_weight.observe(cost.detach(), seen.detach(), None if draws is None else draws.detach())
+
+        return loss, check, observe
+
+    def _needs_prior_draws(self) -> bool:
+        return self.penalty_weight.needs_prior_draws or any(p.needs_prior_draws for p in each_penalty(self.penalty))
 
     def _particles(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
@@ -273,7 +308,7 @@ class WAELoss(CallRepr, ELBO):
     def _costs(self, observations: list[Observation]) -> dict[str, Tensor]:
         names = [observation.name for observation in observations]
         if isinstance(self.cost, dict):
-            _check_names("cost", self.cost, names, "observed", "SquaredError()")
+            check_names("cost", self.cost, names, "observed", "SquaredError()")
         return {
             observation.name: (self.cost[observation.name] if isinstance(self.cost, dict) else self.cost).per_datum(
                 observation
@@ -281,38 +316,24 @@ class WAELoss(CallRepr, ELBO):
             for observation in observations
         }
 
-    def _each_penalty(self) -> list[Penalty]:
-        options = self.penalty.values() if isinstance(self.penalty, dict) else [self.penalty]
-        return [penalty for penalty in options if penalty is not None]
+    def _reconstructed(self, observations: list[Observation]) -> list[Observation]:
+        """The sites that have a cost: a condition is given, and not to be reconstructed."""
+        if isinstance(self.cost, dict) and self.condition in self.cost:
+            return observations
+        left = [observation for observation in observations if observation.name != self.condition]
+        if not left:
+            raise ValueError(
+                f"The condition '{self.condition}' is the model's only observed site, so that nothing is "
+                "reconstructed. Write pyro.sample('x', ..., obs=x) for what the decoder gives."
+            )
+        return left
 
-    def _prepare(self, codes: Codes, structure: Structure, register: bool) -> None:
+    def _prepare(self, codes: Codes, structure: Structure, given: Given | None, register: bool) -> None:
         """Lets penalties make what depends on the size of a code, and shows what is to be trained to Pyro."""
-        if isinstance(self.penalty, dict):
-            _check_names("penalty", self.penalty, list(structure.latents), "latent", "MMD()")
-            for site, penalty in self.penalty.items():
-                if penalty is not None:
-                    penalty.prepare(codes.site(site).values)
-        else:
-            self.penalty.prepare(codes.values)
+        prepare(self.penalty, codes, structure, given)
         for name, module in self.modules():
             if register and any(parameter.requires_grad for parameter in module.parameters()):
                 pyro.module(f"wae_{name}", module)
-
-    def _penalties(
-        self, codes: Codes, prior: Tensor | None, particles: list[Particle], structure: Structure
-    ) -> dict[str, Tensor]:
-        """The scaled penalty of each latent site, or under the name "" that of the joint code."""
-        if not isinstance(self.penalty, dict):
-            context = penalty_context(particles, structure, codes)
-            return {"": _joint_scale(structure) * self.penalty(*codes.masked(prior), context)}
-        values = {}
-        for site, penalty in self.penalty.items():
-            if penalty is not None:
-                own = codes.site(site)
-                draws = None if prior is None else prior[..., codes.columns[site]]
-                context = penalty_context(particles, structure, own)
-                values[site] = structure.scale[site] * penalty(*own.masked(draws), context)
-        return values
 
 
 class WAEModule(ELBOModule):
@@ -392,42 +413,20 @@ def _mean_costs(costs: list[dict[str, Tensor]], kept: list[Tensor | None]) -> di
     return means
 
 
-def _joint_scale(structure: Structure) -> float | Tensor:
-    scales = list(structure.scale.values())
-    numbers = [scale.item() if isinstance(scale, Tensor) else scale for scale in scales] if len(scales) > 1 else []
-    if len(set(numbers)) > 1:
-        found = ", ".join(f"'{site}': {number:g}" for site, number in zip(structure.scale, numbers, strict=True))
-        raise ValueError(
-            f"The latent sites have different scales ({found}), and one penalty compares their joint code. Give them "
-            "one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
-        )
-    return scales[0]
-
-
-def _check_names(argument: str, options: Mapping[str, Any], sites: list[str], kind: str, example: str) -> None:
-    unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
-    if unknown:
-        raise ValueError(
-            f"{argument} names '{unknown[0]}', which is no {kind} site; these are {sites}. "
-            f"Write {argument}={{'{sites[0]}': {example}, ...}}."
-        )
-    if missing:
-        raise ValueError(
-            f"{argument} has no entry for the {kind} site '{missing[0]}'. Write {argument}={{..., '{missing[0]}': "
-            f"{example}}}" + (", or None to leave it free." if kind == "latent" else ".")
-        )
-
-
 def _check_count(argument: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}=1.")
 
 
-def _nan_message(codes: list[Codes], costs: Mapping[str, Tensor], penalties: Mapping[str, Tensor]) -> str:
+def _nan_message(
+    codes: list[Codes], costs: Mapping[str, Tensor], penalties: Mapping[str, Tensor], given: Given | None
+) -> str:
     for run_codes in codes:
         for site, columns in run_codes.columns.items():
             if run_codes.values[..., columns].isnan().any():
                 return f"The codes of latent site '{site}' hold NaN: look at the guide's output or lower the rate."
+    if given is not None and given.values.isnan().any():
+        return f"The condition '{given.condition.name}' holds NaN: look at the data."
     for site, value in costs.items():
         if value.isnan():
             return f"The cost of observed site '{site}' is NaN: look at the data and at the model's output."

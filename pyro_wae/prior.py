@@ -21,6 +21,10 @@ __all__ = ["draw_prior", "prior_log_prob", "prior_of_one_code", "warn_of_lost_gr
 
 Site = Mapping[str, Any]
 
+MOST_COMPONENTS = 10
+"""Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
+and soon takes longer than drawing."""
+
 
 def draw_prior(particle: Particle, structure: Structure) -> Tensor:
     """Draws the latent sites afresh from the model; the decoder does not run.
@@ -97,16 +101,18 @@ def prior_of_one_code(particle: Particle, name: str, layout: Layout) -> Any | No
 
     Returns:
         A distribution with ``batch_shape`` () and ``event_shape`` (d,), or None where the family is not known to draw
-        each number by itself, or is no mixture of such families.
+        each number by itself, or is no mixture of up to :data:`MOST_COMPONENTS` such families.
     """
     outer = particle.model.nodes[name]["fn"].event_dim
-    fn = _innermost(particle.model.nodes[name]["fn"])
+    fn = _same_family(_innermost(particle.model.nodes[name]["fn"]))
     if not isinstance(fn, dist.MixtureSameFamily):
         return _elementwise(fn, lambda value: layout.rows(value, outer)[0, 0].flatten())
     probs = fn.mixture_distribution.probs
     if outer != fn.event_dim or layout.rows(probs, 1)[0, 0].numel() != probs.shape[-1]:
         return None
     count = probs.shape[-1]
+    if count > MOST_COMPONENTS:
+        return None
     component = _elementwise(
         _innermost(fn.component_distribution),
         lambda value: layout.rows(value, 1 + outer)[0, 0].reshape(count, -1),
@@ -177,6 +183,16 @@ def _innermost(fn: Any) -> Any:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def _same_family(fn: Any) -> Any:
+    """Pyro's own mixtures of Normals as a ``MixtureSameFamily``; anything else as it is."""
+    if not isinstance(fn, dist.MixtureOfDiagNormals | dist.MixtureOfDiagNormalsSharedCovariance):
+        return fn
+    shared = isinstance(fn, dist.MixtureOfDiagNormalsSharedCovariance)
+    scales = fn.coord_scale.unsqueeze(-2).expand_as(fn.locs) if shared else fn.coord_scale
+    components = dist.Normal(fn.locs, scales, validate_args=False).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(logits=fn.component_logits), components, validate_args=False)
 
 
 def _elementwise(fn: Any, take: Callable[[Tensor], Tensor]) -> Any | None:

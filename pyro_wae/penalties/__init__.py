@@ -2,11 +2,13 @@
 
 from pyro_wae.penalties.adversarial import JensenShannon
 from pyro_wae.penalties.base import FunctionPenalty, Penalty, PenaltyContext, ScaledPenalty, SumPenalty, as_penalty
+from pyro_wae.penalties.chain import Chain
 from pyro_wae.penalties.cramer_wold import CramerWold
 from pyro_wae.penalties.energy import EnergyDistance
 from pyro_wae.penalties.guards import LogVarianceL1, UnitVarianceKL
 from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, register_kernel_mean
 from pyro_wae.penalties.mmd import MMD
+from pyro_wae.penalties.prior_likelihood import PriorLikelihood
 from pyro_wae.penalties.sinkhorn import Sinkhorn
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, SlicedWasserstein
 from pyro_wae.penalties.spherical import SphericalSlicedWasserstein
@@ -14,6 +16,7 @@ from pyro_wae.penalties.stein import KernelStein
 
 __all__ = [
     "MMD",
+    "Chain",
     "CramerWold",
     "EnergyDistance",
     "FunctionPenalty",
@@ -24,6 +27,7 @@ __all__ = [
     "MaxSlicedWasserstein",
     "Penalty",
     "PenaltyContext",
+    "PriorLikelihood",
     "ScaledPenalty",
     "Sinkhorn",
     "SlicedWasserstein",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_wae._repr import CallRepr
 from pyro_wae.numerics import at_least_float32
+from pyro_wae.penalties.joint import beside, join, scaled_columns
 
 __all__ = ["FunctionPenalty", "Penalty", "PenaltyContext", "ScaledPenalty", "SumPenalty", "as_penalty"]
 
@@ -22,7 +23,7 @@ __all__ = ["FunctionPenalty", "Penalty", "PenaltyContext", "ScaledPenalty", "Sum
 class PenaltyContext:
     """What is known of the codes and the prior beyond their draws. Everything has a default.
 
-    The last three are functions, called only by a penalty that needs them.
+    What takes time to find out is a function, called only by a penalty that needs it.
 
     Args:
         data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
@@ -32,6 +33,12 @@ class PenaltyContext:
             where it is not one distribution.
         prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
         encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
+        sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
+        kept: Gives which numbers of the codes are not masked, shape (K, n, d), or None if all are.
+        condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
+            that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior draws then come in
+            multiples of the data, as with ``shared_data``.
+        condition_scale: Factor of the condition's floats where they stand beside a code as further columns, a scalar.
     """
 
     data_size: int | None = None
@@ -39,6 +46,10 @@ class PenaltyContext:
     prior: Callable[[], Any] | None = None
     prior_log_prob: Callable[[Tensor], Tensor] | None = None
     encoder_variance: Callable[[], Tensor] | None = None
+    sites: Mapping[str, slice] | None = None
+    kept: Callable[[], Tensor | None] | None = None
+    condition: Tensor | None = None
+    condition_scale: Tensor | None = None
 
 
 class Penalty(CallRepr, nn.Module):
@@ -54,6 +65,10 @@ class Penalty(CallRepr, nn.Module):
 
     needs_prior_draws = True
     """Whether :meth:`estimate` reads the prior draws; without, a prior need not be sampled at all."""
+
+    reads_condition = False
+    """Whether :meth:`estimate` reads the context's condition itself. All others that read prior draws see the condition
+    beside codes and prior draws, as further columns, and no condition in the context."""
 
     def prepare(self, codes: Tensor) -> None:
         """Makes what depends on the size d of a code, such as a discriminator; called before :meth:`estimate`."""
@@ -81,10 +96,20 @@ class Penalty(CallRepr, nn.Module):
         codes, prior = at_least_float32(codes), at_least_float32(prior)
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
-        self.prepare(codes)
+        self.prepare(beside(codes, context.condition if context else None))
         with torch.autocast(codes.device.type, enabled=False):
-            value = self.estimate(codes, prior, context or PenaltyContext())
+            value = self.estimate_joint(codes, prior, context or PenaltyContext())
         return value.to(codes.dtype)
+
+    def estimate_joint(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        """What :meth:`estimate` gives, of codes and prior draws joined with the condition if the context has one.
+
+        Raises:
+            ValueError: If the condition is made of labels, and the penalty needs numbers.
+        """
+        if context.condition is not None and self.needs_prior_draws and not self.reads_condition:
+            codes, prior, context = join(codes, prior, context, scaled_columns(self, context))
+        return self.estimate(codes, prior, context)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         """Estimates the divergence from checked codes (K, n, d) and prior draws (m, d), outside autocast."""
@@ -102,6 +127,8 @@ class Penalty(CallRepr, nn.Module):
 class SumPenalty(Penalty):
     """The sum of penalties, usually written with ``+``: ``MMD() + 0.1 * SlicedWasserstein()``."""
 
+    reads_condition = True
+
     def __init__(self, *penalties: Penalty) -> None:
         super().__init__()
         self.penalties = nn.ModuleList(penalties)
@@ -112,7 +139,7 @@ class SumPenalty(Penalty):
             penalty.prepare(codes)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        return functools.reduce(operator.add, (part.estimate(codes, prior, context) for part in self.parts()))
+        return functools.reduce(operator.add, (part.estimate_joint(codes, prior, context) for part in self.parts()))
 
     def parts(self) -> list[Penalty]:
         """The penalties that are added."""
@@ -129,6 +156,8 @@ class ScaledPenalty(Penalty):
         ValueError: If the number is negative or not finite.
     """
 
+    reads_condition = True
+
     def __init__(self, penalty: Penalty, factor: float) -> None:
         super().__init__()
         if not (math.isfinite(factor) and factor >= 0):
@@ -141,7 +170,7 @@ class ScaledPenalty(Penalty):
         self.penalty.prepare(codes)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        return self.factor * self.penalty.estimate(codes, prior, context)
+        return self.factor * self.penalty.estimate_joint(codes, prior, context)
 
     def __repr__(self) -> str:
         return f"{self.factor} * {self.penalty!r}"

@@ -6,16 +6,23 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pyro_wae.adapters import as_kernel
-from pyro_wae.kernels import FunctionKernel, InverseMultiquadratic, Kernel
+from pyro_wae.kernels import Conditional, InverseMultiquadratic, Kernel
 from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.blocks import PairTerm, holds_function, pair_total
+from pyro_wae.penalties.joint import DefaultConditionKernels, join, label_columns
 from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean
 from pyro_wae.penalties.null import NullVariance, pair_variance
-from pyro_wae.penalties.pairs import mean_within, same_datum
+from pyro_wae.penalties.pairs import PairWeights, across, every, mean_within, within
 
 __all__ = ["MMD"]
+
+MOST_ROWS = 512
+"""The largest number of codes whose means against the prior are taken at once: a mixture of Gaussians that stands for
+seven inverse multiquadratic kernels has hundreds of terms for each."""
 
 
 class MMD(Penalty):
@@ -38,6 +45,10 @@ class MMD(Penalty):
         closed_form: Whether means of the kernel against the prior are taken from
             :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian or
             inverse multiquadratic kernel and a Normal or a mixture of Normals. The prior then adds no noise.
+        condition_kernel: What compares the conditions y where the context has them, k_y in the product
+            ``k(z, z') k_y(y, y')``: a kernel or a function of rows (n, c). It must be positive definite. Default, for
+            labels: ``UnitMean(SameLabel())``, the mean over pairs of one label; for floats: a Gaussian of half the
+            length that :class:`~pyro_wae.kernels.Gaussian` takes, over its mean.
 
     Raises:
         TypeError: If the kernel cannot be called.
@@ -56,6 +67,7 @@ class MMD(Penalty):
     """
 
     kernel: Kernel
+    reads_condition = True
 
     def __init__(
         self,
@@ -64,6 +76,7 @@ class MMD(Penalty):
         unbiased: bool = True,
         standardize: bool = False,
         closed_form: bool = True,
+        condition_kernel: Kernel | Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if standardize and not unbiased:
@@ -75,13 +88,14 @@ class MMD(Penalty):
         self.unbiased = unbiased
         self.standardize = standardize
         self.closed_form = closed_form
+        self.condition_kernel = None if condition_kernel is None else as_kernel(condition_kernel)
         self.null = NullVariance() if standardize else None
+        self.condition_defaults = DefaultConditionKernels()
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         self.kernel.fit(prior)
-        if not any(isinstance(part, FunctionKernel) for part in self.kernel.modules()):
-            # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
-            codes, prior = working_precision(codes), working_precision(prior)
+        if context.condition is not None:
+            return self._conditional(codes, prior, context, context.condition)
         known = self._known(context)
         value = self._from_draws(codes, prior, context) if known is None else self._from_means(codes, known, context)
         if self.null is None:
@@ -91,6 +105,19 @@ class MMD(Penalty):
             square = self.null.of_draws(self.kernel, prior)
         return value / (square * pair_variance(codes.shape[1], None if known is not None else len(prior))).sqrt()
 
+    def _conditional(self, codes: Tensor, prior: Tensor, context: PenaltyContext, condition: Tensor) -> Tensor:
+        """The same of the rows [z, y], with the product of the two kernels."""
+        condition_kernel = self.condition_kernel or self.condition_defaults.of(condition)
+        kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
+        columns = label_columns(condition)
+        value = MMD(kernel, unbiased=self.unbiased).estimate(*join(codes, prior, context, columns))
+        if self.null is None:
+            return value
+        # Given the conditions, each pair enters with its own factor k_y, and codes that match are independent of it.
+        rows = columns.to(value)
+        square = mean_within(condition_kernel.gram(rows, rows).square(), 1)
+        return value / (square * self.null.of_draws(self.kernel, prior) * pair_variance(len(rows), len(prior))).sqrt()
+
     def _known(self, context: PenaltyContext) -> KernelMean | None:
         """What is known of the kernel against the prior, if it may be used."""
         if not self.closed_form or context.shared_data or context.prior is None:
@@ -99,38 +126,42 @@ class MMD(Penalty):
         return None if prior is None else kernel_mean(self.kernel, prior)
 
     def _from_means(self, codes: Tensor, known: KernelMean, context: PenaltyContext) -> Tensor:
-        rows = codes.flatten(0, 1)
-        gram = self.kernel.gram(rows, rows)
-        qq = mean_within(gram, len(codes), context.data_size) if self.unbiased else gram.mean()
-        return qq + known.norm() - 2 * known.at(rows).mean()
+        # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
+        rows = codes.flatten(0, 1) if holds_function(self.kernel) else working_precision(codes.flatten(0, 1))
+        weights = within(len(rows), len(codes), context.data_size) if self.unbiased else every(len(rows), len(rows))
+        return pair_total(self.kernel, (rows,), (PairTerm(0, 0, weights),)) + known.norm() - 2 * _mean(known, rows)
 
     def _from_draws(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        rows, n = codes.flatten(0, 1), codes.shape[1]
+        rows = codes.flatten(0, 1)
+        qq, pp, qp = self._weights(codes, prior, context)
+        return pair_total(self.kernel, (rows, prior), (PairTerm(0, 0, qq), PairTerm(1, 1, pp), PairTerm(0, 1, -2 * qp)))
+
+    def _weights(
+        self, codes: Tensor, prior: Tensor, context: PenaltyContext
+    ) -> tuple[PairWeights, PairWeights, PairWeights]:
+        """Those of the means over pairs of codes, of prior draws, and of both."""
+        (particles, n), m = codes.shape[:2], len(prior)
         if not self.unbiased:
-            return self._mean(rows, rows) + self._mean(prior, prior) - 2 * self._mean(rows, prior)
+            return every(particles * n, particles * n), every(m, m), every(particles * n, m)
         if not context.shared_data:
-            qq = self._mean_within(rows, len(codes), context.data_size)
-            return qq + self._mean_within(prior, 1) - 2 * self._mean(rows, prior)
-        repeats, rest = divmod(len(prior), n)
+            return within(particles * n, particles, context.data_size), within(m, 1), every(particles * n, m)
+        repeats, rest = divmod(m, n)
         if rest or not repeats:
             raise ValueError(
                 f"With shared_data, row i of the prior draws has the datum of code i, so that they come in multiples "
-                f"of the {n} data, found {len(prior)}. Draw the prior once or several times for each datum."
+                f"of the {n} data, found {m}. Draw the prior once or several times for each datum."
             )
         # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
-        data_size = context.data_size if min(len(codes), repeats) > 1 else None
-        qq, pp = self._mean_within(rows, len(codes), data_size), self._mean_within(prior, repeats, data_size)
-        return qq + pp - 2 * self._mean_across(rows, prior, n, data_size)
+        size = context.data_size if min(particles, repeats) > 1 else None
+        return within(particles * n, particles, size), within(m, repeats, size), across(particles * n, m, n, size)
 
-    def _mean(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.kernel.gram(x, y).mean()
 
-    def _mean_within(self, rows: Tensor, repeats: int, data_size: int | None = None) -> Tensor:
-        return mean_within(self.kernel.gram(rows, rows), repeats, data_size)
-
-    def _mean_across(self, rows: Tensor, prior: Tensor, n: int, data_size: int | None) -> Tensor:
-        """Mean over pairs of a code and a prior draw of different data."""
-        gram = self.kernel.gram(rows, prior)
-        same = same_datum(gram, len(rows) // n, len(prior) // n)
-        between = (gram.sum() - same.sum()) / (gram.numel() - same.numel())
-        return between if data_size is None else torch.lerp(between, same.mean(), 1 / data_size)
+def _mean(known: KernelMean, rows: Tensor) -> Tensor:
+    """The mean of E k(q, p) over codes, with what lies between taken again in backward where there are many."""
+    if len(rows) <= MOST_ROWS:
+        return known.at(rows).mean()
+    sums = [
+        checkpoint(lambda part: known.at(part).sum(), part, use_reentrant=False, preserve_rng_state=False)
+        for part in rows.split(MOST_ROWS)
+    ]
+    return torch.stack(sums).sum() / len(rows)

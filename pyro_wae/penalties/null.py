@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_wae.kernels import Kernel
 from pyro_wae.numerics import working_precision
+from pyro_wae.penalties import blocks
 from pyro_wae.penalties.kernel_means import KernelMean
 
 __all__ = ["NullVariance", "centred_square", "pair_variance"]
@@ -46,14 +47,27 @@ def centred_square(gram: Tensor) -> Tensor:
     2014, doi:10.1214/14-AOS1255, proposition 1.
     """
     m = len(gram)
-    if m < 4:
-        raise ValueError(
-            f"standardize=True estimates a variance from at least 4 prior draws, found {m}. Raise the batch."
-        )
+    _check_draws(m)
     diagonal = torch.eye(m, dtype=torch.bool, device=gram.device)
     rows = gram.masked_fill(diagonal, 0).sum(1) / (m - 2)
     centred = gram - rows[:, None] - rows + rows.sum() / (m - 1)
     return centred.masked_fill(diagonal, 0).square().sum() / (m * (m - 3))
+
+
+def _centred_square_of(kernel: Kernel, prior: Tensor) -> Tensor:
+    """The same from the draws themselves, by blocks where there are many."""
+    m = len(prior)
+    if m**2 <= blocks.MOST_PAIRS:
+        return centred_square(kernel.gram(prior, prior))
+    _check_draws(m)
+    return blocks.centred_squares(kernel, prior) / (m * (m - 3))
+
+
+def _check_draws(m: int) -> None:
+    if m < 4:
+        raise ValueError(
+            f"standardize=True estimates a variance from at least 4 prior draws, found {m}. Raise the batch."
+        )
 
 
 class NullVariance(nn.Module):
@@ -85,8 +99,7 @@ class NullVariance(nn.Module):
         """From prior draws, these and the earlier ones."""
         if self.draws < self.enough_draws:
             with torch.no_grad():
-                prior = working_precision(prior)
-                square = centred_square(kernel.gram(prior, prior))
+                square = _centred_square_of(kernel, working_precision(prior))
             total = self.draws + len(prior)
             self._keep(self.square.to(square) + (square - self.square.to(square)) * (len(prior) / total), total)
         # Draws that coincide have no variance; the smallest positive number then makes a NaN impossible.

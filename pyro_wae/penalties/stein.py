@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from pyro_wae.kernels import Kernel, Laplace, Matern, MultiScale, Product, RadialKernel, RationalQuadratic, Scaled, Sum
 from pyro_wae.numerics import squared_distances, working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.pairs import mean_within
+from pyro_wae.penalties.blocks import PairTerm, pair_total
+from pyro_wae.penalties.pairs import within
 
 __all__ = ["KernelStein"]
 
@@ -93,8 +93,10 @@ class KernelStein(Penalty):
             z = (codes if differentiable else codes.detach()).clone()
             z = z if z.requires_grad else z.requires_grad_()
             score = self._score(z, context, create_graph=differentiable)
-            h = self._stein_gram(z.flatten(0, 1), score.flatten(0, 1), create_graph=differentiable)
-            value = mean_within(h, len(codes), context.data_size)
+            rows = torch.cat([working_precision(z), working_precision(score)], dim=2).flatten(0, 1)
+            rows = rows if differentiable else rows.detach()
+            kernel = _SteinKernel(self.kernel, self._unit(rows))
+            value = pair_total(kernel, (rows,), (PairTerm(0, 0, within(len(rows), len(codes), context.data_size)),))
         return value if differentiable else value.detach()
 
     def _fit(self, context: PenaltyContext) -> None:
@@ -147,22 +149,6 @@ class KernelStein(Penalty):
             raise ValueError(f"{_SUBJECT} must be one number for each code, shape {tuple(shape)}, found {got}. {_FIX}")
         return values.reshape(z.shape[:-1])
 
-    def _stein_gram(self, x: Tensor, score: Tensor, *, create_graph: bool) -> Tensor:
-        """The values h of all pairs of rows, finite also where two rows coincide."""
-        d = x.shape[1]
-        x, score = working_precision(x), working_precision(score)
-        squares = squared_distances(x, x)
-        # For k = f(r^2): grad_x k = 2 f' (x - y) = -grad_y k and trace grad_x grad_y k = -2 d f' - 4 r^2 f''.
-        # Where codes coincide a root in f would make 0 times infinity of the second.
-        apart = squares.clamp(min=_NEAREST * self._unit(squares))
-        f = _of_squares(self.kernel, apart)
-        slope = _derivative(f, apart, create_graph=True)
-        curvature = _derivative(slope, apart, create_graph=create_graph)
-        x = x - x.detach().mean(0)
-        along, across = (score * x).sum(1), score @ x.mT
-        pull = along[:, None] + along - across - across.mT  # (s(x) - s(y)).(x - y), which centring leaves as it is
-        return (score @ score.mT) * f - 2 * slope * pull - 2 * d * slope - 4 * apart * curvature
-
     def _unit(self, like: Tensor) -> Tensor:
         """The smallest squared length in the kernel."""
         lengths = [part.squared_length_like(like) for part in self.kernel.modules() if isinstance(part, RadialKernel)]
@@ -175,6 +161,40 @@ _FIX = (
     "unnormalised, or MMD(), which needs draws only."
 )
 _NEAREST = 1e-12
+
+
+class _SteinKernel(Kernel):
+    """The function h of rows (z, s(z)), finite also where two rows coincide.
+
+    Args:
+        kernel: k.
+        unit: The smallest squared length in it.
+    """
+
+    def __init__(self, kernel: Kernel, unit: Tensor) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.nearest = _NEAREST * unit
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        create_graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        d, same = x.shape[1] // 2, y is x
+        (x, x_score), (y, y_score) = x.split(d, 1), y.split(d, 1)
+        y = x if same else y
+        # For k = f(r^2): grad_x k = 2 f' (x - y) = -grad_y k and trace grad_x grad_y k = -2 d f' - 4 r^2 f''.
+        # Where codes coincide a root in f would make 0 times infinity of the second.
+        with torch.enable_grad():
+            apart = squared_distances(x, y).clamp(min=self.nearest)
+            apart = apart if apart.requires_grad else apart.requires_grad_()
+            f = self.kernel.profile(apart / self.kernel.squared_unit(apart))
+            slope = _derivative(f, apart, create_graph=True)
+            curvature = _derivative(slope, apart, create_graph=create_graph)
+        centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
+        x, y = x - centre, y - centre
+        # (s(x) - s(y)).(x - y), which centring leaves as it is.
+        pull = (x_score * x).sum(1)[:, None] + (y_score * y).sum(1) - x_score @ y.mT - x @ y_score.mT
+        values = (x_score @ y_score.mT) * f - 2 * slope * pull - 2 * d * slope - 4 * apart * curvature
+        return values if create_graph else values.detach()
 
 
 def _check_kernel(kernel: object) -> None:
@@ -191,18 +211,6 @@ def _check_kernel(kernel: object) -> None:
         f"KernelStein takes a radial kernel that is twice differentiable, found {kernel!r}. "
         "Write KernelStein(RationalQuadratic(0.5)), KernelStein(Gaussian()) or KernelStein(Matern(2.5))."
     )
-
-
-def _of_squares(kernel: Kernel, squares: Tensor) -> Tensor:
-    """A kernel that :func:`_check_kernel` lets pass, as a function of squared distances, elementwise."""
-    if isinstance(kernel, RadialKernel):
-        return kernel.profile(squares / kernel.squared_length_like(squares))
-    if isinstance(kernel, MultiScale):
-        return functools.reduce(torch.add, (_of_squares(kernel.kernel, squares / factor) for factor in kernel.factors))
-    if isinstance(kernel, Scaled):
-        return kernel.factor * _of_squares(kernel.kernel, squares)
-    assert isinstance(kernel, Sum | Product)
-    return functools.reduce(kernel.combine, (_of_squares(part, squares) for part in kernel.parts()))
 
 
 def _derivative(values: Tensor, by: Tensor, *, create_graph: bool) -> Tensor:

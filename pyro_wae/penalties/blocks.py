@@ -1,0 +1,333 @@
+"""Weighted sums of a kernel over pairs of rows, of two sets within and across, in memory that grows with the rows.
+
+Few pairs are summed as a whole matrix, by automatic differentiation. Of many the matrix is never there: a block at a time is made, small enough to stay in a processor's cache, summed, and turned into its part of
+the gradient while it is still there. Backward then only multiplies.
+
+All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae.numerics.working_precision`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pyro_wae.kernels import FunctionKernel, Kernel, Scratch
+from pyro_wae.numerics import working_precision
+from pyro_wae.penalties.pairs import PairWeights
+
+__all__ = ["PairTerm", "centred_squares", "holds_function", "pair_total"]
+
+MOST_PAIRS = 512**2
+"""The largest number of pairs of rows whose matrix is made as a whole."""
+
+MOST_RADIAL_PAIRS = 64**2
+"""The same for a kernel of the distance alone, whose derivative by hand is the faster from here on."""
+
+BLOCK = {"cpu": (128, 2048)}
+"""Rows and columns of a block: in a processor's cache, and on other devices enough to keep them busy."""
+
+OTHER_BLOCK = (1024, 4096)
+
+
+@dataclass(frozen=True)
+class PairTerm:
+    """One sum over pairs.
+
+    Args:
+        left: Index of the set that is the rows of the matrix of pairs.
+        right: Index of the set that is its columns.
+        weights: What each pair counts.
+    """
+
+    left: int
+    right: int
+    weights: PairWeights
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the pairs are those of one set, whose kernel values need to be taken once only."""
+        return self.left == self.right
+
+
+def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
+    """Sums a kernel over pairs of rows of one or several sets.
+
+    Second derivatives are those of the whole matrix, and take its memory.
+
+    Args:
+        kernel: Its lengths are set. One that holds a function is called with some rows at a time where there are many.
+        sets: Each of shape (rows, d), a float.
+        terms: What is summed.
+
+    Returns:
+        A scalar in the working precision, differentiable in the sets.
+    """
+    most = max(len(sets[term.left]) * len(sets[term.right]) for term in terms)
+    if most <= (MOST_RADIAL_PAIRS if kernel.is_radial else MOST_PAIRS) or _learns(kernel, sets):
+        return _dense(kernel, sets, terms)
+    if torch.is_grad_enabled() and any(rows.requires_grad for rows in sets):
+        return cast(Tensor, _PairTotal.apply(kernel, terms, *sets))
+    return _blockwise(kernel, sets, terms, (False,) * len(sets))[0]
+
+
+def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
+    """Sums (k_ij - r_i - r_j + c)^2 over pairs i != j of m rows, with r the row sums over m - 2 and c theirs over m - 1.
+
+    The diagonal is left out of the row sums too. Two passes over the pairs, because the square of a difference would
+    lose its digits if it were taken apart.
+
+    Args:
+        kernel: Its lengths are set.
+        rows: Shape (m, d), m > 2.
+
+    Returns:
+        A scalar in the working precision, without a graph.
+    """
+    m, offsets = len(rows), _zeros(rows, len(rows))
+    total, mean = _zeros(rows), _zeros(rows)
+    with torch.no_grad():
+        rows = rows if holds_function(kernel) else working_precision(rows)
+        for block in _blocks(m, m, symmetric=True, device=rows.device):
+            values = block.gram(kernel, rows)
+            offsets[block.rows] += values.sum(1) / (m - 2)
+            if not block.is_own:
+                offsets[block.columns] += values.sum(0) / (m - 2)
+        mean += offsets.sum() / (m - 1)
+        for block in _blocks(m, m, symmetric=True, device=rows.device):
+            values = block.gram(kernel, rows) - offsets[block.rows, None] - offsets[block.columns] + mean
+            if block.is_own:
+                values.fill_diagonal_(0)
+            total += block.times * values.square().sum()
+    return total
+
+
+class _PairTotal(torch.autograd.Function):
+    """The sum, whose gradient is known as soon as its value is."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, terms: tuple[PairTerm, ...], *sets: Tensor) -> Tensor:
+        total, gradients = _blockwise(kernel, sets, terms, ctx.needs_input_grad[2:])
+        ctx.kernel, ctx.terms = kernel, terms
+        ctx.save_for_backward(*sets, *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.saved_tensors) // 2
+        sets, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if not torch.is_grad_enabled():
+            return None, None, *(None if known is None else (gradient * known).to(known) for known in gradients)
+        # Someone wrote create_graph=True, and what is kept has no graph.
+        wanted = [rows for rows, known in zip(sets, gradients, strict=True) if known is not None]
+        found = iter(torch.autograd.grad(_dense(ctx.kernel, sets, ctx.terms), wanted, gradient, create_graph=True))
+        return None, None, *(None if known is None else next(found) for known in gradients)
+
+
+def _dense(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
+    if not holds_function(kernel):
+        # Once and not for each term: their gradients nearly cancel, and have to meet before they are rounded.
+        sets = tuple(working_precision(rows) for rows in sets)
+    totals = (
+        term.weights.total(kernel.gram(sets[term.left], sets[term.right]), symmetric=term.is_symmetric)
+        for term in terms
+    )
+    return functools.reduce(torch.add, totals)
+
+
+def _blockwise(
+    kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The sum, and its gradient by each set where that is wanted, in the set's precision and without a graph."""
+    with torch.no_grad():
+        pairs = (_RadialPairs if kernel.is_radial else _AnyPairs)(kernel, sets, wanted)
+        total = _zeros(sets[0])
+        for term in terms:
+            sizes = len(sets[term.left]), len(sets[term.right])
+            for block in _blocks(*sizes, symmetric=term.is_symmetric, device=sets[0].device):
+                total += pairs.add(term, block)
+        return total, pairs.take_gradients()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A rectangle of the matrix of pairs, which counts ``times`` times, also for its mirror image."""
+
+    rows: slice
+    columns: slice
+    times: int
+    is_own: bool
+    """Whether rows and columns are the same."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def total(self, term: PairTerm, values: Tensor) -> Tensor:
+        """The weighted sum of the block's values."""
+        return self.times * term.weights.total(values, symmetric=term.is_symmetric, corner=self.corner)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        return self.rows.start, self.columns.start
+
+    def gram(self, kernel: Kernel, rows: Tensor) -> Tensor:
+        """The values of a kernel on pairs of one set, with 0 on the diagonal."""
+        left = rows[self.rows]
+        if not self.is_own:
+            return kernel.gram(left, rows[self.columns])
+        return kernel.gram(left, left).clone().fill_diagonal_(0)
+
+
+def _blocks(rows: int, columns: int, *, symmetric: bool, device: torch.device) -> Iterator[_Block]:
+    height, width = BLOCK.get(device.type, OTHER_BLOCK)
+    for top in range(0, rows, height):
+        across, start = slice(top, min(top + height, rows)), 0
+        if symmetric:
+            yield _Block(across, across, 1, True)
+            start = across.stop
+        for left in range(start, columns, width):
+            yield _Block(across, slice(left, min(left + width, columns)), 2 if symmetric else 1, False)
+
+
+class _RadialPairs:
+    """Sums of a function of the distance, with its derivative written out.
+
+    For u = |x - y|^2 of two rows the gradient by x is 2 f'(u) (x - y). So with the matrix S of slopes that of all rows is
+    2 (s X - S Y), with the row sums s of S; and one product of matrices, S [Y, 1], gives both. It is summed over all
+    blocks and terms before X comes in.
+    """
+
+    def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
+        self.kernel, self.dtypes, self.d = kernel, [rows.dtype for rows in sets], sets[0].shape[1]
+        # |x|^2 + |y|^2 - 2 x.y loses the digits by which |x| exceeds |x - y|, and distances stay when all rows move.
+        centre = torch.stack([rows.mean(0, dtype=_zeros(rows).dtype) for rows in sets]).mean(0)
+        self.unit = kernel.squared_unit(centre).sqrt()
+        self.columns = [self._columns(rows, centre) for rows in sets]
+        self.products = [
+            torch.zeros_like(columns[:-1]) if want else None
+            for columns, want in zip(self.columns, wanted, strict=True)
+        ]
+        height, width = BLOCK.get(centre.device.type, OTHER_BLOCK)
+        rows = max(map(len, sets))
+        self.scratch = [centre.new_empty(min(height, rows) * min(max(width, height), rows)) for _ in range(4)]
+
+    def add(self, term: PairTerm, block: _Block) -> Tensor:
+        """The sum over a block; its part of the gradients is added to them."""
+        x, y, d = self.columns[term.left][:, block.rows], self.columns[term.right][:, block.columns], self.d
+        u, *scratch = (part[: block.shape[0] * block.shape[1]].view(block.shape) for part in self.scratch)
+        torch.mm(torch.cat([x[:d] * -2, x[d + 1 :], x[d : d + 1]]).mT, y, out=u).clamp_(min=0)
+        if block.is_own:
+            u.fill_diagonal_(0)
+        values, slopes = self._profile_and_slope(u, (scratch[0], scratch[1], scratch[2]))
+        by_x, by_y = self.products[term.left], None if block.is_own else self.products[term.right]
+        if by_x is not None or by_y is not None:
+            for offset, ratio in term.weights.diagonals(block.shape, symmetric=term.is_symmetric, corner=block.corner):
+                slopes.diagonal(offset).mul_(ratio)
+        # Of a row with itself both ends move.
+        weight = term.weights.between * (2 if block.is_own else block.times)
+        if by_x is not None:
+            by_x[:, block.rows].addmm_(y[:-1], slopes.mT, alpha=weight)
+        if by_y is not None:
+            by_y[:, block.columns].addmm_(x[:-1], slopes, alpha=weight)
+        return block.total(term, values)
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The gradients by the sets; they are then used up."""
+        self.scratch.clear()
+        gradients: list[Tensor | None] = []
+        for columns, product, dtype in zip(self.columns, self.products, self.dtypes, strict=True):
+            if product is None:
+                gradients.append(None)
+                continue
+            x, pull = columns[:-2], product[:-1]
+            gradient = x.mul_(product[-1]).sub_(pull).mul_(2 / self.unit)
+            gradients.append(gradient.mT.to(dtype).contiguous())
+        self.columns.clear()
+        return gradients
+
+    def _columns(self, rows: Tensor, centre: Tensor) -> Tensor:
+        """The columns x, 1, |x|^2, so that one product of matrices gives u.
+
+        A code is a column because products with the transpose of S are twice as slow the other way.
+        """
+        columns = centre.new_empty(self.d + 2, len(rows))
+        x = columns[:-2]
+        x.copy_(rows.mT).sub_(centre[:, None]).div_(self.unit)
+        columns[-2] = 1
+        torch.linalg.vecdot(x, x, dim=0, out=columns[-1])
+        return columns
+
+    def _profile_and_slope(self, u: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        if self.kernel.compiles:
+            return _compiled()(self.kernel, u)
+        return self.kernel.profile_and_slope(u, scratch)
+
+
+class _AnyPairs:
+    """Sums of any kernel, differentiated automatically, a block at a time."""
+
+    def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
+        self.kernel, self.sets = kernel, sets
+        self.is_function = holds_function(kernel)
+        self.gradients = [
+            _zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)
+        ]
+
+    def add(self, term: PairTerm, block: _Block) -> Tensor:
+        """The sum over a block; its part of the gradients is added to them."""
+        x = self._rows(term.left, block.rows)
+        y = x if block.is_own else self._rows(term.right, block.columns)
+        with torch.set_grad_enabled(x.requires_grad or y.requires_grad):
+            total = block.total(term, self.kernel.gram(x, y))
+        if total.requires_grad:
+            ends = [(term.left, block.rows, x)] + ([] if block.is_own else [(term.right, block.columns, y)])
+            ends = [end for end in ends if end[2].requires_grad]
+            found = torch.autograd.grad(total, [end[2] for end in ends], allow_unused=True)
+            for (index, part, _), gradient in zip(ends, found, strict=True):
+                sums = self.gradients[index]
+                if gradient is not None and sums is not None:
+                    sums[part] += gradient
+        return total.detach()
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The gradients by the sets."""
+        return [
+            None if gradient is None else gradient.to(rows.dtype)
+            for gradient, rows in zip(self.gradients, self.sets, strict=True)
+        ]
+
+    def _rows(self, index: int, part: slice) -> Tensor:
+        rows = self.sets[index][part].detach()
+        rows = rows if self.is_function else working_precision(rows)
+        return rows if self.gradients[index] is None else rows.requires_grad_()
+
+
+@functools.cache
+def _compiled() -> Callable[[Kernel, Tensor], tuple[Tensor, Tensor]]:
+    return cast(
+        Callable[[Kernel, Tensor], tuple[Tensor, Tensor]],
+        torch.compile(lambda kernel, u: kernel.profile_and_slope(u), dynamic=True),
+    )
+
+
+def holds_function(kernel: Kernel) -> bool:
+    """Whether a kernel calls a plain function or module, which receives codes in their own precision."""
+    return any(isinstance(part, FunctionKernel) for part in kernel.modules())
+
+
+def _learns(kernel: Kernel, sets: tuple[Tensor, ...]) -> bool:
+    """Whether a function in the kernel has a gradient of its own, which only automatic differentiation can tell."""
+    if not (torch.is_grad_enabled() and holds_function(kernel)):
+        return False
+    row = sets[0][:1].detach()
+    return kernel.gram(row, row.clone()).requires_grad
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros in the working precision."""
+    return torch.zeros(shape, dtype=working_precision(like[:0]).dtype, device=like.device)

@@ -1,0 +1,153 @@
+"""What a penalty weight is, and the weights that follow a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyro_wae._repr import CallRepr
+
+__all__ = ["Constant", "Linear", "Schedule", "Weight", "as_weight", "check_weight"]
+
+
+class Weight(CallRepr, nn.Module):
+    """A penalty weight; subclasses define :meth:`~Weight.forward`, and :meth:`~Weight.observe` if they learn.
+
+    It counts the training steps it has seen. Its state is in ``state_dict``.
+    """
+
+    needs_prior_draws = False
+    """Whether :meth:`observe` reads the prior draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def forward(self, cost: Tensor | None = None) -> float | Tensor:
+        """The weight of this step, in units of cost per unit of penalty.
+
+        Args:
+            cost: The mean cost of the step, a detached scalar, for weights that start from it.
+        """
+        raise NotImplementedError
+
+    def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
+        """Sees what a training step has shown; called once a step, after its loss.
+
+        Args:
+            cost: The mean cost, a detached scalar.
+            codes: The codes of the step, detached, shape (K, n, d).
+            prior: Prior draws, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False.
+        """
+        self.step += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of steps, for ``state_dict``."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores what :meth:`get_extra_state` gave."""
+        self.step = state["step"]
+
+
+class Constant(Weight):
+    """One weight for the whole training; a plain number given as ``penalty_weight`` becomes this.
+
+    Args:
+        weight: lambda, finite and >= 0.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        check_weight("penalty_weight", weight)
+        self.weight = weight
+
+    def forward(self, cost: Tensor | None = None) -> float:
+        return self.weight
+
+
+class Schedule(Weight):
+    """The weight as a function of the training step.
+
+    Args:
+        function: f(step) -> weight, for step = 0, 1, 2, ...
+
+    Raises:
+        TypeError: If it cannot be called, or, in a step, gives no number.
+        ValueError: In a step, if it gives a weight that is negative or not finite.
+
+    Example:
+        >>> weight = Schedule(lambda step: 100.0 if step < 1000 else 300.0)
+        >>> weight()
+        100.0
+    """
+
+    def __init__(self, function: Callable[[int], float]) -> None:
+        super().__init__()
+        if not callable(function):
+            raise TypeError(
+                f"Schedule takes a function of the step, found {function!r}. Write Schedule(lambda step: 100.0)."
+            )
+        self.function = function
+
+    def forward(self, cost: Tensor | None = None) -> float:
+        weight = self.function(self.step)
+        check_weight(f"Schedule's weight of step {self.step}", weight)
+        return weight
+
+
+class Linear(Weight):
+    """A weight that goes from one value to another along a line, and stays there.
+
+    Args:
+        start: The weight of the first step.
+        end: The weight after ``steps`` steps.
+        steps: The number of steps between them, >= 1.
+
+    Raises:
+        TypeError: If a weight is no number.
+        ValueError: If a weight is negative or not finite, or there is no step.
+
+    Example:
+        >>> Linear(0.0, 100.0, steps=1000)()
+        0.0
+    """
+
+    def __init__(self, start: float, end: float, *, steps: int) -> None:
+        super().__init__()
+        check_weight("Linear's start", start)
+        check_weight("Linear's end", end)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"Linear takes steps, a whole number >= 1, found {steps!r}. Write steps=1000.")
+        self.start, self.end, self.steps = start, end, steps
+
+    def forward(self, cost: Tensor | None = None) -> float:
+        return self.start + (self.end - self.start) * min(self.step / self.steps, 1.0)
+
+
+def as_weight(weight: float | Weight) -> Weight:
+    """Makes a :class:`Weight` of a number.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the number is negative or not finite.
+    """
+    return weight if isinstance(weight, Weight) else Constant(weight)
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raises TypeError or ValueError unless the weight is a finite number >= 0."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise TypeError(
+            f"{name} must be a number or one of pyro_wae.weights, found {type(weight).__name__}. "
+            "Write penalty_weight=100.0."
+        )
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"{name} must be finite and >= 0, found {weight}. Write penalty_weight=100.0.")

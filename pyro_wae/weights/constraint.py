@@ -1,0 +1,167 @@
+"""The penalty weight as a Lagrange multiplier."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_wae.penalties.null import pair_variance
+from pyro_wae.weights.base import Weight, check_weight
+from pyro_wae.weights.features import RandomFeatures, trace_of_squared_covariance
+
+__all__ = ["Constraint"]
+
+FREQUENCIES = 192
+LARGEST_RISE = 30.0
+CHECK_EVERY = 100
+TRACE_ROWS, TRACE_SHARE = 256, 1 / 256
+"""Prior draws of a step from which the null's variance is estimated, and the step's share in its running mean."""
+
+
+class Constraint(Weight):
+    """The weight that holds the codes so close to the prior that a given number of them cannot be told from it.
+
+    It is the Lagrange multiplier of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum mean
+    discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
+    estimate between two sets of ``codes`` prior draws. While D is larger, log lambda rises; while it is smaller,
+    log lambda falls.
+
+    D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. So it does not see what
+    a layer such as BatchNorm lets the codes of one batch arrange among themselves, and is unbiased for the
+    distribution that one code has over all batches. It looks at the codes of all sites that have a penalty, joined,
+    and not at what they are conditional on.
+
+    Args:
+        codes: How many codes a test against the prior would need to tell them apart; more is stricter. It should not
+            exceed the number of data.
+        initial: The first weight; None takes the mean cost of the first step, which suits a penalty that is near 1
+            for codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is.
+        maximum: The largest weight; None takes 30 times the first. A weight that stays there is reported by a
+            warning, because the training as it is cannot reach the slack.
+        rate: The largest change of log lambda in a step.
+        pool: The number of steps that D is measured on, >= 2.
+
+    Attributes:
+        weight: lambda, a scalar tensor.
+        discrepancy: The last D over its slack, a scalar tensor: near 1 where the constraint holds. NaN before the
+            second step.
+
+    Raises:
+        TypeError: If a weight is no number.
+        ValueError: If an argument is out of range, or, in a step, if the size of a code changes.
+
+    Source: Rezende, Viola, "Taming VAEs", 2018, arXiv:1810.00597, for a multiplier that is learnt along with an
+    auto-encoder.
+
+    Example:
+        >>> from pyro_wae import WAELoss
+        >>> loss = WAELoss(penalty_weight=Constraint())
+    """
+
+    needs_prior_draws = True
+
+    weight: Tensor
+    discrepancy: Tensor
+    frequencies: Tensor
+    differences: Tensor
+    trace: Tensor
+    largest: Tensor
+
+    def __init__(
+        self,
+        codes: int = 1000,
+        *,
+        initial: float | None = None,
+        maximum: float | None = None,
+        rate: float = 0.002,
+        pool: int = 32,
+    ) -> None:
+        super().__init__()
+        for name, value, least, example in (("codes", codes, 2, 1000), ("pool", pool, 2, 32)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"Constraint takes {name}, a whole number >= {least}, found {value!r}. Write {name}={example}."
+                )
+        for name, weight in (("initial", initial), ("maximum", maximum)):
+            if weight is not None:
+                check_weight(f"Constraint's {name}", weight)
+        if initial is not None and (initial == 0 or (maximum is not None and maximum < initial)):
+            raise ValueError(
+                f"Constraint takes 0 < initial <= maximum, found {initial} and {maximum}. Write initial=100.0."
+            )
+        if not 0 < rate < 1:
+            raise ValueError(f"Constraint takes a rate between 0 and 1, found {rate}. Write rate=0.002.")
+        self.codes = codes
+        self.initial = initial
+        self.maximum = maximum
+        self.rate = rate
+        self.pool = pool
+        self._has_warned = False
+        self.register_buffer("weight", torch.tensor(math.nan if initial is None else float(initial)))
+        self.register_buffer("discrepancy", torch.tensor(math.nan))
+        self.register_buffer("largest", torch.tensor(math.nan if maximum is None else float(maximum)))
+        self.register_buffer("frequencies", torch.empty(0))
+        self.register_buffer("differences", torch.empty(0))
+        self.register_buffer("trace", torch.zeros(()))
+
+    def forward(self, cost: Tensor | None = None) -> Tensor:
+        if cost is None:
+            return self.weight
+        return torch.where(self.weight.isnan(), cost, self.weight.to(cost))
+
+    @torch.no_grad()
+    def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
+        assert prior is not None  # needs_prior_draws
+        if self.step == 0:
+            self._begin(cost, prior)
+        if codes.shape[2] != len(self.frequencies):
+            raise ValueError(
+                f"Constraint measures codes of one size over many steps; it began with {len(self.frequencies)} numbers "
+                f"in a code and found {codes.shape[2]}. Pad sequences to one length and mask them with poutine.mask."
+            )
+        features = RandomFeatures(self.frequencies)
+        prior_features = features(prior)
+        self.differences[self.step % self.pool] = features(codes.flatten(0, 1)).mean(0) - prior_features.mean(0)
+        share = max(1 / (self.step + 1), TRACE_SHARE)
+        self.trace = torch.lerp(self.trace, trace_of_squared_covariance(prior_features[:TRACE_ROWS]), share)
+        super().observe(cost, codes, prior)
+        self._ascend()
+
+    def _begin(self, cost: Tensor, prior: Tensor) -> None:
+        self.frequencies = RandomFeatures.draw(prior, FREQUENCIES, seed=0).frequencies
+        self.differences = self.frequencies.new_zeros(self.pool, 2 * FREQUENCIES)
+        self.weight = self.forward(cost).to(self.frequencies)
+        self.largest = torch.where(self.largest.isnan(), LARGEST_RISE * self.weight, self.largest.to(self.weight))
+        self.trace = self.trace.to(self.frequencies)
+
+    def _ascend(self) -> None:
+        steps = min(self.step, self.pool)
+        if steps < 2:
+            return
+        across = self.differences.sum(0).square().sum() - self.differences.square().sum()
+        slack = (self.trace * pair_variance(self.codes, self.codes)).sqrt()
+        self.discrepancy = across / (steps * (steps - 1)) / slack
+        change = (self.rate * (self.discrepancy - 1).clamp(-1, 1)).exp()
+        self.weight = torch.minimum(self.weight * change, self.largest)
+        if self.step % CHECK_EVERY == 0 and not self._has_warned and bool(self.weight >= self.largest):
+            self._has_warned = True
+            warnings.warn(
+                f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
+                f"discrepancy still at {self.discrepancy.item():.2g} of what {self.codes} codes are allowed. A larger "
+                "weight would only drown the cost. Take larger batches, more steps or a lower learning rate, or ask for less: "
+                f"Constraint(codes={self.codes // 2}).",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("frequencies", "differences"):
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                # Their shape is known only after the first step, so they are assigned and not copied.
+                setattr(self, name, value.detach().clone().to(self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)

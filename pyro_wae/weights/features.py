@@ -1,0 +1,60 @@
+"""Random features of a kernel, by which many batches are compared at the price of their means."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["RandomFeatures", "trace_of_squared_covariance"]
+
+FACTORS = (0.2, 1.0, 5.0)
+
+
+class RandomFeatures:
+    """Features phi with ``phi(x) . phi(y)`` near the mean of three inverse multiquadratic kernels, and 1 for x = y.
+
+    The kernel C / (C + |x - y|^2) is a mixture of Gaussians, so that its frequencies are Normal with a variance
+    drawn from an exponential distribution. C is the mean squared distance of prior draws times 0.2, 1 and 5.
+
+    Args:
+        frequencies: Shape (d, F).
+
+    Source: Rahimi, Recht, "Random Features for Large-Scale Kernel Machines", NeurIPS 2007.
+    """
+
+    def __init__(self, frequencies: Tensor) -> None:
+        self.frequencies = frequencies
+
+    @classmethod
+    def draw(cls, prior: Tensor, count: int, seed: int) -> RandomFeatures:
+        """Draws the frequencies from a generator of their own.
+
+        Args:
+            prior: Prior draws, shape (m, d), which give the length.
+            count: The number F of frequencies; there are twice as many features.
+            seed: Of the generator.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        normal = torch.randn(prior.shape[1], count, generator=generator)
+        precision = torch.empty(count).exponential_(generator=generator)
+        factors = torch.tensor(FACTORS).repeat(math.ceil(count / len(FACTORS)))[:count]
+        scale = 2 * prior.float().var(0).sum()
+        return cls(normal.to(prior.device) * (2 * precision / factors).sqrt().to(prior.device) / scale.sqrt())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps rows (n, d) to features (n, 2 F) in float32."""
+        phases = x.float() @ self.frequencies
+        return torch.cat([phases.cos(), phases.sin()], 1) / math.sqrt(self.frequencies.shape[1])
+
+
+def trace_of_squared_covariance(features: Tensor) -> Tensor:
+    """Estimates tr(C^2) of the features' covariance C without bias, from two halves of (n, F) independent rows.
+
+    It is E h(p, p')^2 of the kernel that the features stand for, centred.
+    """
+    halves = features.tensor_split(2)
+    first, second = (half - half.mean(0) for half in halves)
+    # tr(A^T A B^T B) = |A B^T|^2, which is (n/2)^2 numbers in place of F^2.
+    return (first @ second.T).square().sum() / ((len(first) - 1) * (len(second) - 1))

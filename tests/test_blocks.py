@@ -1,0 +1,505 @@
+import functools
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pyro.contrib.gp.kernels as pyro_kernels
+import pyro.distributions as dist
+import pytest
+import torch
+from references import KERNELS, distances, half_mean_square
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_wae.adapters import as_kernel
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, RationalQuadratic
+from pyro_wae.kernels import Kernel, RadialKernel
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, blocks
+from pyro_wae.penalties.null import NullVariance, centred_square
+
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Sums by blocks of 7 x 10 pairs, however few rows there are."""
+    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+
+
+def rows(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def off_diagonal(n):
+    return ~torch.eye(n, dtype=torch.bool)
+
+
+def other_datum(row_repeats, column_repeats, n):
+    data = torch.arange(n)
+    return data.repeat(row_repeats)[:, None] != data.repeat(column_repeats)
+
+
+def mean(name, x, y, h, pairs=None):
+    """The mean of the formula over pairs, by direct differences that pass gradients."""
+    r = (x[:, None] - y).square().sum(2).clamp(min=1e-300).sqrt()
+    values = KERNELS[name][1](r, h)
+    return values.mean() if pairs is None else values[pairs].mean()
+
+
+def value_and_gradients(function, *arguments):
+    arguments = [argument.detach().clone().requires_grad_() for argument in arguments]
+    value = function(*arguments)
+    return value.detach(), *torch.autograd.grad(value, arguments)
+
+
+def assert_same(function, expected, *arguments):
+    torch.testing.assert_close(
+        value_and_gradients(function, *arguments),
+        value_and_gradients(expected, *arguments),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+# Values and gradients against direct sums
+
+
+@every_kernel
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (33, 14), (2, 30)])
+def test_unbiased_sums_by_blocks_are_the_direct_ones(name, n, m, small_blocks):
+    codes, prior = 0.5 * rows(n, 3) + 1, rows(m, 3)
+    h = half_mean_square(prior)
+    mmd = MMD(KERNELS[name][0]())
+    mmd.kernel.fit(prior)
+
+    def expected(q, p):
+        return mean(name, q, q, h, off_diagonal(n)) + mean(name, p, p, h, off_diagonal(m)) - 2 * mean(name, q, p, h)
+
+    assert_same(mmd, expected, codes, prior)
+
+
+@pytest.mark.parametrize("name", ["authors", "gaussian", "rational", "matern32", "matern52", "product"])
+def test_biased_sums_by_blocks_are_the_direct_ones(name, small_blocks):
+    codes, prior = 0.5 * rows(20, 3) + 1, rows(33, 3)
+    h = half_mean_square(prior)
+    mmd = MMD(KERNELS[name][0](), unbiased=False)
+    mmd.kernel.fit(prior)
+    assert_same(
+        mmd, lambda q, p: mean(name, q, q, h) + mean(name, p, p, h) - 2 * mean(name, q, p, h), codes, prior
+    )
+
+
+@every_kernel
+@pytest.mark.parametrize("size", [None, 50])
+@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (1, 5), (3, 1), (3, 3)])
+def test_particles_and_shared_data_by_blocks_leave_out_the_pairs_of_one_datum(
+    name, particles, repeats, size, small_blocks
+):
+    """With the data size, the pairs of one datum come back with its weight where both sides have several."""
+    codes, prior = rows(particles, 9, 3) + 1, rows(repeats * 9, 3)
+    h = half_mean_square(prior)
+    mmd = MMD(KERNELS[name][0]())
+    mmd.kernel.fit(prior)
+    back = 1 / size if size and min(particles, repeats) > 1 else 0
+
+    def of_pairs(x, y, k, j, own):
+        other = other_datum(k, j, 9)
+        total = (1 - back) * mean(name, x, y, h, other)
+        return total + back * mean(name, x, y, h, ~other & own) if back else total
+
+    def expected(q, p):
+        q = q.flatten(0, 1)
+        every = torch.ones(len(q), len(p), dtype=torch.bool)
+        return (
+            of_pairs(q, q, particles, particles, off_diagonal(len(q)))
+            + of_pairs(p, p, repeats, repeats, off_diagonal(len(p)))
+            - 2 * of_pairs(q, p, particles, repeats, every)
+        )
+
+    context = PenaltyContext(shared_data=True, data_size=size)
+    assert_same(functools.partial(mmd, context=context), expected, codes, prior)
+
+
+@pytest.mark.parametrize("size", [None, 50])
+def test_particles_of_independent_prior_draws_by_blocks(size, small_blocks):
+    codes, prior, h = rows(4, 9, 3) + 1, rows(20, 3), 1.3
+    weight = 1 / size if size else 0
+
+    def expected(q, p):
+        q, other = q.flatten(0, 1), other_datum(4, 4, 9)
+        qq = (1 - weight) * mean("gaussian", q, q, h, other)
+        qq = qq + weight * mean("gaussian", q, q, h, ~other & off_diagonal(36))
+        return qq + mean("gaussian", p, p, h, off_diagonal(20)) - 2 * mean("gaussian", q, p, h)
+
+    mmd = MMD(Gaussian(h**0.5))
+    assert_same(functools.partial(mmd, context=PenaltyContext(data_size=size)), expected, codes, prior)
+
+
+NORMAL = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_closed_forms_by_blocks_are_those_of_the_whole_matrix(particles, monkeypatch):
+    codes, prior, context = rows(particles, 30, 3) + 1, rows(40, 3), PenaltyContext(prior=lambda: NORMAL)
+    mmd = MMD(InverseMultiquadratic.multiscale(6.0))
+    whole = value_and_gradients(lambda q: mmd(q, prior, context), codes)
+    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 8)
+    parts = value_and_gradients(lambda q: mmd(q, prior, context), codes)
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-13)
+
+
+def test_a_prior_that_learns_gets_its_gradient_through_closed_forms_by_blocks(monkeypatch):
+    codes, mmd = rows(30, 3), MMD(Gaussian(1.5))
+
+    def value(loc, scale):
+        prior = dist.Normal(loc, scale).to_event(1)
+        return mmd(codes, rows(4, 3), PenaltyContext(prior=lambda: prior))
+
+    loc, scale = torch.tensor([0.3, 0.0, 1.0]).double(), torch.tensor([1.0, 0.5, 2.0]).double()
+    whole = value_and_gradients(value, loc, scale)
+    monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 8)
+    torch.testing.assert_close(value_and_gradients(value, loc, scale), whole, rtol=1e-10, atol=1e-13)
+
+
+# Every slope
+
+
+RADIAL = {
+    **{name: make for name, (make, _) in KERNELS.items()},
+    "triple product": lambda: Gaussian(2.0) * InverseMultiquadratic() * Matern(1.5),
+    "scaled sum": lambda: 0.3 * (Laplace() + 2.0 * Energy(1.5)),
+    "multiscale of scales": lambda: MultiScale(RationalQuadratic(0.7), (0.5, 2.0)) + MultiScale(Gaussian(), (1.0, 3.0)),
+}
+
+
+@pytest.mark.parametrize("name", RADIAL)
+@pytest.mark.parametrize("scratch", [False, True])
+def test_slopes_are_those_of_automatic_differentiation(name, scratch):
+    kernel = RADIAL[name]()
+    kernel.fit(rows(30, 3))
+    assert kernel.is_radial
+    u = torch.logspace(-6, 6, 40, dtype=torch.float64).view(5, 8)
+    work = tuple(torch.full_like(u, math.nan) for _ in range(3)) if scratch else None
+    values, slopes = kernel.profile_and_slope(u, work)
+    expected_values, expected_slopes = Kernel.profile_and_slope(kernel, u)
+    torch.testing.assert_close(values, expected_values, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(slopes, expected_slopes, rtol=1e-11, atol=1e-300)
+    torch.testing.assert_close(u, torch.logspace(-6, 6, 40, dtype=torch.float64).view(5, 8), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", RADIAL)
+def test_profiles_are_the_values_of_pairs(name):
+    kernel, x, y = RADIAL[name](), rows(5, 3), rows(6, 3)
+    kernel.fit(rows(30, 3))
+    torch.testing.assert_close(kernel.profile(distances(x, y) ** 2 / kernel.squared_unit(x)), kernel.gram(x, y))
+
+
+@every_kernel
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_gradients_by_blocks_stay_finite_where_codes_coincide(name, unbiased, small_blocks):
+    codes = torch.zeros(25, 3, requires_grad=True)
+    prior = torch.cat([torch.zeros(2, 3), rows(14, 3, dtype=torch.float32)])
+    MMD(KERNELS[name][0](), unbiased=unbiased)(codes, prior).backward()
+    assert codes.grad.isfinite().all()
+
+
+# Kernels of users
+
+
+class Cauchy(RadialKernel):
+    """1 / (1 + u)^2, its slope not written out."""
+
+    def __init__(self, bandwidth):
+        super().__init__(bandwidth, name="bandwidth")
+        self.bandwidth = bandwidth
+
+    def profile(self, u):
+        return (1 + u) ** -2
+
+
+class OverriddenGram(Cauchy):
+    """A radial kernel that is more than its profile."""
+
+    def gram(self, x, y):
+        return super().gram(x, y) * (1 + x[:, :1]) * (1 + y[:, 0])
+
+
+def bilinear(x, y):
+    return (1 + x @ y.mT) ** 2
+
+
+def pyro_matern():
+    return pyro_kernels.Matern32(3, lengthscale=torch.tensor(1.3).double())
+
+
+USERS = {
+    "slope not written out": lambda: Cauchy(1.5),
+    "sum with it": lambda: Cauchy(1.5) + Laplace(1.0),
+    "gram overridden": lambda: OverriddenGram(1.5),
+    "function": lambda: bilinear,
+    "function in a sum": lambda: Gaussian(1.0) + 0.5 * as_kernel(bilinear),
+    "pyro": pyro_matern,
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+@pytest.mark.parametrize("context", [PenaltyContext(), PenaltyContext(shared_data=True, data_size=40)], ids=["", "shared"])
+def test_kernels_of_users_by_blocks_are_those_of_the_whole_matrix(name, context, monkeypatch):
+    codes, prior = rows(2, 14, 3) + 0.5, rows(28, 3)
+    mmd = functools.partial(MMD(USERS[name]()), context=context)
+    whole = value_and_gradients(mmd, codes, prior)
+    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    torch.testing.assert_close(value_and_gradients(mmd, codes, prior), whole, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_receives_blocks_of_its_own_precision(small_blocks):
+    seen = []
+
+    def spy(x, y):
+        seen.append((tuple(x.shape), tuple(y.shape), x.dtype))
+        return bilinear(x, y)
+
+    MMD(spy)(rows(15, 3, dtype=torch.float32), rows(20, 3, dtype=torch.float32))
+    assert {dtype for *_, dtype in seen} == {torch.float32}
+    assert max(x[0] * y[0] for x, y, _ in seen) == 70
+
+
+def test_a_function_with_a_parameter_that_learns_keeps_its_gradient(small_blocks):
+    width = torch.tensor(1.3, requires_grad=True)
+    codes, prior = rows(15, 3), rows(20, 3)
+
+    def value():
+        return MMD(lambda x, y: torch.exp(-(torch.cdist(x, y) ** 2) / width))(codes, prior)
+
+    (slope,) = torch.autograd.grad(value(), width)
+    with torch.no_grad():
+        width += 1e-3
+        upper = value()
+        width -= 2e-3
+        lower = value()
+    torch.testing.assert_close(slope.double(), (upper - lower) / 2e-3, rtol=1e-3, atol=0)
+
+
+# Graphs
+
+
+def test_only_what_asks_for_a_gradient_gets_one(small_blocks):
+    for q, p in itertools.product((True, False), repeat=2):
+        codes, prior = rows(20, 3).requires_grad_(q), rows(20, 3).requires_grad_(p)
+        value = MMD(Gaussian(1.0))(codes, prior)
+        assert value.requires_grad == (q or p)
+        if q or p:
+            value.backward()
+        assert (codes.grad is not None, prior.grad is not None) == (q, p)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kernel", [Gaussian(1.0), Cauchy(1.0), OverriddenGram(1.0), InverseMultiquadratic.multiscale(2.0)], ids=repr)
+def test_without_gradients_the_value_is_the_same(guard, kernel, small_blocks):
+    codes, prior = rows(20, 3).requires_grad_(), rows(30, 3)
+    expected = MMD(kernel)(codes, prior).detach()
+    with guard():
+        value = MMD(kernel)(codes, prior)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+
+
+def test_second_derivatives_are_those_of_the_whole_matrix(small_blocks):
+    mmd, prior = MMD(Gaussian(1.0)), rows(9, 2)
+    assert torch.autograd.gradgradcheck(lambda q: mmd(q, prior), rows(8, 2).requires_grad_())
+
+
+def test_the_gradient_is_multiplied_by_what_comes_from_above(small_blocks):
+    codes, prior = rows(20, 3).requires_grad_(), rows(30, 3)
+    (plain,) = torch.autograd.grad(MMD(Gaussian(1.0))(codes, prior), codes)
+    (cube,) = torch.autograd.grad(MMD(Gaussian(1.0))(codes, prior) ** 3, codes)
+    torch.testing.assert_close(cube, 3 * MMD(Gaussian(1.0))(codes, prior).detach() ** 2 * plain)
+
+
+@pytest.mark.parametrize(("most", "whole"), [(400, True), (399, False)])
+def test_few_pairs_are_taken_at_once(most, whole, monkeypatch):
+    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", most)
+    value = MMD(Gaussian(1.0))(rows(20, 3).requires_grad_(), rows(20, 3))
+    names, node = [], [value.grad_fn]
+    while node:
+        here = node.pop()
+        names.append(type(here).__name__)
+        node += [above for above, _ in here.next_functions if above is not None]
+    assert ("_PairTotalBackward" in names) != whole
+
+
+# Precision: the cases and bounds of test_mmd, where there are many rows
+
+
+def _cases(n, d):
+    def draw():
+        return rows(n, d, dtype=torch.float32)
+
+    near, prior = 1.02 * draw() + 0.02, draw()
+    return {
+        "far apart": (draw() + 10, prior),
+        "nearly equal": (near, prior),
+        "equal up to noise": (prior + 1e-3 * draw(), prior),
+        "mean 1000": (near + 1000, prior + 1000),
+    }
+
+
+def reference(name, codes, prior):
+    """Value and gradient by the codes in float64, by direct differences, a row at a time."""
+    formula, n, m, h = KERNELS[name][1], len(codes), len(prior), half_mean_square_of_rows(prior)
+    codes, prior = codes.double(), prior.double()
+    total, gradient = 0.0, torch.zeros_like(codes)
+    for i in range(n):
+        for others, weight, move in ((codes, 1 / (n * (n - 1)), 2), (prior, -2 / (n * m), 1)):
+            keep = torch.arange(len(others)) != i if others is codes else slice(None)
+            delta = codes[i] - others[keep]
+            r = delta.norm(dim=1).requires_grad_()
+            values = formula(r, h).sum() * weight
+            (slopes,) = torch.autograd.grad(values, r)
+            total += values.item()
+            gradient[i] += move * ((slopes / r.detach())[:, None] * delta).sum(0)
+    for j in range(m):
+        keep = torch.arange(m) != j
+        total += formula((prior[j] - prior[keep]).norm(dim=1), h).sum().item() / (m * (m - 1))
+    return total, gradient
+
+
+def half_mean_square_of_rows(prior):
+    """As half_mean_square, without a tensor of all differences."""
+    m, prior = len(prior), prior.double()
+    return sum((row - prior).square().sum().item() for row in prior) / (2 * m * (m - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("authors", 700),
+        ("laplace", 700),
+        ("energy", 700),
+        pytest.param("authors", 2048, marks=pytest.mark.slow),
+        pytest.param("gaussian", 2048, marks=pytest.mark.slow),
+        pytest.param("laplace", 2048, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("case", _cases(2, 1))
+def test_float32_values_and_gradients_by_blocks_keep_their_digits(name, n, case):
+    codes, prior = _cases(n, 64)[case]
+    expected, expected_gradient = reference(name, codes, prior)
+    codes = codes.clone().requires_grad_()
+    value = MMD(KERNELS[name][0]())(codes, prior)
+    (gradient,) = torch.autograd.grad(value, codes)
+    assert value.dtype == gradient.dtype == torch.float32
+    assert abs(value.item() - expected) <= 2e-5 * abs(expected)
+    assert (gradient - expected_gradient).norm() <= 5e-6 * expected_gradient.norm()
+
+
+# Memory
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+PENALTIES = {
+    **{f"MMD of {name}": lambda name=name: MMD(KERNELS[name][0]()) for name in KERNELS},
+    "MMD of a function": lambda: MMD(bilinear),
+    "standardised": lambda: MMD(standardize=True),
+    "EnergyDistance": EnergyDistance,
+    "CramerWold": CramerWold,
+    "KernelStein": lambda: KernelStein(Gaussian(1.0), log_prob=lambda z: -z.square().sum(1) / 2),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_no_tensor_is_larger_than_a_block_or_the_codes(name, small_blocks):
+    n, d = 80, 3
+    codes, prior = rows(n, d).requires_grad_(), rows(n, d)
+    PENALTIES[name]()(codes[:2], prior[:4])  # a table is made once
+    with LargestTensor() as largest:
+        PENALTIES[name]()(codes, prior).backward()
+    assert largest.numel <= n * 2 * d  # a code beside its score
+
+
+@pytest.mark.parametrize("name", ["EnergyDistance", "CramerWold", "KernelStein"])
+@pytest.mark.parametrize("particles", [1, 3])
+def test_other_penalties_by_blocks_are_those_of_the_whole_matrix(name, particles, monkeypatch):
+    penalty, prior = PENALTIES[name](), rows(30, 3)
+    codes = rows(particles, 20, 3) + 0.5
+    penalty(codes, prior)
+    whole = value_and_gradients(lambda q: penalty(q, prior), codes)
+    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    torch.testing.assert_close(value_and_gradients(lambda q: penalty(q, prior), codes), whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [Gaussian(1.5), as_kernel(bilinear), 2.0 * Energy()], ids=repr)
+def test_the_unit_of_a_standardised_estimate_by_blocks_is_that_of_the_whole_matrix(kernel, small_blocks):
+    prior = rows(37, 3)
+    torch.testing.assert_close(NullVariance().of_draws(kernel, prior), centred_square(kernel.gram(prior, prior)))
+
+
+PEAK = """
+import resource, sys, torch
+from pyro_wae.penalties import MMD
+torch.set_num_threads(1)
+n = int(sys.argv[1])
+codes, prior = torch.randn(n, 64), torch.randn(n, 64)
+MMD()(codes[:600].clone().requires_grad_(), prior[:600]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+codes.requires_grad_()
+MMD()(codes, prior).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_16384_codes_take_64_mebibytes_at_most():
+    finished = subprocess.run(
+        [sys.executable, "-c", PEAK, "16384"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout) <= 64
+
+
+# Compiling
+
+
+@pytest.mark.slow
+def test_a_compiled_kernel_gives_the_same():
+    codes, prior = rows(700, 5) + 0.3, rows(800, 5)
+    for kernel in (InverseMultiquadratic.multiscale(), Gaussian() + 0.5 * Laplace()):
+        mmd = MMD(kernel)
+        plain = value_and_gradients(mmd, codes, prior)
+        kernel.compile()
+        assert kernel.compiles
+        torch.testing.assert_close(value_and_gradients(mmd, codes, prior), plain, rtol=1e-9, atol=1e-13)
+
+
+def test_only_a_radial_kernel_compiles():
+    with pytest.raises(TypeError, match=r"a kernel of the distance alone, found FunctionKernel"):
+        as_kernel(bilinear).compile()
+    with pytest.raises(TypeError, match=r"takes no arguments\. Write kernel\.compile\(\)"):
+        Gaussian().compile(mode="max-autotune")

@@ -1,0 +1,568 @@
+"""Priors with parameters to learn: the gradients that they get, and where likelihood takes them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import transforms
+from pyro.infer import SVI
+from pyro.optim import Adam
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import MMD, Penalty, PenaltyContext, PriorLikelihood
+from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
+
+SEED = 3
+N = 200
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(SEED)
+
+
+class Nets(nn.Module):
+    """Linear nets around any prior of d numbers that a module gives."""
+
+    def __init__(self, prior, d=2):
+        super().__init__()
+        self.encoder, self.decoder, self.prior = nn.Linear(4, d), nn.Linear(d, 4), prior
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        if any(parameter.requires_grad for parameter in self.prior.parameters()):
+            pyro.module("prior", self.prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+
+
+class FlowPrior(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.d, self.coupling = d, transforms.affine_coupling(d, [8])
+
+    def forward(self):
+        return dist.TransformedDistribution(dist.Normal(torch.zeros(self.d), 1.0).to_event(1), [self.coupling])
+
+
+PRIORS = {
+    "mixture": lambda: MixturePrior(5, 2),
+    "full mixture": lambda: MixturePrior(5, 2, full_covariance=True),
+    "free mixture": lambda: MixturePrior(5, 2, standardized=False),
+    "vamp": lambda: VampPrior(nn.Linear(4, 2), torch.randn(5, 4)),
+    "flow": lambda: FlowPrior(2),
+}
+every_prior = pytest.mark.parametrize("make", PRIORS.values(), ids=PRIORS.keys())
+
+
+# The gradient through draws
+
+LOGITS = [0.2, -0.3, 0.5]
+LOCS = [[1.0, 1.5, 0.5], [2.0, 0.5, 1.0], [0.0, 1.3, 0.7]]
+DIRECTION = [0.7, -0.4, 0.5]
+
+
+def mixture_parameters(kind):
+    """Logits, locations and scales or Cholesky factors of three components, off the origin."""
+    tril = torch.tensor([[0.5, 1.0, 0.7], [0.8, 0.4, 0.9], [1.2, 0.7, 0.6]]).double()
+    if kind == "full":
+        tril = tril.diag_embed() + torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [-0.3, 0.4, 0]]).double()
+    parameters = [torch.tensor(LOGITS).double(), torch.tensor(LOCS).double(), tril]
+    return [parameter.requires_grad_() for parameter in parameters]
+
+
+def mixture(logits, locs, tril):
+    full = tril.ndim > locs.ndim
+    component = dist.MultivariateNormal(locs, scale_tril=tril) if full else dist.Normal(locs, tril).to_event(1)
+    return NormalMixture(dist.Categorical(logits=logits), component)
+
+
+def mean_cosine(logits, locs, tril):
+    """E cos(t z), which is sum_k pi_k cos(t mu_k) exp(-t' S_k t / 2)."""
+    t = torch.tensor(DIRECTION).double()
+    square = (tril.mT @ t).square().sum(-1) if tril.ndim > locs.ndim else tril.square() @ t.square()
+    return (logits.softmax(-1) * torch.cos(locs @ t) * torch.exp(-square / 2)).sum()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_gradient_through_draws_is_that_of_their_mean(kind):
+    """Against the closed form of E cos(t z): 100,000 draws in 50 parts, 5 standard errors, seed 3."""
+    parameters = mixture_parameters(kind)
+    expected = torch.autograd.grad(mean_cosine(*parameters), parameters)
+    t = torch.tensor(DIRECTION).double()
+    found = [
+        torch.autograd.grad(torch.cos(mixture(*parameters).rsample((2000,)) @ t).mean(), parameters) for _ in range(50)
+    ]
+    for truth, *parts in zip(expected, *found, strict=True):
+        parts = torch.stack(parts)
+        error = parts.std(0) / math.sqrt(len(parts))
+        if kind == "full" and truth.ndim == 3:
+            truth, parts, error = truth.tril(), parts.tril(), error.tril()
+        assert ((parts.mean(0) - truth).abs() <= 5 * error + 1e-12).all()
+        assert error.max() < 0.1 * truth.abs().max()  # so that the bound says something
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_draws_are_those_of_the_same_mixture_without_gradients(kind):
+    prior = mixture(*mixture_parameters(kind))
+    plain = dist.MixtureSameFamily(prior.mixture_distribution, prior.component_distribution)
+    for shape in ((), (7,), (2, 3)):
+        pyro.set_rng_seed(1)
+        drawn = prior.rsample(shape)
+        pyro.set_rng_seed(1)
+        torch.testing.assert_close(drawn, plain.sample(shape), rtol=0, atol=0)
+        assert drawn.requires_grad
+    assert torch.equal(prior.log_prob(drawn), plain.log_prob(drawn))
+    assert not prior.sample().requires_grad
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_draws_that_move_keep_their_place_in_the_distribution(kind):
+    """In one dimension the gradient is that of the quantile function, here by bisection and differences."""
+    logits = torch.tensor([0.4, -0.2]).double()
+
+    def quantile(u, locs):
+        low, high = torch.full_like(u, -20), torch.full_like(u, 20)
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = (logits.softmax(-1) * torch.special.ndtr((middle[:, None] - locs) / 0.5)).sum(-1) < u
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    locs = torch.tensor([-1.0, 1.0]).double().requires_grad_()
+    tril = torch.full((2, 1), 0.5).double()
+    draws = mixture(logits, locs[:, None], tril if kind == "diagonal" else tril[..., None]).rsample((5,)).flatten()
+    (found,) = torch.autograd.grad(draws.sum(), locs)
+    u = (logits.softmax(-1) * torch.special.ndtr((draws.detach()[:, None] - locs.detach()) / 0.5)).sum(-1)
+    for index in range(2):
+        step = torch.zeros(2).double()
+        step[index] = 1e-5
+        difference = (quantile(u, locs.detach() + step) - quantile(u, locs.detach() - step)).sum() / 2e-5
+        assert found[index].item() == pytest.approx(difference.item(), rel=1e-4)
+
+
+def test_a_batch_of_mixtures_has_the_gradients_of_each():
+    logits, locs, scales = (parameter.detach() for parameter in mixture_parameters("diagonal"))
+    batch = [torch.stack([p, p.flip(0)]).requires_grad_() for p in (logits, locs, scales)]
+    pyro.set_rng_seed(0)
+    draws = mixture(*batch).expand([4, 2]).rsample((6,))
+    assert draws.shape == (6, 4, 2, 3)
+    both = torch.autograd.grad(draws[..., 0, :].square().sum(), batch)
+    assert all(gradient[1].abs().max() == 0 for gradient in both)
+    assert all(gradient[0].abs().max() > 0 for gradient in both)
+
+
+def test_components_far_apart_have_finite_gradients_in_float32():
+    logits = torch.zeros(2, requires_grad=True)
+    locs = torch.tensor([[-50.0, 0.0], [50.0, 0.0]], requires_grad=True)
+    mixture(logits, locs, torch.full((2, 2), 0.1)).rsample((1000,)).square().sum(1).mean().backward()
+    assert logits.grad.isfinite().all()
+    # Each draw moves with its own component: d/d loc of the mean of z^2 is 2 pi_k loc_k.
+    torch.testing.assert_close(locs.grad[:, 0], torch.tensor([-50.0, 50.0]), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        (dist.Laplace(torch.zeros(2, 3), 1.0).to_event(1), "takes Normal components, found Laplace"),
+        (dist.Normal(torch.zeros(2), 1.0), r"one event dimension, found event_shape \(\)"),
+    ],
+)
+def test_other_components_are_named(component, message):
+    with pytest.raises(TypeError, match=message):
+        NormalMixture(dist.Categorical(torch.ones(2)), component)
+
+
+# The modules
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_standardized_mixture_has_mean_0_and_variance_1_whatever_its_parameters(full):
+    prior = MixturePrior(4, 3, full_covariance=full).double()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        prior.locs.mul_(30).add_(100)
+    whole = prior()
+    weights = whole.mixture_distribution.probs[:, None]
+    components = whole.component_distribution
+    mean = (weights * components.mean).sum(0)
+    second = (weights * (components.variance + components.mean.square())).sum(0)
+    torch.testing.assert_close(mean, torch.zeros(3).double())
+    torch.testing.assert_close(second, torch.ones(3).double())
+
+
+def test_a_standardized_mixture_is_the_free_one_in_other_units():
+    free = MixturePrior(4, 2, full_covariance=True, standardized=False).double()
+    with torch.no_grad():
+        free.lower.normal_()
+        free.logits.normal_()
+    bound = MixturePrior(4, 2, full_covariance=True).double()
+    bound.load_state_dict(free.state_dict())
+    plain = free()
+    weights, components = plain.mixture_distribution.probs[:, None], plain.component_distribution
+    mean = (weights * components.mean).sum(0)
+    unit = ((weights * (components.variance + components.mean.square())).sum(0) - mean.square()).sqrt()
+    z = torch.randn(10, 2).double()
+    # The density of (y - mean) / unit at z.
+    torch.testing.assert_close(bound().log_prob(z), plain.log_prob(mean + unit * z) + unit.log().sum())
+
+
+def test_a_new_mixture_spreads_over_the_prior_that_it_replaces():
+    prior = MixturePrior(50, 8)
+    draws = prior().sample((4000,))
+    assert draws.mean(0).abs().max() < 0.1
+    assert (draws.var(0) - 1).abs().max() < 0.15
+    assert len(torch.unique(prior.locs.detach().round(decimals=2), dim=0)) == 50
+
+
+def test_initialise_puts_a_component_onto_every_heap_of_codes():
+    """Ten heaps 20 apart and 0.1 wide: k-means++ misses one with a chance below 1e-3."""
+    heaps = 20.0 * torch.arange(10.0)[:, None] * torch.tensor([1.0, -1.0])
+    prior = MixturePrior(10, 2, standardized=False)
+    with torch.no_grad():
+        prior.logits.normal_()
+    prior.initialise((heaps[:, None] + 0.1 * torch.randn(10, 30, 2)).flatten(0, 1))
+    found = prior()
+    distances = torch.cdist(found.component_distribution.mean, heaps)
+    assert set(distances.argmin(1).tolist()) == set(range(10))
+    assert distances.min(1).values.max() < 1
+    assert found.component_distribution.stddev.max() < 0.5
+    torch.testing.assert_close(found.mixture_distribution.probs, torch.full((10,), 0.1))
+
+
+def test_initialise_takes_codes_that_all_coincide():
+    prior = MixturePrior(3, 2, full_covariance=True)
+    prior.initialise(torch.ones(5, 2))
+    assert all(parameter.isfinite().all() for parameter in prior.parameters())
+
+
+@pytest.mark.parametrize("codes", [torch.randn(4, 2), torch.randn(9, 3), torch.randn(9, 1, 2)])
+def test_initialise_names_the_shape_it_takes(codes):
+    with pytest.raises(ValueError, match=r"shape \(n, 2\) with n >= 5, found"):
+        MixturePrior(5, 2).initialise(codes)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2), (2.5, 2), (3, 0), (3, True)])
+def test_sizes_are_checked(sizes):
+    with pytest.raises(ValueError, match="must be a whole number >= 1, found"):
+        MixturePrior(*sizes)
+
+
+def test_vamp_components_are_the_codes_of_the_pseudo_inputs():
+    encoder, inputs = nn.Linear(4, 2), torch.randn(6, 4)
+    prior = VampPrior(encoder, inputs, scale=0.3, standardized=False)
+    component = prior().component_distribution
+    torch.testing.assert_close(component.mean, encoder(inputs))
+    torch.testing.assert_close(component.stddev, torch.full((6, 2), 0.3))
+    with torch.no_grad():
+        encoder.weight.mul_(2)
+    torch.testing.assert_close(prior().component_distribution.mean, encoder(inputs))
+    inputs.zero_()  # a copy of the data is learnt, not the data
+    assert prior.pseudo_inputs.abs().min() > 0
+
+
+def test_vamp_leaves_the_encoder_to_its_owner_and_trains_it():
+    encoder = nn.Linear(4, 2)
+    prior = VampPrior(encoder, torch.randn(6, 4))
+    assert {name for name, _ in prior.named_parameters()} == {"pseudo_inputs", "logits", "log_scales"}
+    prior().log_prob(torch.randn(20, 2)).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in (*prior.parameters(), encoder.weight))
+
+
+def test_vamp_leaves_the_running_statistics_of_batch_norm_alone():
+    encoder = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    before = copy.deepcopy(encoder.state_dict())
+    VampPrior(encoder, torch.randn(6, 4))()
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: VampPrior(None, torch.randn(5, 4)), TypeError, "encoder must map data to codes, found None"),
+        (lambda: VampPrior(nn.Identity(), torch.randn(5, 4), scale=0.0), ValueError, "scale must be finite and > 0"),
+        (lambda: VampPrior(lambda x: x[None], torch.randn(5, 4))(), ValueError, r"found shape \(1, 5, 4\)"),
+        (lambda: VampPrior(lambda x: (x, x), torch.randn(5, 4))(), ValueError, "found tuple"),
+    ],
+)
+def test_vamp_names_what_does_not_fit(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make", [PRIORS[name] for name in ("mixture", "full mixture", "vamp")])
+def test_priors_save_load_and_show_themselves(make):
+    prior = make()
+    other = copy.deepcopy(prior)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(prior.state_dict())
+    z = torch.randn(5, 2)
+    assert torch.equal(prior().log_prob(z), other().log_prob(z))
+    assert type(prior).__name__ in repr(prior)
+    assert "standardized=True" in repr(prior)
+
+
+# Likelihood
+
+
+@every_prior
+def test_likelihood_gives_its_gradient_to_the_prior_and_none_to_the_codes(make):
+    nets, x = Nets(make()), torch.randn(N, 4)
+    loss = WAELoss(PriorLikelihood(), cost=lambda x, g: 0 * g.sum(-1), penalty_weight=3.0)
+    assert loss.loss_and_grads(nets.model, nets.guide, x) == 0
+    codes = nets.encoder(x).detach()
+    names, parameters = zip(*nets.prior.named_parameters(), strict=True)
+    expected = torch.autograd.grad(-3 * nets.prior().log_prob(codes).mean(), parameters)
+    for name, parameter, gradient in zip(names, parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert all(parameter.grad.abs().max() == 0 for parameter in nets.encoder.parameters())
+
+
+def test_likelihood_leaves_the_other_penalty_and_the_encoder_as_they_are():
+    gradients, values = [], []
+    for penalty in (MMD(), MMD() + PriorLikelihood()):
+        pyro.set_rng_seed(SEED)
+        nets = Nets(MixturePrior(5, 2))
+        loss = WAELoss(penalty)
+        values.append(loss.loss_and_grads(nets.model, nets.guide, torch.randn(N, 4)))
+        gradients.append(nets.encoder.weight.grad)
+    assert values[0] == pytest.approx(values[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_likelihood_of_a_hierarchical_prior_is_that_of_both_layers():
+    lower = nn.Linear(1, 1)
+    x = torch.randn(N, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(1), 1).to_event(1))
+            z2 = pyro.sample("z2", dist.Normal(lower(z1), 0.5).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([z1, z2], -1), 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Delta(x[:, :1]).to_event(1))
+            pyro.sample("z2", dist.Delta(x[:, 1:]).to_event(1))
+
+    WAELoss(PriorLikelihood(), penalty_weight=1.0).loss_and_grads(model, guide, x)
+    # d/d bias of E (z2 - w z1 - b)^2 / (2 * 0.25)
+    expected = -(x[:, 1:] - lower(x[:, :1]).detach()).mean() / 0.25
+    torch.testing.assert_close(lower.bias.grad, expected[None])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_likelihood_finds_weights_locations_and_scales_of_a_mixture(full):
+    """Codes of two heaps, 0.3 and 0.7, that no encoder moves: within four standard errors of 100 batches of 200."""
+    truth = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.3, 0.7])),
+        dist.Normal(torch.tensor([[-2.0, 1.0], [1.0, -1.0]]), torch.tensor([[0.3, 0.6], [0.8, 0.4]])).to_event(1),
+    )
+    prior = MixturePrior(2, 2, full_covariance=full, standardized=False)
+
+    def model(z):
+        pyro.module("prior", prior)
+        with pyro.plate("data", len(z)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", prior()), 1).to_event(1), obs=z)
+
+    def guide(z):
+        with pyro.plate("data", len(z)):
+            pyro.sample("z", dist.Delta(z).to_event(1))
+
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995}), loss=WAELoss(PriorLikelihood()))
+    for _ in range(600):
+        svi.step(truth.sample((N,)))
+    found = prior()
+    order = found.component_distribution.mean[:, 0].argsort()
+    torch.testing.assert_close(found.mixture_distribution.probs[order], torch.tensor([0.3, 0.7]), atol=0.03, rtol=0)
+    true = truth.component_distribution
+    torch.testing.assert_close(found.component_distribution.mean[order], true.mean, atol=0.1, rtol=0)
+    torch.testing.assert_close(found.component_distribution.stddev[order], true.stddev, atol=0.1, rtol=0)
+
+
+def test_likelihood_is_0_without_gradients():
+    assert WAELoss(PriorLikelihood()).loss(Nets(PRIORS["flow"]()).model, Nets(PRIORS["flow"]()).guide, torch.ones(5, 4))
+    with torch.no_grad():
+        assert PriorLikelihood()(torch.randn(5, 2)) == 0
+
+
+def test_likelihood_says_when_there_is_no_density_and_when_nothing_learns():
+    with pytest.raises(ValueError, match="needs the prior's log density, and there is none here"):
+        PriorLikelihood()(torch.randn(5, 2, requires_grad=True))
+    nets = Nets(MixturePrior(3, 2).requires_grad_(False))
+    with pytest.warns(UserWarning, match="finds nothing to learn in the prior"):
+        WAELoss(MMD() + PriorLikelihood())(nets.model, nets.guide)(torch.randn(9, 4))
+
+
+def test_likelihood_that_is_not_finite_is_reported():
+    context = PenaltyContext(prior_log_prob=lambda z: torch.full(z.shape[:2], -math.inf, requires_grad=True))
+    assert PriorLikelihood()(torch.randn(5, 2), context=context).isnan()
+
+
+# In the loss
+
+
+@every_prior
+def test_every_prior_trains_inside_and_no_gradient_is_lost(make):
+    nets, x = Nets(make()), torch.randn(64, 4)
+    loss = WAELoss(MMD() + PriorLikelihood())
+    svi = SVI(nets.model, nets.guide, Adam({"lr": 1e-2}), loss=loss)
+    before = copy.deepcopy(list(nets.parameters()))
+    with warnings.catch_warnings(action="error"):
+        for _ in range(3):
+            svi.step(x)
+    for old, new in zip(before, nets.parameters(), strict=True):
+        assert new.isfinite().all()
+        assert not torch.equal(old, new)
+
+
+@every_prior
+def test_penalty_alone_reaches_every_parameter_through_draws(make):
+    nets = Nets(make())
+    with warnings.catch_warnings(action="error"):
+        WAELoss(MMD(closed_form=False))(nets.model, nets.guide)(torch.randn(64, 4)).backward()
+    for name, parameter in nets.prior.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_prior_has_a_rate_of_its_own_by_name():
+    nets, rates = Nets(MixturePrior(3, 2)), {}
+
+    def optim_args(name):
+        rates[name] = 1e-2 if name.startswith("prior.") else 1e-3
+        return {"lr": rates[name]}
+
+    SVI(nets.model, nets.guide, Adam(optim_args), loss=WAELoss(MMD() + PriorLikelihood())).step(torch.randn(9, 4))
+    assert {name for name, rate in rates.items() if rate == 1e-2} == {"prior.logits", "prior.locs", "prior.log_scales"}
+
+
+class Contexts(Penalty):
+    """A penalty that keeps the prior it is told of."""
+
+    def estimate(self, codes, prior, context):
+        self.prior = context.prior()
+        return codes.sum() * 0
+
+
+LOGITS_3 = torch.tensor([0.3, -0.4, 0.1])
+LOCS_3 = torch.tensor([[0.0, 1.0], [2.0, -1.0], [-1.0, 0.5]])
+SCALES_3 = torch.tensor([[0.5, 1.0], [0.8, 0.4], [1.2, 0.7]])
+PYRO_MIXTURES = {
+    "MixtureOfDiagNormals": (lambda: dist.MixtureOfDiagNormals(LOCS_3, SCALES_3, LOGITS_3), SCALES_3),
+    "MixtureOfDiagNormalsSharedCovariance": (
+        lambda: dist.MixtureOfDiagNormalsSharedCovariance(LOCS_3, SCALES_3[0], LOGITS_3),
+        SCALES_3[:1].expand(3, 2),
+    ),
+    "NormalMixture": (lambda: mixture(LOGITS_3, LOCS_3, SCALES_3), SCALES_3),
+}
+
+
+@pytest.mark.parametrize(("make", "scales"), PYRO_MIXTURES.values(), ids=PYRO_MIXTURES.keys())
+def test_penalties_are_told_of_a_mixture(make, scales):
+    nets, penalty = Nets(nn.Identity()), Contexts()
+    nets.prior.forward = make
+    WAELoss(penalty)(nets.model, nets.guide)(torch.randn(10, 4))
+    assert penalty.prior.batch_shape == ()
+    assert penalty.prior.event_shape == (2,)
+    expected = dist.MixtureSameFamily(dist.Categorical(logits=LOGITS_3), dist.Normal(LOCS_3, scales).to_event(1))
+    z = torch.randn(7, 2)
+    torch.testing.assert_close(penalty.prior.log_prob(z), expected.log_prob(z))
+
+
+def test_closed_form_of_a_pyro_mixture_is_the_mean_over_draws():
+    """MMD^2 of 50 codes, against its mean over 200 sets of 500 draws: 4 standard errors, seed 3."""
+    codes = torch.randn(50, 2)
+
+    def value(closed_form, make=PYRO_MIXTURES["MixtureOfDiagNormals"][0]):
+        def model():
+            with pyro.plate("data", 50):
+                pyro.sample("x", dist.Normal(pyro.sample("z", make()), 1).to_event(1), obs=codes)
+
+        def guide():
+            with pyro.plate("data", 50):
+                pyro.sample("z", dist.Delta(codes).to_event(1))
+
+        loss = WAELoss(MMD(Gaussian(1.0), closed_form=closed_form), prior_draws=10)
+        loss.loss(model, guide)
+        return loss.terms.penalty.double()
+
+    drawn = torch.stack([value(False) for _ in range(200)])
+    assert abs(value(True) - drawn.mean()) < 4 * drawn.std() / math.sqrt(200)
+
+
+def test_a_mixture_of_many_components_is_drawn_from():
+    nets, penalty = Nets(MixturePrior(50, 2)), Contexts()
+    WAELoss(penalty)(nets.model, nets.guide)(torch.randn(10, 4))
+    assert penalty.prior is None
+
+
+@pytest.mark.slow
+def test_a_learned_standardized_prior_keeps_the_unit_of_the_codes():
+    """A cost that only spreads codes apart: a free prior runs after them, a standardised one holds them."""
+    spreads = {}
+    for standardized in (False, True):
+        pyro.set_rng_seed(SEED)
+        pyro.clear_param_store()
+        nets, x = Nets(MixturePrior(5, 2, standardized=standardized)), torch.randn(100, 4)
+        loss = WAELoss(
+            MMD(closed_form=False) + PriorLikelihood(),
+            cost=lambda x, g, nets=nets: -0.3 * nets.encoder(x).square().sum(-1).sqrt(),
+        )
+        svi = SVI(nets.model, nets.guide, Adam({"lr": 2e-2}), loss=loss)
+        for _ in range(300):
+            svi.step(x)
+        spreads[standardized] = nets.encoder(x).var(0).mean().sqrt().item()
+    assert spreads[True] < 1.5, spreads
+    assert spreads[False] > 1.5 * spreads[True], spreads
+
+
+# The benchmark
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The report and the Markdown of a quick run of the benchmark."""
+    for needed in ("torchmetrics", "sklearn"):
+        pytest.importorskip(needed)
+    out = tmp_path_factory.mktemp("learned_priors")
+    script = Path(__file__).parents[1] / "benchmarks" / "learned_priors.py"
+    command = [sys.executable, str(script), "--smoke", "--out", str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((out / "learned_priors.json").read_text()), (out / "learned_priors.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_prior_of_the_benchmark_has_a_row_of_finite_numbers(smoke):
+    report, markdown = smoke
+    assert [result["prior"] for result in report["results"]] == list(report["priors"])
+    assert {"normal", "mixture", "vamp", "flow", "hierarchical", "gmm100-after"} <= set(report["priors"])
+    for result in report["results"]:
+        assert all(math.isfinite(value) for key, value in result.items() if key != "prior"), result
+        assert f"\n| {result['prior']} | " in markdown
+        assert result["ratio"] == pytest.approx(result["samples"] / result["reconstructions"])
+    assert "    python benchmarks/learned_priors.py --smoke --out " in markdown

@@ -1,0 +1,274 @@
+"""A penalty for each site, for groups of sites by a tuple of names or a star, and what each of them receives."""
+
+from __future__ import annotations
+
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import MMD, JensenShannon, Penalty, SlicedWasserstein
+
+N, SIZES = 20, {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+class Capture(Penalty):
+    """Keeps the rows that reach it; its value is a constant."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.value = value
+
+    def estimate(self, codes, prior, context):
+        self.codes, self.prior, self.context = codes, prior, context
+        return codes.sum() * 0 + self.value
+
+
+def x_of(n=N):
+    return torch.randn(n, sum(SIZES.values()), dtype=torch.float64)
+
+
+def model(x, scales=(1.0, 1.0, 1.0)):
+    """Sites a, b, c with their means at 100, 200 and 300, so that a prior draw tells where it comes from."""
+    with pyro.plate("data", len(x)):
+        parts = []
+        for i, (name, size) in enumerate(SIZES.items(), 1):
+            with poutine.scale(scale=scales[i - 1]):
+                parts.append(pyro.sample(name, dist.Normal(x.new_full((size,), 100.0 * i), 1).to_event(1)))
+        pyro.sample("x", dist.Normal(torch.cat(parts, -1), 1).to_event(1), obs=x)
+
+
+def guide(x, *args):
+    a, b, c = x.split(list(SIZES.values()), -1)
+    with pyro.plate("data", len(x)):
+        for name, value in (("c", c), ("a", a), ("b", b)):
+            pyro.sample(name, dist.Delta(value).to_event(1))
+
+
+def columns_of(x, names):
+    parts = dict(zip(SIZES, x.split(list(SIZES.values()), -1), strict=True))
+    return torch.cat([parts[name] for name in SIZES if name in names], -1)
+
+
+@pytest.mark.parametrize("key", [("a", "c"), ("c", "a"), ("b", "c"), ("b",), ("a", "b", "c")], ids="-".join)
+def test_a_tuple_compares_the_joint_code_of_its_sites_in_the_models_order(key):
+    x, capture = x_of(), Capture()
+    rest = {name: None for name in SIZES if name not in key}
+    WAELoss({key: capture, **rest}).loss(model, guide, x)
+    torch.testing.assert_close(capture.codes[0], columns_of(x, key))
+    means = columns_of(torch.tensor([100.0, 200, 200, 300, 300, 300]), key)
+    assert capture.prior.shape == (N, len(means))
+    torch.testing.assert_close((capture.prior / 100).round(), means.expand(N, -1).double() / 100)
+    assert list(capture.context.sites) == [name for name in SIZES if name in key]
+
+
+def test_a_tuple_of_all_sites_is_the_joint_penalty():
+    x, penalty = x_of(), MMD(Gaussian(3.0))
+    values = []
+    for option in (penalty, {("c", "b", "a"): penalty}):
+        pyro.set_rng_seed(1)
+        values.append(WAELoss(option).loss(model, guide, x))
+    assert values[0] == values[1]
+
+
+def test_a_site_may_be_in_several_groups_and_the_values_add():
+    first, second, third = Capture(1.0), Capture(10.0), Capture(100.0)
+    loss = WAELoss({("a", "b"): first, ("b", "c"): second, "b": third})
+    loss.loss(model, guide, x_of())
+    assert loss.terms.penalty.item() == 111
+    assert {name: value.item() for name, value in loss.terms.penalties.items()} == {"a-b": 1, "b-c": 10, "b": 100}
+    assert loss.terms.as_dict() == pytest.approx(
+        loss.terms.as_dict() | {"penalty": 111, "penalty/a-b": 1, "penalty/b-c": 10, "penalty/b": 100}
+    )
+
+
+def test_every_name_of_a_term_is_plain_enough_for_a_logger():
+    """MLflow is the strictest: letters, digits, underscores, dashes, periods, spaces and slashes."""
+    loss = WAELoss({("a", "b"): Capture(), "c": Capture()})
+    loss.loss(model, guide, x_of())
+    assert all(re.fullmatch(r"[\w\-. /]+", name) for name in loss.terms.as_dict())
+
+
+def test_the_scale_of_a_group_is_that_of_its_sites():
+    loss = WAELoss({("a", "b"): Capture(), "c": Capture(10.0)})
+    loss.loss(model, guide, x_of(), (2.0, 2.0, 3.0))
+    assert {name: value.item() for name, value in loss.terms.penalties.items()} == {"a-b": 2, "c": 30}
+    with pytest.raises(ValueError, match=r"different scales \('b': 2, 'c': 3\)"):
+        WAELoss({"a": Capture(), ("b", "c"): Capture()}).loss(model, guide, x_of(), (2.0, 2.0, 3.0))
+
+
+def test_masked_data_of_a_group_are_those_that_all_its_sites_mask():
+    x, capture = x_of(), Capture()
+
+    def masked(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(1), 1).mask(torch.arange(N)[:, None] < 5).to_event(1))
+            b = pyro.sample("b", dist.Normal(x.new_zeros(2), 1).mask(torch.arange(N)[:, None] < 8).to_event(1))
+            c = pyro.sample("c", dist.Normal(x.new_zeros(3), 1).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([a, b, c], -1), 1).to_event(1), obs=x)
+
+    WAELoss({("a", "b"): capture, "c": None}).loss(masked, guide, x)
+    expected = columns_of(x, ("a", "b"))[:8].clone()
+    expected[5:, 0] = 0
+    torch.testing.assert_close(capture.codes[0], expected)
+    torch.testing.assert_close(capture.context.kept()[0], expected != 0)
+    assert capture.prior.shape == (8, 3)
+    assert (capture.prior[5:, 0] == 0).all()
+
+
+def test_a_star_stands_for_all_sites_of_that_name():
+    def model(x, steps):
+        with pyro.plate("data", len(x)):
+            style = pyro.sample("style", dist.Normal(0.0, 1))
+            z = [pyro.sample(f"z_{t}", dist.Normal(0.0, 1)) for t in range(steps)]
+            pyro.sample("x", dist.Normal(style + sum(z), 1), obs=x[:, 0])
+
+    def guide(x, steps):
+        with pyro.plate("data", len(x)):
+            pyro.sample("style", dist.Delta(x[:, -1]))
+            for t in range(steps):
+                pyro.sample(f"z_{t}", dist.Delta(x[:, t]))
+
+    x, steps, style = torch.randn(N, 6), Capture(), Capture()
+    loss = WAELoss({"z_*": steps, ("s*e",): style})
+    for count in (2, 5):
+        loss.loss(model, guide, x, count)
+        torch.testing.assert_close(steps.codes[0], x[:, :count])
+        torch.testing.assert_close(style.codes[0], x[:, -1:])
+        assert list(loss.terms.penalties) == ["z_*", "s*e"]
+    with pytest.raises(ValueError, match="no entry for the latent site 'style'"):
+        WAELoss({"z_*": steps}).loss(model, guide, x, 2)
+    with pytest.raises(ValueError, match=r"names 'y_\*', which is no latent site"):
+        WAELoss({"z_*": steps, "style": style, "y_*": steps}).loss(model, guide, x, 2)
+
+
+def test_only_a_star_is_special_in_a_name():
+    names = ["z[0]", "z.0", "z_0", "z?"]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = [pyro.sample(name, dist.Normal(0.0, 1)) for name in names]
+            pyro.sample("x", dist.Normal(sum(z), 1), obs=x[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for i, name in enumerate(names):
+                pyro.sample(name, dist.Delta(x[:, i]))
+
+    x, captures = torch.randn(N, len(names)), {name: Capture() for name in names}
+    WAELoss(captures).loss(model, guide, x)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(captures[name].codes[0], x[:, i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        ({("a", "b"): MMD()}, "no entry for the latent site 'c'"),
+        ({("a", "b"): MMD(), ("c", "d"): MMD()}, "names 'd', which is no latent site; these are ['a', 'b', 'c']"),
+        ({("a", "x"): MMD()}, "names 'x', which is no latent site"),
+    ],
+)
+def test_a_group_of_wrong_sites_is_refused_by_name(penalty, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WAELoss(penalty).loss(model, guide, x_of())
+
+
+@pytest.mark.parametrize("key", [(), ("a", 1), 3, frozenset({"a"}), None], ids=repr)
+def test_a_key_that_is_no_name_is_refused(key):
+    with pytest.raises(TypeError, match=r"name or a tuple of names, found .*Write penalty=\{'z1': MMD\(\), \('z2'"):
+        WAELoss({key: MMD()})
+
+
+def test_two_keys_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="Two keys of penalty are 'a'"):
+        WAELoss({"a": MMD(), ("a",): MMD()})
+
+
+def test_groups_that_are_all_free_are_refused():
+    with pytest.raises(ValueError, match=r"leaves every latent site free \(\('a', 'b'\), 'c'\)"):
+        WAELoss({("a", "b"): None, "c": None})
+
+
+def test_modules_of_groups_have_valid_names_of_their_own():
+    penalties = {"a.b": MMD(), "a_b": MMD(), "a_b_": MMD(), ("a", "b"): MMD(), ("a.b", "c"): MMD(), "z_*": MMD()}
+    names = [name for name, _ in WAELoss(penalties).modules() if name.startswith("penalty")]
+    assert len(set(names)) == len(penalties)
+    wae = WAELoss(penalties)(model, guide)  # an nn.Module, which refuses a dot
+    assert {name for name, _ in wae.named_children()} >= set(names)
+
+
+def test_the_state_of_a_groups_penalty_is_saved_and_loaded():
+    x, options = x_of().float(), {("a", "b"): MMD(Gaussian()), "c": SlicedWasserstein()}
+    wae = WAELoss(options)(model, guide)
+    wae(x)
+    state = wae.state_dict()
+    (key,) = [key for key in state if key.endswith("squared_length")]
+    # The variance of 3 numbers of unit variance, relative standard error sqrt(2 / (3 * 19)) = 0.19.
+    assert state[key].item() == pytest.approx(3, rel=0.8)
+    other = WAELoss({("a", "b"): MMD(Gaussian()), "c": SlicedWasserstein()})(model, guide)
+    other.load_state_dict(state)
+    assert other.state_dict()[key] == state[key]
+
+
+def test_svi_trains_the_discriminator_of_a_group():
+    x = x_of().float()
+    discriminator = torch.nn.Linear(3, 1)
+    loss = WAELoss({("a", "b"): JensenShannon(discriminator, optimizer=None), "c": None})
+    before = discriminator.weight.detach().clone()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), loss=loss)
+    svi.step(x)
+    assert (discriminator.weight != before).all()
+
+
+# A stack: a penalty at the deepest code, a cost at the others
+
+
+class Stack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up1, self.up2, self.down1, self.down2 = (
+            torch.nn.Linear(*sizes).double() for sizes in ((6, 3), (3, 2), (3, 6), (2, 3))
+        )
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            from_z2 = dist.Normal(self.down2(z2), 0.1).to_event(1)
+            z1 = pyro.sample("z1", from_z2)
+            with poutine.scale(scale=0.5):
+                pyro.sample("z1_cost", from_z2, obs=z1)
+            pyro.sample("x", dist.Normal(self.down1(z1), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Delta(self.up1(x)).to_event(1))
+            pyro.sample("z2", dist.Delta(self.up2(z1)).to_event(1))
+
+
+def test_a_stack_has_a_penalty_at_the_deepest_code_and_a_cost_at_the_other():
+    net, x, capture = Stack(), x_of(), Capture(0.0)
+    loss = WAELoss({"z2": capture, "z1": None})
+    loss.loss_and_grads(net.model, net.guide, x)
+    z1 = net.up1(x)
+    z2 = net.up2(z1)
+    torch.testing.assert_close(capture.codes[0], z2)
+    assert capture.prior.shape == (N, 2)
+    expected = (x - net.down1(z1)).square().sum(1).mean() + 0.5 * (z1 - net.down2(z2)).square().sum(1).mean()
+    assert loss.terms.cost.item() == pytest.approx(expected.item())
+    for name, gradient in zip(
+        dict(net.named_parameters()), torch.autograd.grad(expected, list(net.parameters())), strict=True
+    ):
+        torch.testing.assert_close(net.get_parameter(name).grad, gradient)

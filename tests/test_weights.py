@@ -1,0 +1,356 @@
+"""Penalty weights: numbers, plans and the constraint."""
+
+import copy
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import InverseMultiquadratic
+from pyro_wae.penalties import MMD, JensenShannon, SlicedWasserstein
+from pyro_wae.penalties.null import centred_square, pair_variance
+from pyro_wae.weights import Constant, Constraint, Linear, Schedule, as_weight
+from pyro_wae.weights.features import FACTORS, RandomFeatures, trace_of_squared_covariance
+
+D = 3
+
+
+class Net(torch.nn.Module):
+    """A small auto-encoder whose encoder shifts the data, which are draws of the prior."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(D, D), *([torch.nn.BatchNorm1d(D)] if norm else []))
+        self.decoder = torch.nn.Linear(D, D)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+
+
+def step(loss, net=None, n=64):
+    net = net or Net()
+    loss.loss_and_grads(net.model, net.guide, torch.randn(n, D))
+    return loss.terms
+
+
+# Plans
+
+
+def test_a_number_is_a_constant_weight():
+    loss = WAELoss(penalty_weight=3.0)
+    assert isinstance(loss.penalty_weight, Constant)
+    terms = step(loss)
+    assert terms.as_dict()["weight"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (Schedule(lambda step: 10.0 * step), [0.0, 10.0, 20.0, 30.0, 40.0]),
+        (Linear(2.0, 8.0, steps=3), [2.0, 4.0, 6.0, 8.0, 8.0]),
+        (Linear(8.0, 0.0, steps=2), [8.0, 4.0, 0.0, 0.0, 0.0]),
+        (Constant(5.0), [5.0] * 5),
+    ],
+    ids=["schedule", "up", "down", "constant"],
+)
+def test_a_plan_gives_each_training_step_its_weight(weight, expected):
+    loss = WAELoss(penalty_weight=weight)
+    net = Net()
+    found = [step(loss, net).weight for _ in expected]
+    assert found == pytest.approx(expected)
+
+
+def test_the_loss_is_cost_plus_weight_times_penalty_of_that_step():
+    loss = WAELoss(penalty_weight=Schedule(lambda step: [7.0, 11.0][step]))
+    net, x = Net(), torch.randn(64, D)
+    for weight in (7.0, 11.0):
+        value = loss.loss_and_grads(net.model, net.guide, x)
+        assert value == pytest.approx((loss.terms.cost + weight * loss.terms.penalty).item(), rel=1e-6)
+
+
+def test_evaluation_does_not_count_as_a_step():
+    loss, net, x = WAELoss(penalty_weight=Schedule(float)), Net(), torch.randn(64, D)
+    loss.loss(net.model, net.guide, x)
+    with torch.no_grad():
+        loss.differentiable_loss(net.model, net.guide, x)
+    assert loss.penalty_weight.step == 0
+    loss.differentiable_loss(net.model, net.guide, x)
+    assert loss.penalty_weight.step == 1
+
+
+def test_a_nan_step_is_not_seen_by_the_weight():
+    loss, net = WAELoss(penalty_weight=Constraint()), Net()
+    step(loss, net)
+    before = copy.deepcopy(loss.penalty_weight.state_dict())
+    loss.cost = WAELoss(cost=lambda x, g: (x - g).sum(1) * math.nan).cost
+    with pytest.raises(ValueError, match="NaN"):
+        step(loss, net)
+    after = loss.penalty_weight.state_dict()
+    assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before if torch.is_tensor(before[k]))
+    assert loss.penalty_weight.step == 1
+
+
+def test_a_plan_resumes_from_its_state():
+    loss, net = WAELoss(penalty_weight=Linear(0.0, 10.0, steps=10)), Net()
+    module = loss(net.model, net.guide)
+    for _ in range(4):
+        module(torch.randn(64, D))
+    fresh = WAELoss(penalty_weight=Linear(0.0, 10.0, steps=10))(net.model, net.guide)
+    fresh.load_state_dict(module.state_dict())
+    assert step(fresh.elbo, net).weight == pytest.approx(4.0)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: WAELoss(penalty_weight="1"), TypeError, ["penalty_weight must be a number", "str"]),
+        (lambda: WAELoss(penalty_weight=-1.0), ValueError, ["penalty_weight must be finite and >= 0", "-1.0"]),
+        (lambda: Constant(math.nan), ValueError, ["finite", "nan"]),
+        (lambda: Schedule(3.0), TypeError, ["function of the step", "3.0"]),
+        (lambda: Schedule(lambda step: -1.0)(), ValueError, ["Schedule's weight of step 0", "-1.0"]),
+        (lambda: Schedule(lambda step: None)(), TypeError, ["Schedule's weight of step 0", "NoneType"]),
+        (lambda: Linear(0.0, -2.0, steps=5), ValueError, ["Linear's end", "-2.0"]),
+        (lambda: Linear(0.0, 2.0, steps=0), ValueError, ["steps", "found 0", "steps=1000"]),
+        (lambda: Constraint(1), ValueError, ["codes", "found 1", "codes=1000"]),
+        (lambda: Constraint(pool=1), ValueError, ["pool", "found 1"]),
+        (lambda: Constraint(rate=0.0), ValueError, ["rate", "found 0.0"]),
+        (lambda: Constraint(initial=0.0), ValueError, ["initial", "0.0"]),
+        (lambda: Constraint(initial=5.0, maximum=1.0), ValueError, ["5.0 and 1.0", "initial=100.0"]),
+        (lambda: Constraint(initial=-5.0), ValueError, ["Constraint's initial", "-5.0"]),
+    ],
+)
+def test_a_weight_out_of_range_is_an_error_that_says_what_to_write(make, error, words):
+    with pytest.raises(error) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [Constant(1.0), Linear(0.0, 1.0, steps=2), Constraint(codes=500), Schedule(float)],
+    ids=lambda w: w._get_name(),
+)
+def test_a_weight_shows_the_call_that_makes_it(weight):
+    assert repr(weight).startswith(type(weight).__name__ + "(")
+    assert as_weight(weight) is weight
+
+
+# Random features
+
+
+def test_the_features_product_is_the_mean_kernel():
+    # With 200,000 frequencies the product's standard error is below 1 / sqrt(2 * 200,000) = 0.0016; the bound is 4.
+    torch.manual_seed(0)
+    prior, x = torch.randn(4000, D), 2 * torch.randn(6, D)
+    features = RandomFeatures.draw(prior, 200_000, seed=1)
+    phi = features(x).double()
+    scale = 2 * prior.double().var(0).sum().item()
+    kernel = InverseMultiquadratic.multiscale(scale, FACTORS)
+    expected = kernel.gram(x, x) / len(FACTORS)
+    assert (phi @ phi.T - expected).abs().max() < 0.0064
+
+
+def test_the_trace_is_the_null_variance_of_the_features_kernel():
+    # Both estimate E h^2 of one kernel without bias; the mean over 200 sets of 100 draws has a relative error of ~2 %.
+    torch.manual_seed(0)
+    prior = torch.randn(3000, D)
+    features = RandomFeatures.draw(prior, 64, seed=0)
+    phi = features(prior).double()
+    expected = centred_square(phi @ phi.T)
+    found = torch.stack(
+        [trace_of_squared_covariance(features(torch.randn(100, D)).double()) for _ in range(200)]
+    ).mean()
+    assert found == pytest.approx(expected.item(), rel=0.08)
+
+
+# The constraint
+
+
+def drive(constraint, *, steps, n, d, codes_of_step, cost=50.0):
+    """Shows a constraint the codes that a training at its weight would give; returns the last discrepancies."""
+    found = []
+    for _ in range(steps):
+        codes = codes_of_step(float(constraint(torch.tensor(cost))), n, d)
+        constraint.observe(torch.tensor(cost), codes[None], torch.randn(n, d))
+        found.append(constraint.discrepancy.item())
+    return found
+
+
+def test_prior_draws_have_a_discrepancy_of_the_size_their_number_gives():
+    # Under the null D has mean 0 and the variance of a U-statistic over the pool; 40 independent pools.
+    torch.manual_seed(0)
+    n, pool = 50, 8
+    found = []
+    for _ in range(40):
+        constraint = Constraint(codes=400, pool=pool)
+        drive(constraint, steps=pool, n=n, d=D, codes_of_step=lambda weight, n, d: torch.randn(n, d))
+        found.append(constraint.discrepancy.item())
+    found = torch.tensor(found, dtype=torch.float64)
+    # 4 / n^2 for each pair of steps, in units of E h^2, of which there are pool (pool - 1) / 2.
+    expected = math.sqrt(2 / (pool * (pool - 1)) * 4 / n**2 / pair_variance(400, 400))
+    assert abs(found.mean()) < 4 * expected / math.sqrt(40)
+    assert found.std().item() == pytest.approx(expected, rel=0.5)
+
+
+def test_the_discrepancy_does_not_see_what_a_batch_arranges_within_itself():
+    # Every batch is centred, which makes its own unbiased MMD negative; over pairs of steps the codes match the prior
+    # as draws do, for a pool of 2000 to within 3 standard deviations. A batch-wise mean would be far below.
+    torch.manual_seed(0)
+    constraint = Constraint(codes=1000, pool=32)
+
+    def centred(weight, n, d):
+        codes = torch.randn(n, d)
+        return codes - codes.mean(0)
+
+    drive(constraint, steps=32, n=64, d=D, codes_of_step=centred)
+    within = torch.stack([MMD(closed_form=False)(centred(0, 64, D), torch.randn(64, D)) for _ in range(200)]).mean()
+    assert within < -0.01
+    assert abs(constraint.discrepancy.item()) < 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [64, 512])
+@pytest.mark.parametrize("d", [2, 64])
+def test_the_weight_settles_where_the_slack_is_just_used(n, d):
+    # A training in small: at weight w the codes' mean moves, with a lag of 100 steps, to where the cost's pull of 50
+    # is balanced by a penalty that grows with the square of the shift.
+    torch.manual_seed(0)
+    shift = [0.5]
+
+    def lagging(weight, n, d):
+        shift[0] += 0.01 * (50 / weight - shift[0])
+        codes = torch.randn(n, d)
+        codes[:, 0] += shift[0]
+        return codes
+
+    constraint = Constraint(codes=1000, maximum=1e6)
+    found = drive(constraint, steps=2500, n=n, d=d, codes_of_step=lagging)
+    late = torch.tensor(found[-1000:])
+    assert 0.5 < late.mean() < 1.5
+    assert late[:500].mean() == pytest.approx(late[500:].mean().item(), abs=0.8)
+
+
+def test_codes_that_match_lower_the_weight_and_codes_that_do_not_raise_it():
+    torch.manual_seed(0)
+    for shift, rises in ((0.0, False), (1.0, True)):
+        constraint = Constraint()
+        drive(constraint, steps=100, n=128, d=2, codes_of_step=lambda w, n, d, s=shift: torch.randn(n, d) + s)
+        assert (constraint.weight > 50.0) == rises
+
+
+def test_a_target_out_of_reach_is_capped_and_reported_once():
+    constraint = Constraint(initial=10.0, maximum=20.0, rate=0.1)
+    with pytest.warns(UserWarning, match=r"reached its maximum, 20.*Constraint\(codes=500\)") as caught:
+        drive(constraint, steps=300, n=64, d=2, codes_of_step=lambda w, n, d: torch.randn(n, d) + 2.0)
+    assert constraint.weight == 20.0
+    assert len(caught) == 1
+
+
+def test_the_first_weight_is_the_first_cost():
+    loss, net = WAELoss(penalty_weight=Constraint()), Net()
+    terms = step(loss, net)
+    assert terms.weight == pytest.approx(terms.cost.item())
+    assert loss.penalty_weight.largest == pytest.approx(30 * terms.cost.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [MMD, SlicedWasserstein, JensenShannon], ids=lambda p: p.__name__)
+def test_a_constraint_works_with_every_penalty_in_both_routes(penalty):
+    pyro.clear_param_store()
+    net = Net(norm=True)
+    loss = WAELoss(penalty(), penalty_weight=Constraint())
+    svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+    for _ in range(3):
+        svi.step(torch.randn(64, D))
+    assert torch.isfinite(loss.penalty_weight.discrepancy)
+    module = WAELoss(penalty(), penalty_weight=Constraint())(net.model, net.guide)
+    for _ in range(3):
+        module(torch.randn(64, D)).backward()
+    assert module.terms.weight != module.elbo.penalty_weight.weight
+
+
+def test_a_constraint_resumes_as_if_it_had_not_stopped():
+    def run(constraint, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            codes, prior = torch.randn(1, 64, D) + 0.5, torch.randn(64, D)
+            constraint.observe(torch.tensor(3.0), codes, prior)
+        return constraint
+
+    whole = run(Constraint(pool=4), range(12))
+    first = run(Constraint(pool=4), range(7))
+    second = Constraint(pool=4)
+    second.load_state_dict(first.state_dict())
+    run(second, range(7, 12))
+    assert torch.equal(second.weight, whole.weight)
+    assert torch.equal(second.discrepancy, whole.discrepancy)
+
+
+def test_a_constraint_draws_no_random_numbers():
+    net, x = Net(), torch.randn(64, D)
+    states = []
+    for weight in (1.0, Constraint()):
+        torch.manual_seed(0)
+        WAELoss(penalty_weight=weight).loss_and_grads(net.model, net.guide, x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.slow
+def test_a_constraint_makes_an_auto_encoder_match_its_prior():
+    # Without a penalty the codes of a linear auto-encoder lie anywhere; the bound is two slacks.
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    net, constraint = Net(), Constraint(codes=500)
+    loss = WAELoss(penalty_weight=constraint)
+    svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 3e-3}), loss=loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2500):
+            svi.step(torch.randn(128, D) * torch.tensor([0.5, 1.0, 3.0]) + 1.0)
+    assert abs(constraint.discrepancy.item()) < 2.0
+    codes = net.encoder(torch.randn(5000, D) * torch.tensor([0.5, 1.0, 3.0]) + 1.0)
+    assert codes.mean(0).norm() < 0.1
+
+
+def test_a_constraint_measures_the_sites_that_have_a_penalty():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            z = pyro.sample("b", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Delta(x.new_full((len(x), 2), 50.0)).to_event(1))
+            pyro.sample("b", dist.Delta(torch.randn(len(x), D)).to_event(1))
+
+    torch.manual_seed(0)
+    loss = WAELoss({"a": None, "b": MMD()}, penalty_weight=Constraint())
+    for _ in range(4):
+        loss.loss_and_grads(model, guide, torch.randn(64, D))
+    # Codes at 50 would have a discrepancy of hundreds; draws of the prior have 0 up to some noise.
+    assert abs(loss.penalty_weight.discrepancy) < 40
+
+
+def test_codes_that_change_their_size_are_an_error():
+    constraint = Constraint()
+    constraint.observe(torch.tensor(1.0), torch.randn(1, 8, 6), torch.randn(8, 6))
+    with pytest.raises(ValueError, match="began with 6 numbers in a code and found 4"):
+        constraint.observe(torch.tensor(1.0), torch.randn(1, 8, 4), torch.randn(8, 4))
