@@ -16,7 +16,7 @@ from pyro_wae.weights.features import RandomFeatures, trace_of_squared_covarianc
 __all__ = ["Constraint"]
 
 FREQUENCIES = 192
-LARGEST_RISE = 30.0
+FIRST_SHARE, LARGEST_RISE = 0.1, 300.0
 CHECK_EVERY = 100
 TRACE_ROWS, TRACE_SHARE = 256, 1 / 256
 """Prior draws of a step from which the null's variance is estimated, and the step's share in its running mean."""
@@ -38,9 +38,9 @@ class Constraint(Weight):
     Args:
         codes: How many codes a test against the prior would need to tell them apart; more is stricter. It should not
             exceed the number of data.
-        initial: The first weight; None takes the mean cost of the first step, which suits a penalty that is near 1
-            for codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is.
-        maximum: The largest weight; None takes 30 times the first. A weight that stays there is reported by a
+        initial: The first weight; None takes a tenth of the first step's mean cost, so that a penalty that is near 1 for
+            codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is, first lets the auto-encoder learn.
+        maximum: The largest weight; None takes 300 times the first. A weight that stays there is reported by a
             warning, because the training as it is cannot reach the slack.
         rate: The largest change of log lambda in a step.
         pool: The number of steps that D is measured on, >= 2.
@@ -111,7 +111,7 @@ class Constraint(Weight):
     def forward(self, cost: Tensor | None = None) -> Tensor:
         if cost is None:
             return self.weight
-        return torch.where(self.weight.isnan(), cost, self.weight.to(cost))
+        return torch.where(self.weight.isnan(), FIRST_SHARE * cost, self.weight.to(cost))
 
     @torch.no_grad()
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
