@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo pictures test test-slow bench-penalties lint types docs clean
+.PHONY: demo pictures test test-slow bench-penalties zoo lint types docs clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
@@ -22,6 +22,10 @@ test-slow: $(VENV)/.test
 # Writes the table of docs/_generated/penalties.md anew; ARGS=--smoke runs in seconds and leaves it alone.
 bench-penalties: $(VENV)/.bench
 	$(RUN) benchmarks/penalties.py $(ARGS)
+
+# Trains with each prior of docs/zoo.md, and writes its table and picture anew; ARGS=--smoke leaves both alone.
+zoo: $(VENV)/.tutorials
+	$(RUN) benchmarks/zoo.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -170,7 +170,8 @@ class MixturePrior(nn.Module):
     def initialise(self, codes: Tensor) -> None:
         """Puts the components onto codes: k-means++ centres, with the scale that fills the space between them.
 
-        For codes that mean something already, those of a trained encoder. A fresh encoder's are a small heap.
+        Call it when the codes have spread, after a fifth of the training, say. A fresh encoder's are a small heap, and
+        a standardised mixture that is fitted to a heap loses the weights of most of its components.
 
         Args:
             codes: Shape (n, d), n >= K.
@@ -209,8 +210,8 @@ class MixturePrior(nn.Module):
 class VampPrior(nn.Module):
     r"""The encoder's own answer to learnable pseudo-inputs: :math:`\sum_k \pi_k\,Q(z \mid u_k)`.
 
-    The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder gives points, around which each
-    component has learnable scales; with a stochastic one, that of the guide is meant, they take the place of its own.
+    The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder gives points, so that each
+    component has a learnable scale around its own; of a stochastic encoder give the mean.
     BatchNorm layers of the encoder leave their running statistics alone.
 
     Args:

@@ -449,6 +449,21 @@ def test_penalty_alone_reaches_every_parameter_through_draws(make):
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("count", [3, 20])
+def test_a_prior_without_rsample_learns_by_likelihood_without_a_warning_and_is_missed_by_draws(count):
+    nets = Nets(nn.Identity())
+    logits = nn.Parameter(torch.zeros(count))
+    components = dist.Normal(torch.randn(count, 2), 1.0).to_event(1)
+    nets.prior.forward = lambda: dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+    drawn, x = MMD(closed_form=False), torch.randn(64, 4)
+    with pytest.warns(UserWarning, match="prior at site 'z'"):
+        WAELoss(drawn)(nets.model, nets.guide)(x).backward()
+    assert logits.grad is None
+    with warnings.catch_warnings(action="error"):
+        WAELoss(drawn + PriorLikelihood())(nets.model, nets.guide)(x).backward()
+    assert logits.grad.abs().max() > 0
+
+
 def test_prior_has_a_rate_of_its_own_by_name():
     nets, rates = Nets(MixturePrior(3, 2)), {}
 

@@ -740,7 +740,7 @@ def test_parameters_and_state_dict_hold_model_guide_and_the_kernels_length():
                 pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
 
     model, guide = Model(), Guide()
-    loss_fn = WAELoss(MMD(InverseMultiquadratic()))(model, guide)
+    loss_fn = WAELoss(MMD(InverseMultiquadratic()), penalty_weight=WEIGHT)(model, guide)
     assert set(loss_fn.parameters()) == {*model.parameters(), *guide.parameters()}
     assert loss_fn.terms is None
     loss_fn(data()).backward()
@@ -797,7 +797,7 @@ def test_pyro_modules_train_through_the_torch_route(local):
 
     with pyro.settings.context(module_local_params=local):
         model, guide = Model(), Guide()
-        loss_fn = WAELoss()(model, guide)
+        loss_fn = WAELoss(penalty_weight=WEIGHT)(model, guide)
         optimiser = torch.optim.SGD(loss_fn.parameters(), lr=1e-3)
         before = {name: value.clone() for name, value in loss_fn.state_dict().items() if "penalty" not in name}
         assert set(before) == {"model.weight_unconstrained", "guide.linear.weight", "guide.linear.bias"} | {
@@ -816,6 +816,7 @@ def test_repr_is_the_call_that_makes_the_loss():
     assert eval(repr(loss)).data_plate == "data"
     assert repr(eval(repr(loss))) == repr(loss)
     assert "penalty_weight=2.5" in repr(WAELoss(penalty_weight=2.5))
+    assert "penalty_weight=Constraint(" in repr(WAELoss())
     net = AutoEncoder()
     assert "encoder" in repr(WAELoss()(net.model, net.guide))
 

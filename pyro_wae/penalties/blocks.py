@@ -1,7 +1,8 @@
 """Weighted sums of a kernel over pairs of rows, of two sets within and across, in memory that grows with the rows.
 
-Few pairs are summed as a whole matrix, by automatic differentiation. Of many the matrix is never there: a block at a time is made, small enough to stay in a processor's cache, summed, and turned into its part of
-the gradient while it is still there. Backward then only multiplies.
+Few pairs are summed as a whole matrix, by automatic differentiation. Of many the matrix is never there: a block at a
+time is made, small enough to stay in a processor's cache, summed, and turned into its part of the gradient while it is
+still there. Backward then only multiplies.
 
 All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae.numerics.working_precision`.
 """
@@ -16,11 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pyro_wae.decisions import is_compiling
 from pyro_wae.kernels import FunctionKernel, Kernel, Scratch
 from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.pairs import PairWeights
 
-__all__ = ["PairTerm", "centred_squares", "holds_function", "pair_total"]
+__all__ = ["PairTerm", "centred_squares", "holds_function", "pair_total", "row_total"]
 
 MOST_PAIRS = 512**2
 """The largest number of pairs of rows whose matrix is made as a whole."""
@@ -28,10 +30,14 @@ MOST_PAIRS = 512**2
 MOST_RADIAL_PAIRS = 64**2
 """The same for a kernel of the distance alone, whose derivative by hand is the faster from here on."""
 
+MOST_COMPILED_PAIRS = 2048**2
+"""The same where torch compiles the step: it makes loops of its own of the whole matrix."""
+
 BLOCK = {"cpu": (128, 2048)}
-"""Rows and columns of a block: in a processor's cache, and on other devices enough to keep them busy."""
+"""Rows and columns of a block by the type of device: small enough for a processor's cache."""
 
 OTHER_BLOCK = (1024, 4096)
+"""The same for all other devices: enough to keep them busy."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, 
         A scalar in the working precision, differentiable in the sets.
     """
     most = max(len(sets[term.left]) * len(sets[term.right]) for term in terms)
-    if most <= (MOST_RADIAL_PAIRS if kernel.is_radial else MOST_PAIRS) or _learns(kernel, sets):
+    few = MOST_COMPILED_PAIRS if is_compiling() else MOST_RADIAL_PAIRS if kernel.is_radial else MOST_PAIRS
+    if most <= few or _learns(kernel, sets):
         return _dense(kernel, sets, terms)
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in sets):
         return cast(Tensor, _PairTotal.apply(kernel, terms, *sets))
@@ -76,10 +83,10 @@ def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, 
 
 
 def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
-    """Sums (k_ij - r_i - r_j + c)^2 over pairs i != j of m rows, with r the row sums over m - 2 and c theirs over m - 1.
+    """Sums (k_ij - r_i - r_j + c)^2 over pairs i != j of m rows.
 
-    The diagonal is left out of the row sums too. Two passes over the pairs, because the square of a difference would
-    lose its digits if it were taken apart.
+    r is the sum of a row without the diagonal, over m - 2, and c the sum of all r, over m - 1. It takes two passes over
+    the pairs, because the square of a difference would lose its digits if it were taken apart.
 
     Args:
         kernel: Its lengths are set.
@@ -104,6 +111,50 @@ def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
                 values.fill_diagonal_(0)
             total += block.times * values.square().sum()
     return total
+
+
+def row_total(function: Callable[[Tensor], Tensor], rows: Tensor, most_rows: int) -> Tensor:
+    """Sums a function of single rows, some at a time, with the gradient taken on the way.
+
+    Args:
+        function: Maps rows (k, d) to (k,). Where it has a gradient of its own, all rows are taken at once.
+        rows: Shape (n, d).
+        most_rows: How many are taken at a time.
+
+    Returns:
+        A scalar.
+    """
+    if len(rows) <= most_rows:
+        return function(rows).sum()
+    if not torch.is_grad_enabled():
+        return functools.reduce(torch.add, (function(part).sum() for part in rows.split(most_rows)))
+    if not rows.requires_grad or function(rows[:1].detach()).requires_grad:
+        return function(rows).sum()
+    return cast(Tensor, _RowTotal.apply(function, rows, most_rows))
+
+
+class _RowTotal(torch.autograd.Function):
+    """The sum, whose gradient is known as soon as its value is."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], rows: Tensor, most_rows: int) -> Tensor:
+        total, gradients = _zeros(rows), []
+        for part in rows.detach().split(most_rows):
+            with torch.enable_grad():
+                part = part.requires_grad_()
+                value = function(part).sum()
+            gradients += torch.autograd.grad(value, part)
+            total += value.detach()
+        ctx.function = function
+        ctx.save_for_backward(rows, torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        rows, known = ctx.saved_tensors
+        if torch.is_grad_enabled():  # as in _PairTotal
+            (known,) = torch.autograd.grad(ctx.function(rows).sum(), rows, create_graph=True)
+        return None, gradient * known, None
 
 
 class _PairTotal(torch.autograd.Function):
@@ -197,9 +248,9 @@ def _blocks(rows: int, columns: int, *, symmetric: bool, device: torch.device) -
 class _RadialPairs:
     """Sums of a function of the distance, with its derivative written out.
 
-    For u = |x - y|^2 of two rows the gradient by x is 2 f'(u) (x - y). So with the matrix S of slopes that of all rows is
-    2 (s X - S Y), with the row sums s of S; and one product of matrices, S [Y, 1], gives both. It is summed over all
-    blocks and terms before X comes in.
+    For u = |x - y|^2 of two rows the gradient by x is 2 f'(u) (x - y). With the matrix S of slopes that of all rows is
+    2 (s X - S Y), s the row sums of S, and one product of matrices, S [Y, 1], gives both. It is summed over all blocks
+    and terms before X comes in.
     """
 
     def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
@@ -209,8 +260,7 @@ class _RadialPairs:
         self.unit = kernel.squared_unit(centre).sqrt()
         self.columns = [self._columns(rows, centre) for rows in sets]
         self.products = [
-            torch.zeros_like(columns[:-1]) if want else None
-            for columns, want in zip(self.columns, wanted, strict=True)
+            torch.zeros_like(columns[:-1]) if want else None for columns, want in zip(self.columns, wanted, strict=True)
         ]
         height, width = BLOCK.get(centre.device.type, OTHER_BLOCK)
         rows = max(map(len, sets))
@@ -274,9 +324,7 @@ class _AnyPairs:
     def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self.kernel, self.sets = kernel, sets
         self.is_function = holds_function(kernel)
-        self.gradients = [
-            _zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)
-        ]
+        self.gradients = [_zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)]
 
     def add(self, term: PairTerm, block: _Block) -> Tensor:
         """The sum over a block; its part of the gradients is added to them."""
@@ -309,10 +357,11 @@ class _AnyPairs:
 
 @functools.cache
 def _compiled() -> Callable[[Kernel, Tensor], tuple[Tensor, Tensor]]:
-    return cast(
-        Callable[[Kernel, Tensor], tuple[Tensor, Tensor]],
-        torch.compile(lambda kernel, u: kernel.profile_and_slope(u), dynamic=True),
-    )
+    return cast(Callable[[Kernel, Tensor], tuple[Tensor, Tensor]], torch.compile(_call_profile_and_slope, dynamic=True))
+
+
+def _call_profile_and_slope(kernel: Kernel, u: Tensor) -> tuple[Tensor, Tensor]:
+    return kernel.profile_and_slope(u)
 
 
 def holds_function(kernel: Kernel) -> bool:

@@ -10,21 +10,17 @@ from torch import Tensor, nn
 
 from pyro_wae._repr import CallRepr
 
-__all__ = ["Constant", "Linear", "Schedule", "Weight", "as_weight", "check_weight"]
+__all__ = ["Constant", "Linear", "Schedule", "SteppedWeight", "Weight", "as_weight", "check_weight"]
 
 
 class Weight(CallRepr, nn.Module):
     """A penalty weight; subclasses define :meth:`~Weight.forward`, and :meth:`~Weight.observe` if they learn.
 
-    It counts the training steps it has seen. Its state is in ``state_dict``.
+    What changes in training is in ``state_dict``.
     """
 
     needs_prior_draws = False
     """Whether :meth:`observe` reads the prior draws."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = 0
 
     def forward(self, cost: Tensor | None = None) -> float | Tensor:
         """The weight of this step, in units of cost per unit of penalty.
@@ -40,8 +36,19 @@ class Weight(CallRepr, nn.Module):
         Args:
             cost: The mean cost, a detached scalar.
             codes: The codes of the step, detached, shape (K, n, d).
-            prior: Prior draws, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False.
+            prior: Prior draws, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False and no penalty
+                draws any.
         """
+
+
+class SteppedWeight(Weight):
+    """A weight that changes from step to step, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
         self.step += 1
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -72,8 +79,11 @@ class Constant(Weight):
     def forward(self, cost: Tensor | None = None) -> float:
         return self.weight
 
+    def __repr__(self) -> str:
+        return repr(self.weight)  # which is all that WAELoss has to be given
 
-class Schedule(Weight):
+
+class Schedule(SteppedWeight):
     """The weight as a function of the training step.
 
     Args:
@@ -103,7 +113,7 @@ class Schedule(Weight):
         return weight
 
 
-class Linear(Weight):
+class Linear(SteppedWeight):
     """A weight that goes from one value to another along a line, and stays there.
 
     Args:

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from pyro_wae.penalties.null import pair_variance
-from pyro_wae.weights.base import Weight, check_weight
+from pyro_wae.weights.base import SteppedWeight, check_weight
 from pyro_wae.weights.features import RandomFeatures, trace_of_squared_covariance
 
 __all__ = ["Constraint"]
 
 FREQUENCIES = 192
-FIRST_SHARE, LARGEST_RISE = 0.1, 300.0
+FIRST_SHARE, LEAST_COST, LARGEST_RISE = 0.1, 1e-6, 300.0
 CHECK_EVERY = 100
-TRACE_ROWS, TRACE_SHARE = 256, 1 / 256
+LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
 """Prior draws of a step from which the null's variance is estimated, and the step's share in its running mean."""
 
 
-class Constraint(Weight):
+class Constraint(SteppedWeight):
     """The weight that holds the codes so close to the prior that a given number of them cannot be told from it.
 
     It is the Lagrange multiplier of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum mean
@@ -33,12 +33,12 @@ class Constraint(Weight):
     D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. So it does not see what
     a layer such as BatchNorm lets the codes of one batch arrange among themselves, and is unbiased for the
     distribution that one code has over all batches. It looks at the codes of all sites that have a penalty, joined,
-    and not at what they are conditional on.
+    and not at what they are conditional on. Sequences of different lengths count as filled up with zeros.
 
     Args:
         codes: How many codes a test against the prior would need to tell them apart; more is stricter. It should not
             exceed the number of data.
-        initial: The first weight; None takes a tenth of the first step's mean cost, so that a penalty that is near 1 for
+        initial: The first weight; None takes a tenth of the first step's cost, so that a penalty that is near 1 for
             codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is, first lets the auto-encoder learn.
         maximum: The largest weight; None takes 300 times the first. A weight that stays there is reported by a
             warning, because the training as it is cannot reach the slack.
@@ -52,7 +52,7 @@ class Constraint(Weight):
 
     Raises:
         TypeError: If a weight is no number.
-        ValueError: If an argument is out of range, or, in a step, if the size of a code changes.
+        ValueError: If an argument is out of range.
 
     Source: Rezende, Viola, "Taming VAEs", 2018, arXiv:1810.00597, for a multiplier that is learnt along with an
     auto-encoder.
@@ -66,6 +66,7 @@ class Constraint(Weight):
 
     weight: Tensor
     discrepancy: Tensor
+    widths: Tensor
     frequencies: Tensor
     differences: Tensor
     trace: Tensor
@@ -104,6 +105,7 @@ class Constraint(Weight):
         self.register_buffer("weight", torch.tensor(math.nan if initial is None else float(initial)))
         self.register_buffer("discrepancy", torch.tensor(math.nan))
         self.register_buffer("largest", torch.tensor(math.nan if maximum is None else float(maximum)))
+        self.register_buffer("widths", torch.empty(0))
         self.register_buffer("frequencies", torch.empty(0))
         self.register_buffer("differences", torch.empty(0))
         self.register_buffer("trace", torch.zeros(()))
@@ -111,28 +113,32 @@ class Constraint(Weight):
     def forward(self, cost: Tensor | None = None) -> Tensor:
         if cost is None:
             return self.weight
-        return torch.where(self.weight.isnan(), FIRST_SHARE * cost, self.weight.to(cost))
+        # A likelihood's cost may be negative.
+        return torch.where(self.weight.isnan(), FIRST_SHARE * cost.abs().clamp(min=LEAST_COST), self.weight.to(cost))
 
     @torch.no_grad()
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
         assert prior is not None  # needs_prior_draws
         if self.step == 0:
             self._begin(cost, prior)
-        if codes.shape[2] != len(self.frequencies):
-            raise ValueError(
-                f"Constraint measures codes of one size over many steps; it began with {len(self.frequencies)} numbers "
-                f"in a code and found {codes.shape[2]}. Pad sequences to one length and mask them with poutine.mask."
-            )
-        features = RandomFeatures(self.frequencies)
-        prior_features = features(prior)
-        self.differences[self.step % self.pool] = features(codes.flatten(0, 1)).mean(0) - prior_features.mean(0)
-        share = max(1 / (self.step + 1), TRACE_SHARE)
-        self.trace = torch.lerp(self.trace, trace_of_squared_covariance(prior_features[:TRACE_ROWS]), share)
+        if self.frequencies.device != prior.device:
+            self.to(prior.device)  # the state was loaded from elsewhere
+        features = RandomFeatures(self.widths, self.frequencies)
+        if codes.shape[2] > len(self.frequencies):
+            # As if the shorter codes before had been filled up with zeros, like the masked end of a sequence.
+            features = features.extend(codes.shape[2], seed=0)
+            self.frequencies = features.frequencies
+        of_prior = features.of(prior)
+        self.differences[self.step % self.pool] = features.of(codes.flatten(0, 1)).mean(0) - of_prior.mean(0)
+        if len(prior) >= LEAST_TRACE_ROWS:
+            share = max(1 / (self.step + 1), TRACE_SHARE)
+            self.trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior[:TRACE_ROWS]), share)
         super().observe(cost, codes, prior)
         self._ascend()
 
     def _begin(self, cost: Tensor, prior: Tensor) -> None:
-        self.frequencies = RandomFeatures.draw(prior, FREQUENCIES, seed=0).frequencies
+        features = RandomFeatures.draw(prior, FREQUENCIES, seed=0)
+        self.widths, self.frequencies = features.widths, features.frequencies
         self.differences = self.frequencies.new_zeros(self.pool, 2 * FREQUENCIES)
         self.weight = self.forward(cost).to(self.frequencies)
         self.largest = torch.where(self.largest.isnan(), LARGEST_RISE * self.weight, self.largest.to(self.weight))
@@ -143,7 +149,9 @@ class Constraint(Weight):
         if steps < 2:
             return
         across = self.differences.sum(0).square().sum() - self.differences.square().sum()
-        slack = (self.trace * pair_variance(self.codes, self.codes)).sqrt()
+        # Prior draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
+        tiny = torch.finfo(self.trace.dtype).tiny
+        slack = (self.trace * pair_variance(self.codes, self.codes)).clamp(min=tiny).sqrt()
         self.discrepancy = across / (steps * (steps - 1)) / slack
         change = (self.rate * (self.discrepancy - 1).clamp(-1, 1)).exp()
         self.weight = torch.minimum(self.weight * change, self.largest)
@@ -152,16 +160,16 @@ class Constraint(Weight):
             warnings.warn(
                 f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
                 f"discrepancy still at {self.discrepancy.item():.2g} of what {self.codes} codes are allowed. A larger "
-                "weight would only drown the cost. Take larger batches, more steps or a lower learning rate, or ask for less: "
-                f"Constraint(codes={self.codes // 2}).",
+                "weight would only drown the cost. Take larger batches, more steps or a lower learning rate, or ask "
+                f"for less: Constraint(codes={self.codes // 2}).",
                 UserWarning,
                 stacklevel=2,
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("frequencies", "differences"):
+        for name in self._buffers:
             value = state_dict.get(prefix + name)
             if value is not None:
-                # Their shape is known only after the first step, so they are assigned and not copied.
-                setattr(self, name, value.detach().clone().to(self.weight.device))
+                # Assigned and not copied: shape and precision are known only after the first step.
+                setattr(self, name, value.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args)

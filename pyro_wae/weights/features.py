@@ -19,12 +19,14 @@ class RandomFeatures:
     drawn from an exponential distribution. C is the mean squared distance of prior draws times 0.2, 1 and 5.
 
     Args:
+        widths: Shape (F,): the standard deviation of each frequency's components.
         frequencies: Shape (d, F).
 
     Source: Rahimi, Recht, "Random Features for Large-Scale Kernel Machines", NeurIPS 2007.
     """
 
-    def __init__(self, frequencies: Tensor) -> None:
+    def __init__(self, widths: Tensor, frequencies: Tensor) -> None:
+        self.widths = widths
         self.frequencies = frequencies
 
     @classmethod
@@ -32,20 +34,32 @@ class RandomFeatures:
         """Draws the frequencies from a generator of their own.
 
         Args:
-            prior: Prior draws, shape (m, d), which give the length.
+            prior: Prior draws, shape (m, d) with m >= 2, which give the length.
             count: The number F of frequencies; there are twice as many features.
             seed: Of the generator.
         """
         generator = torch.Generator().manual_seed(seed)
-        normal = torch.randn(prior.shape[1], count, generator=generator)
         precision = torch.empty(count).exponential_(generator=generator)
         factors = torch.tensor(FACTORS).repeat(math.ceil(count / len(FACTORS)))[:count]
-        scale = 2 * prior.float().var(0).sum()
-        return cls(normal.to(prior.device) * (2 * precision / factors).sqrt().to(prior.device) / scale.sqrt())
+        # Draws that coincide have no spread; any length then tells codes that are elsewhere.
+        mean_square = (2 * prior.float().var(0).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+        widths = (2 * precision / factors).sqrt().to(prior.device) / mean_square.sqrt()
+        return cls(widths, widths.new_empty(0, count)).extend(prior.shape[1], seed)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Maps rows (n, d) to features (n, 2 F) in float32."""
-        phases = x.float() @ self.frequencies
+    def extend(self, size: int, seed: int) -> RandomFeatures:
+        """The same features for codes of more numbers; on codes that are filled up with zeros they agree.
+
+        Args:
+            size: The number d of numbers in a code, no smaller than now.
+            seed: Of the generator of what is added.
+        """
+        generator = torch.Generator().manual_seed(seed + len(self.frequencies))
+        added = torch.randn(size - len(self.frequencies), len(self.widths), generator=generator).to(self.widths)
+        return RandomFeatures(self.widths, torch.cat([self.frequencies, added * self.widths]))
+
+    def of(self, x: Tensor) -> Tensor:
+        """Maps rows (n, d) to features (n, 2 F) in float32, where d may be smaller than that of the frequencies."""
+        phases = x.float() @ self.frequencies[: x.shape[1]]
         return torch.cat([phases.cos(), phases.sin()], 1) / math.sqrt(self.frequencies.shape[1])
 
 
