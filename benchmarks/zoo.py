@@ -348,7 +348,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--priors", nargs="+", choices=list(PRIORS), default=list(PRIORS), metavar="PRIOR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--penalty-weight", type=float, default=3000.0)
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         "results": [],
     }
     pairs = {}
-    trainings = [(name, seed) for name in args.priors for seed in args.seeds]
+    trainings = [(name, seed) for seed in args.seeds for name in args.priors]
     for name, seed in tqdm(trainings, unit="training"):
         result, wae = run(name, seed, args)
         pairs.setdefault(name, plane(name, wae, args.held_out))

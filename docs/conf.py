@@ -79,6 +79,7 @@ PUBLIC_MODULES = (
     "pyro_wae.predict",
     "pyro_wae.diagnostics",
     "pyro_wae.optim",
+    "pyro_wae.checkpoint",
     "pyro_wae.plotting",
 )
 

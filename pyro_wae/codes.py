@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pyro_wae.decisions import decide
 
 __all__ = ["Codes", "Layout"]
 
@@ -165,16 +168,29 @@ class Codes:
         Returns:
             The codes, shape (K, n', d), and the draws, shape (J n', d), with n' data left.
         """
-        codes = self.values
-        if self.kept is not None:
-            whole = self.kept.any(2).any(0)
-            kept = self.kept[:, whole]
-            codes = codes[:, whole].where(kept, 0.0)
+        codes, kept = self.values, self.kept_rows()
+        if kept is not None:
+            codes = self.left(codes, 1).where(kept, 0.0)
             if draws is not None:
                 repeats = math.ceil(len(draws) / len(kept))
-                draws = draws[:, whole].where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
+                draws = self.left(draws, 1).where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
         return codes, None if draws is None else draws.flatten(0, 1)
 
     def kept_rows(self) -> Tensor | None:
         """Which numbers are unmasked, shape (K, n', d), of the n' data that :meth:`masked` leaves; None if all are."""
-        return None if self.kept is None else self.kept[:, self.kept.any(2).any(0)]
+        return None if self.kept is None else self.left(self.kept, 1)
+
+    def left(self, rows: Tensor, dim: int) -> Tensor:
+        """The data that a mask leaves, of a tensor that has all of them along a dimension, 0 or 1."""
+        data = self._data_left
+        if data is None:
+            return rows
+        return rows[data] if dim == 0 else rows[:, data]
+
+    @functools.cached_property
+    def _data_left(self) -> Tensor | None:
+        """Shape (n,): False for data whose whole code is masked; None if there are none."""
+        if self.kept is None:
+            return None
+        whole = self.kept.any(2).any(0)
+        return None if decide(whole.all()) else whole

@@ -186,8 +186,7 @@ class Given:
                 "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
             )
         values = self.values.to(codes.values.device)
-        if codes.kept is not None:
-            values = values[codes.kept.any(2).any(0)]
+        values = codes.left(values, 0)
         scale = None
         if prior is not None and values.is_floating_point() and any(map(_reads_columns, penalty.modules())):
             scale = self.condition.fit(entry, values, prior)

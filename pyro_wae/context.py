@@ -57,9 +57,8 @@ def _encoder_variance(particles: Sequence[Particle], structure: Structure, codes
     variances = Codes.stack(parts).values
     if codes.kept is None:
         return variances
-    whole = codes.kept.any(2).any(0)
     # A masked number counts as one of unit variance, at which every guard is 0.
-    return variances[:, whole].where(codes.kept[:, whole], 1.0)
+    return codes.left(variances, 1).where(codes.left(codes.kept, 1), 1.0)
 
 
 def _variance(name: str, fn: Any) -> Tensor:

@@ -123,8 +123,8 @@ class Kernel(CallRepr, nn.Module):
         The first large batch then takes a while. It needs what :func:`torch.compile` needs, a C++ compiler on a CPU.
 
         Args:
-            *args: None.
-            **kwargs: None.
+            *args: Not taken; :class:`torch.nn.Module` has them.
+            **kwargs: Not taken either.
 
         Raises:
             TypeError: If there are arguments, or the kernel is not radial.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -17,8 +18,12 @@ from pyro_wae._repr import CallRepr
 from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes
 from pyro_wae.condition import Condition, Given
+from pyro_wae.context import penalty_context
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
+from pyro_wae.decisions import is_recording
+from pyro_wae.micro_batches import MicroBatches, Runs
 from pyro_wae.prior import draw_prior, warn_of_lost_gradient
+from pyro_wae.recording import Backend, Gradients, Recorder, inductor
 from pyro_wae.site_penalties import (
     PenaltyLike,
     as_option,
@@ -31,13 +36,31 @@ from pyro_wae.site_penalties import (
 )
 from pyro_wae.terms import Terms
 from pyro_wae.traces import Particle, Structure, gather_codes, gather_observations, read_structure, run
-from pyro_wae.weights import Weight, as_weight
+from pyro_wae.weights import Constant, Constraint, Weight, as_weight
 
 __all__ = ["WAELoss", "WAEModule"]
 
-DEFAULT_PENALTY_WEIGHT = 100.0
-
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
+
+
+class _Step(NamedTuple):
+    """The parts of a step, in the form that a recording gives too."""
+
+    loss: Tensor
+    cost: Tensor
+    penalty: Tensor
+    weight: float | Tensor
+    costs: dict[str, Tensor]
+    penalties: dict[str, Tensor]
+    codes: Tensor
+    columns: dict[str, slice]
+    kept: Tensor | None
+    prior: Tensor | None
+    condition: Tensor | None
+
+    @property
+    def joint(self) -> Codes:
+        return Codes(self.codes, self.columns, self.kept)
 
 
 class WAELoss(CallRepr, ELBO):
@@ -55,7 +78,8 @@ class WAELoss(CallRepr, ELBO):
         cost: A :class:`~pyro_wae.costs.Cost`, a function f(x, g), or a dict with one of them for each observed site.
             Default: :class:`~pyro_wae.costs.SquaredError`.
         penalty_weight: lambda >= 0, in units of cost per unit of penalty: a number, or one of
-            :mod:`pyro_wae.weights`, such as a schedule, or a constraint that finds it.
+            :mod:`pyro_wae.weights`. Default: :class:`~pyro_wae.weights.Constraint`, which finds it while training, or
+            100 where no penalty draws from the prior.
         data_plate: Name of the plate that holds the data. Default: the one plate around every latent and observed
             site; of several, the subsampled one.
         num_particles: Number of codes for each datum.
@@ -68,6 +92,13 @@ class WAELoss(CallRepr, ELBO):
             its arguments. The penalty then compares the joint of (z, y) with that of (z', y), z' ~ p(z | y), and not
             only the marginals. Whole numbers are labels, one for each datum; floats of any shape have a distance. An
             observed site that is a condition has no cost, unless ``cost`` names it.
+        micro_batch: The most data that model and guide run on at once. A larger batch is split: the gradient is that of
+            the whole batch, the memory that of one micro-batch, and the nets run twice. Split are the tensor arguments
+            whose length is that of the first tensor argument; others are passed whole.
+        compile: Whether steps are recorded and compiled. The first step with arguments of some shapes runs as usual,
+            the second is recorded, and from then on the recording runs, without Python, Pyro's handlers and validation.
+            Instead of True a function of a recording: :func:`~pyro_wae.recording.graph` records and does not compile.
+            What cannot be recorded runs as usual, after one warning.
 
     Attributes:
         terms: The :class:`~pyro_wae.terms.Terms` of the last step, or None before the first.
@@ -104,7 +135,7 @@ class WAELoss(CallRepr, ELBO):
         penalty: PenaltyLike | Mapping[Any, PenaltyLike | None] | None = None,
         *,
         cost: CostLike | Mapping[str, CostLike] | None = None,
-        penalty_weight: float | Weight = DEFAULT_PENALTY_WEIGHT,
+        penalty_weight: float | Weight | None = None,
         data_plate: str | None = None,
         num_particles: int = 1,
         vectorize_particles: bool = False,
@@ -112,9 +143,14 @@ class WAELoss(CallRepr, ELBO):
         retain_graph: bool | None = None,
         prior_draws: int = 1,
         condition: str | None = None,
+        micro_batch: int | None = None,
+        compile: bool | Backend = False,
     ) -> None:
         _check_count("num_particles", num_particles)
         _check_count("prior_draws", prior_draws)
+        if micro_batch is not None:
+            _check_count("micro_batch", micro_batch)
+        _check_compile(compile, micro_batch)
         if data_plate is not None and not isinstance(data_plate, str):
             raise TypeError(f"data_plate must be a plate's name, found {data_plate!r}. Write data_plate='data'.")
         if condition is not None and not isinstance(condition, str):
@@ -130,12 +166,16 @@ class WAELoss(CallRepr, ELBO):
         )
         self.penalty = as_option(penalty)
         self.cost = _options(cost, SquaredError, as_cost)
-        self.penalty_weight = as_weight(penalty_weight)
+        self.penalty_weight = self._default_weight() if penalty_weight is None else as_weight(penalty_weight)
         self.data_plate = data_plate
         self.prior_draws = prior_draws
         self.condition = condition
         entries = len(self.penalty) if isinstance(self.penalty, dict) else 1
         self._condition = None if condition is None else Condition(condition, entries)
+        self.micro_batch = micro_batch
+        self._micro_batches = None if micro_batch is None else MicroBatches(micro_batch)
+        self.compile = compile
+        self._recorder = None if compile is False else Recorder(inductor if compile is True else compile)
         self.terms = None
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> WAEModule:
@@ -169,8 +209,8 @@ class WAELoss(CallRepr, ELBO):
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
         with torch.no_grad():
-            loss, check, _ = self._loss(model, guide, args, kwargs)
-        return check(loss.item())
+            step, _ = self._run(model, guide, args, kwargs)
+        return self._value(step)
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -183,12 +223,12 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
-        loss, check, observe = self._loss(model, guide, args, kwargs)
-        if loss.device.type == "cpu" or is_validation_enabled():
-            check(loss.item())
+        step, gradients = self._run(model, guide, args, kwargs)
+        if step.loss.device.type == "cpu" or is_validation_enabled():
+            self._value(step)
         if torch.is_grad_enabled():
-            observe()
-        return loss
+            self._observe(step)
+        return step.loss if gradients is None else gradients.attach(step.loss)
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Estimates the loss and adds its gradients to the parameters'.
@@ -199,20 +239,121 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN; no gradient is then added.
         """
-        loss, check, observe = self._loss(model, guide, args, kwargs, register=True)
-        value = check(loss.item())
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        observe()
+        step, gradients = self._run(model, guide, args, kwargs, register=True)
+        value = self._value(step)
+        if gradients is not None:
+            gradients.add()
+        elif step.loss.requires_grad:
+            step.loss.backward(retain_graph=self.retain_graph)
+        self._observe(step)
         return value
 
-    def _loss(
+    def _run(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, register: bool = False
-    ) -> tuple[Tensor, Callable[[float], float], Callable[[], None]]:
-        """The loss, a function that passes its value on unless it is NaN, and one that shows the step to the weight.
+    ) -> tuple[_Step, Gradients | None]:
+        """A step, and its gradients where a recording has given them; else its loss has a graph.
 
         With `register`, the parameters of penalties and costs are shown to Pyro, so that SVI trains them.
         """
+        if self._recorder is None:
+            step, gradients = self._step((None, args, kwargs), model, guide, register), None
+        else:
+            step, gradients = self._run_recorded(self._recorder, model, guide, args, kwargs, register)
+        self.terms = Terms(
+            cost=step.cost.detach(),
+            penalty=step.penalty.detach(),
+            weight=step.weight,
+            costs={site: value.detach() for site, value in step.costs.items()},
+            penalties={site: value.detach() for site, value in step.penalties.items() if site},
+        )
+        return step, gradients
+
+    def _run_recorded(
+        self,
+        recorder: Recorder,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        register: bool,
+    ) -> tuple[_Step, Gradients | None]:
+        weight = self.penalty_weight(torch.ones(()) if self.terms is None else self.terms.cost)
+        # A weight that is a number is none that the cost of this step decides, and enters from outside.
+        number = None if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
+        owners = [self, *(module for name, module in self.modules() if name != "weight"), *_owners(model, guide)]
+        if number is None and not isinstance(self.penalty_weight, Constraint):
+            owners.append(self.penalty_weight)
+        step, gradients = recorder(
+            functools.partial(self._step, model=model, guide=guide, register=register),
+            (number, args, kwargs),
+            key=(model, guide, register),
+            owners=owners,
+            holders=[self.penalty_weight],
+            loss=lambda step: step.loss,
+            keep=bool(self.retain_graph),
+        )
+        return (step if number is None else step._replace(weight=weight)), gradients
+
+    def _value(self, step: _Step) -> float:
+        """The loss as a number.
+
+        Raises:
+            ValueError: If it is NaN.
+        """
+        value = step.loss.item()
+        if math.isnan(value):
+            raise ValueError(_nan_message(step, self.condition))
+        return value
+
+    def _observe(self, step: _Step) -> None:
+        """Shows a training step to the weight."""
+        if type(self.penalty_weight).observe is Weight.observe:
+            self.penalty_weight.observe(step.cost, step.codes, step.prior)  # which counts, and looks at nothing
+            return
+        codes, draws = compared(self.penalty, step.joint, step.prior)
+        seen, draws = codes.masked(draws)
+        self.penalty_weight.observe(step.cost.detach(), seen.detach(), None if draws is None else draws.detach())
+
+    def _step(
+        self,
+        arguments: tuple[Tensor | None, Any, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        register: bool,
+    ) -> _Step:
+        """One step, from the weight if known before, and the arguments and keyword arguments of model and guide."""
+        number, args, kwargs = arguments
+        gather = functools.partial(self._gather, model, guide)
+        runs = self._micro_batches.gather(gather, guide, args, kwargs) if self._micro_batches else gather(args, kwargs)
+        mean_costs = _mean_costs(runs.costs, runs.kept)
+        joint = Codes.stack(runs.codes)
+        self._prepare(joint, runs.structure, runs.given, register)
+        prior = torch.cat(list(runs.prior)) if runs.prior else None
+        penalties = compare(self.penalty, joint, prior, runs.context, runs.structure, runs.given)
+        cost = torch.stack(list(mean_costs.values())).sum()
+        penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
+        if runs.prior:
+            warn_of_lost_gradient(runs.particles[0], runs.structure, penalty)
+        weight = self.penalty_weight(cost.detach())
+        factor = number.to(penalty) if number is not None and is_recording() else weight
+        return _Step(
+            loss=cost + factor * penalty,
+            cost=cost,
+            penalty=penalty,
+            weight=weight,
+            costs=mean_costs,
+            penalties=penalties,
+            codes=joint.values,
+            columns=dict(joint.columns),
+            kept=joint.kept,
+            prior=prior,
+            condition=None if runs.given is None else runs.given.values,
+        )
+
+    def _gather(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Runs:
+        """Runs model and guide, and keeps what a step needs of the runs."""
         particles, codes, prior, costs, kept = [], [], [], [], []
         structure: Structure | None = None
         given: Given | None = None
@@ -229,36 +370,12 @@ class WAELoss(CallRepr, ELBO):
             costs.append(self._costs(observations))
             kept.append(_kept(observations))
         assert structure is not None  # num_particles >= 1
-        mean_costs = _mean_costs(costs, kept)
-        joint = Codes.stack(codes)
-        self._prepare(joint, structure, given, register)
-        prior_rows = torch.cat(prior) if prior else None
-        penalties = compare(self.penalty, joint, prior_rows, particles, structure, given)
-        cost = torch.stack(list(mean_costs.values())).sum()
-        penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
-        if prior:
-            warn_of_lost_gradient(particles[0], structure, penalty)
-        weight = self.penalty_weight(cost.detach())
-        loss = cost + weight * penalty
-        self.terms = Terms(
-            cost=cost.detach(),
-            penalty=penalty.detach(),
-            weight=weight,
-            costs={site: value.detach() for site, value in mean_costs.items()},
-            penalties={site: value.detach() for site, value in penalties.items() if site},
-        )
+        context = functools.partial(penalty_context, particles, structure)
+        return Runs(structure, particles, codes, prior, costs, kept, given, context)
 
-        def check(value: float) -> float:
-            if math.isnan(value):
-                raise ValueError(_nan_message(codes, mean_costs, penalties, given))
-            return value
-
-        def observe() -> None:
-            own, draws = compared(self.penalty, joint, prior_rows)
-            seen, draws = own.masked(draws)
-            self.penalty_weight.observe(cost.detach(), seen.detach(), None if draws is None else draws.detach())
-
-        return loss, check, observe
+    def _default_weight(self) -> Weight:
+        # A prior that cannot be sampled can still be compared with, and gives a constraint nothing to measure by.
+        return Constraint() if any(p.needs_prior_draws for p in each_penalty(self.penalty)) else Constant(100.0)
 
     def _needs_prior_draws(self) -> bool:
         return self.penalty_weight.needs_prior_draws or any(p.needs_prior_draws for p in each_penalty(self.penalty))
@@ -402,7 +519,7 @@ def _kept(observations: list[Observation]) -> Tensor | None:
     return torch.stack(known).any(0) if len(known) == len(masks) else None
 
 
-def _mean_costs(costs: list[dict[str, Tensor]], kept: list[Tensor | None]) -> dict[str, Tensor]:
+def _mean_costs(costs: Sequence[Mapping[str, Tensor]], kept: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """The mean over particles and unmasked data of each observed site's cost."""
     masks = [mask for mask in kept if mask is not None]
     mask = torch.cat(masks) if len(masks) == len(kept) else None
@@ -418,19 +535,38 @@ def _check_count(argument: str, value: int) -> None:
         raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}=1.")
 
 
-def _nan_message(
-    codes: list[Codes], costs: Mapping[str, Tensor], penalties: Mapping[str, Tensor], given: Given | None
-) -> str:
-    for run_codes in codes:
-        for site, columns in run_codes.columns.items():
-            if run_codes.values[..., columns].isnan().any():
-                return f"The codes of latent site '{site}' hold NaN: look at the guide's output or lower the rate."
-    if given is not None and given.values.isnan().any():
-        return f"The condition '{given.condition.name}' holds NaN: look at the data."
-    for site, value in costs.items():
+def _check_compile(compile: object, micro_batch: int | None) -> None:
+    if not isinstance(compile, bool) and not callable(compile):
+        raise TypeError(
+            f"compile must be True, False or a function of a recording and its inputs, found {compile!r}. "
+            "Write compile=True."
+        )
+    if compile is not False and micro_batch is not None:
+        raise ValueError(
+            "compile records one run of model and guide on the whole batch, and micro_batch repeats them on its parts. "
+            "Leave one of them out."
+        )
+
+
+def _owners(*programs: Callable[..., Any]) -> Iterator[object]:
+    """The objects that models and guides belong to."""
+    for program in programs:
+        if isinstance(program, nn.Module):
+            yield program
+        elif (owner := getattr(program, "__self__", None)) is not None:
+            yield owner
+
+
+def _nan_message(step: _Step, condition: str | None) -> str:
+    for site, columns in step.columns.items():
+        if step.codes[..., columns].isnan().any():
+            return f"The codes of latent site '{site}' hold NaN: look at the guide's output or lower the rate."
+    if step.condition is not None and step.condition.isnan().any():
+        return f"The condition '{condition}' holds NaN: look at the data."
+    for site, value in step.costs.items():
         if value.isnan():
             return f"The cost of observed site '{site}' is NaN: look at the data and at the model's output."
-    for site, value in penalties.items():
+    for site, value in step.penalties.items():
         if value.isnan():
             return "The penalty" + (f" of latent site '{site}'" if site else "") + " is NaN, though the codes are not."
     return "The loss is NaN, though its parts are not: the penalty weight times the penalty overflows."

@@ -25,13 +25,13 @@ from pyro_wae.traces import (
     ReplaySubsamples,
     Site,
     Structure,
-    _is_random,
-    _observed_sites,
-    _user_name,
     gather_codes,
     gather_observations,
+    is_random,
+    observed_sites,
     read_structure,
     run,
+    user_name,
 )
 
 __all__ = ["code_rows", "decode", "encode", "interpolate", "reconstruct", "sample"]
@@ -174,7 +174,7 @@ def decode(
                 [2., 2.]])}
     """
     first = _run_model(model, args, kwargs)
-    latents = [name for name, site in first.nodes.items() if _is_random(site)]
+    latents = [name for name, site in first.nodes.items() if is_random(site)]
     unknown = [name for name in codes if name not in latents]
     if unknown or not codes:
         found = f"names '{unknown[0]}', which is no latent site of the model" if unknown else "is empty"
@@ -301,7 +301,7 @@ def sample(
             inside = [
                 site
                 for site in trace.nodes.values()
-                if _is_random(site) and site["name"] not in sites and site["cond_indep_stack"]
+                if is_random(site) and site["name"] not in sites and site["cond_indep_stack"]
             ]
             plate = find_data_plate(inside, list(sites.values()), data_plate)
             joins = {name: _data_dim(site, plate) for name, site in sites.items()}
@@ -409,9 +409,9 @@ def _outputs(
     trace: Any, return_sites: Sequence[str] | None = None, *, leave_out: Mapping[str, Any] | None = None
 ) -> dict[str, Site]:
     """The sites that hold data, by the names the user gave them."""
-    observed = {_user_name(name, trace): site for name, site in _observed_sites(trace) if name not in (leave_out or ())}
+    observed = {user_name(name, trace): site for name, site in observed_sites(trace) if name not in (leave_out or ())}
     if return_sites is not None:
-        known = {name: site for name, site in trace.nodes.items() if _is_random(site)} | observed
+        known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed
         _check_names(return_sites, known)
         return {name: known[name] for name in return_sites}
     if not observed:

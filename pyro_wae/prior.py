@@ -17,7 +17,14 @@ from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes, Layout
 from pyro_wae.traces import Particle, ReplaySubsamples, Structure
 
-__all__ = ["draw_prior", "prior_log_prob", "prior_of_one_code", "warn_of_lost_gradient"]
+__all__ = [
+    "distribution_tensors",
+    "draw_prior",
+    "leaves",
+    "prior_log_prob",
+    "prior_of_one_code",
+    "warn_of_lost_gradient",
+]
 
 Site = Mapping[str, Any]
 
@@ -55,9 +62,9 @@ def warn_of_lost_gradient(particle: Particle, structure: Structure, penalty: Ten
         fn = particle.model.nodes[name]["fn"]
         if not torch.is_grad_enabled() or fn.has_rsample:
             continue
-        parameters = {leaf for tensor in _tensors(fn) for leaf in _leaves(tensor)}
+        parameters = {leaf for tensor in distribution_tensors(fn) for leaf in leaves(tensor)}
         # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
-        if parameters and not parameters <= _leaves(penalty):
+        if parameters and not parameters <= leaves(penalty).keys():
             warnings.warn(
                 f"The prior at site '{name}' ({type(fn).__name__}) has parameters to learn but cannot be "
                 "reparameterised: prior draws give them no gradient. Take a prior with rsample, or detach them.",
@@ -203,7 +210,7 @@ def _elementwise(fn: Any, take: Callable[[Tensor], Tensor]) -> Any | None:
     return type(fn)(**parameters, validate_args=False).to_event(1)
 
 
-def _tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
+def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
     """The tensors of a distribution, those of its modules included."""
     if isinstance(value, Tensor):
         yield value
@@ -211,23 +218,27 @@ def _tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
         yield from value.parameters()
     if depth and isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item, depth - 1)
+            yield from distribution_tensors(item, depth - 1)
     if depth and isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
-        for item in vars(value).values():
-            yield from _tensors(item, depth - 1)
+        for name, item in vars(value).items():
+            # A transform keeps its last draw, which is no parameter.
+            if not name.startswith("_cache"):
+                yield from distribution_tensors(item, depth - 1)
 
 
-def _leaves(value: Tensor) -> set[Tensor]:
-    """The parameters that a tensor depends on."""
+def leaves(value: Tensor) -> dict[Tensor, None]:
+    """The parameters that a tensor depends on, in the order of a walk through its graph."""
     if value.grad_fn is None:
-        return {value} if value.requires_grad else set()
-    leaves: set[Tensor] = set()
-    seen, nodes = {value.grad_fn}, [value.grad_fn]
+        return {value: None} if value.requires_grad else {}
+    found: dict[Tensor, None] = {}
+    seen: set[Any] = {value.grad_fn}
+    nodes = [value.grad_fn]
     while nodes:
-        node = nodes.pop()
+        node: Any = nodes.pop()
         if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= new
-        nodes += new
-    return leaves
+            found[node.variable] = None
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return found

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from pyro_wae.codes import Codes
 from pyro_wae.condition import Given
-from pyro_wae.context import penalty_context
-from pyro_wae.penalties import MMD, Chain, Penalty, as_penalty
+from pyro_wae.penalties import MMD, Chain, Penalty, PenaltyContext, as_penalty
 from pyro_wae.penalties.joint import beside
-from pyro_wae.traces import Particle, Structure
+from pyro_wae.traces import Structure
 
 __all__ = [
     "PenaltyLike",
@@ -95,7 +94,7 @@ def compare(
     option: PenaltyOption,
     codes: Codes,
     prior: Tensor | None,
-    particles: Sequence[Particle],
+    context_of: Callable[[Codes], PenaltyContext],
     structure: Structure,
     given: Given | None = None,
 ) -> dict[str, Tensor]:
@@ -105,8 +104,8 @@ def compare(
         option: The penalties.
         codes: All codes of the step.
         prior: Prior draws of the same layout, shape (J, n, d), or None where no penalty needs them.
-        particles: The runs of the step.
-        structure: What their sites are.
+        context_of: What is known of the codes at some or all latent sites.
+        structure: What the sites are.
         given: What codes and prior draws are conditional on, or None.
 
     Raises:
@@ -114,7 +113,7 @@ def compare(
     """
 
     def value(entry: int, penalty: Penalty, own: Codes, draws: Tensor | None) -> Tensor:
-        context = penalty_context(particles, structure, own)
+        context = context_of(own)
         rows, draws = own.masked(draws)
         if given is not None:
             context = given.extend(context, entry, penalty, own, draws)

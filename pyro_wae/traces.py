@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_wae.codes import Codes, Layout
 from pyro_wae.costs import Observation
+from pyro_wae.decisions import decide
 from pyro_wae.plates import data_size, find_data_plate, plate_scale, site_layout
 
 __all__ = [
@@ -28,8 +29,11 @@ __all__ = [
     "Structure",
     "gather_codes",
     "gather_observations",
+    "is_random",
+    "observed_sites",
     "read_structure",
     "run",
+    "user_name",
 ]
 
 Program = Callable[..., Any]
@@ -117,7 +121,7 @@ def read_structure(particle: Particle, data_plate: str | None) -> Structure:
             in doubt.
     """
     latents = dict(_latent_sites(particle))
-    observed = {_user_name(name, particle.model): site for name, site in _observed_sites(particle.model)}
+    observed = {user_name(name, particle.model): site for name, site in observed_sites(particle.model)}
     if not latents:
         raise ValueError(
             "Model and guide share no latent site, so that there are no codes. Sample one under the same name in "
@@ -131,7 +135,7 @@ def read_structure(particle: Particle, data_plate: str | None) -> Structure:
     plate = find_data_plate(list(latents.values()), list(observed.values()), data_plate)
     first = next(iter(latents.values()))
     frame = next(frame for frame in first["cond_indep_stack"] if frame.name == plate)
-    random = [name for name, site in particle.model.nodes.items() if _is_random(site)]
+    random = [name for name, site in particle.model.nodes.items() if is_random(site)]
     layouts = {name: site_layout(site, plate) for name, site in latents.items()}
     is_root = len(latents) == 1 and random[0] in latents
     return Structure(
@@ -152,7 +156,7 @@ def gather_codes(particle: Particle, structure: Structure) -> Codes:
             the model has it in.
     """
     latents = dict(_latent_sites(particle))
-    observed = {_user_name(name, particle.model) for name, _ in _observed_sites(particle.model)}
+    observed = {user_name(name, particle.model) for name, _ in observed_sites(particle.model)}
     changed = (set(latents) ^ set(structure.latents)) | (observed ^ set(structure.observed))
     if changed:
         raise ValueError(
@@ -185,14 +189,14 @@ def _check_own_codes(site: Site, layout: Layout) -> None:
 
 def gather_observations(particle: Particle, structure: Structure) -> Iterator[Observation]:
     """The observed sites of one run."""
-    for name, site in _observed_sites(particle.model):
-        user_name = _user_name(name, particle.model)
+    for name, site in observed_sites(particle.model):
+        given_name = user_name(name, particle.model)
         fn, value = site["fn"], site["value"]
         yield Observation(
-            name=user_name,
+            name=given_name,
             distribution=fn,
             value=value.expand(torch.broadcast_shapes(value.shape, fn.shape())),
-            layout=structure.observed[user_name],
+            layout=structure.observed[given_name],
             mask=_mask(site),
             scale=_user_scale(site),
         )
@@ -210,13 +214,14 @@ class ReplaySubsamples(Messenger):
             msg["value"] = self.trace.nodes[msg["name"]]["value"]
 
 
-def _is_random(site: Site) -> bool:
+def is_random(site: Site) -> bool:
+    """Whether a site of a trace is drawn, neither observed nor a subsample."""
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
 def _latent_sites(particle: Particle) -> Iterator[tuple[str, Site]]:
     for name, site in particle.model.nodes.items():
-        if not _is_random(site) or site["infer"].get("is_auxiliary") or _is_imputed(name, particle.model):
+        if not is_random(site) or site["infer"].get("is_auxiliary") or _is_imputed(name, particle.model):
             continue
         in_guide = name in particle.guide.nodes
         fn = particle.guide.nodes[name]["fn"] if in_guide else site["fn"]
@@ -246,7 +251,8 @@ def _raise_not_reparameterised(name: str, fn: Any) -> None:
     )
 
 
-def _observed_sites(model_trace: Any) -> Iterator[tuple[str, Site]]:
+def observed_sites(model_trace: Any) -> Iterator[tuple[str, Site]]:
+    """The sites of a model's trace that may have a cost."""
     for name, site in model_trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site_is_factor(site):
             continue
@@ -260,7 +266,8 @@ def _is_imputed(name: str, model_trace: Any) -> bool:
     return stem != name and f"{stem}_observed" in model_trace.nodes and stem in model_trace.nodes
 
 
-def _user_name(name: str, model_trace: Any) -> str:
+def user_name(name: str, model_trace: Any) -> str:
+    """The name that the user gave an observed site, whose part that ``obs_mask`` leaves has another."""
     stem = name.removesuffix("_observed")
     return stem if stem != name and f"{stem}_unobserved" in model_trace.nodes else name
 
@@ -324,7 +331,7 @@ def _varies(value: Any, n: int, depth: int = 5) -> bool:
         dims = [dim for dim, size in enumerate(value.shape) if size == n and value.stride(dim)]
         if value.requires_grad or value.device.type != "cpu":  # where looking at the values would wait, or miss a graph
             return bool(dims)
-        return any(bool((value != value.narrow(dim, 0, 1)).any()) for dim in dims)
+        return any(decide((value != value.narrow(dim, 0, 1)).any()) for dim in dims)
     if isinstance(value, list | tuple):
         return depth == 0 or any(_varies(item, n, depth - 1) for item in value)
     if isinstance(value, dist.Distribution | torch.distributions.Distribution | torch.distributions.Transform):

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_wae.decisions import NotRecordable, is_recording
 from pyro_wae.numerics import at_least_float32
 from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.own_training import train_when_replayed
 
 __all__ = ["JensenShannon", "adam"]
 
@@ -136,7 +138,7 @@ class JensenShannon(Penalty):
         log_prob = functools.partial(_log_prob, n=codes.shape[1], context=context) if self.prior_log_prob else None
         training = torch.is_grad_enabled()
         if training and self.optimizer is not None and self._learning:
-            self._train(q, p, log_prob, self.optimizer)
+            self._train_or_record(q, p, log_prob, self.optimizer)
         parameters = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         adversary = functools.partial(torch.func.functional_call, self.discriminator, parameters)
         logits_q, logits_p = self._logits(adversary, q, log_prob), self._logits(adversary, p, log_prob)
@@ -178,8 +180,36 @@ class JensenShannon(Penalty):
     def set_extra_state(self, state: Any) -> None:
         """Restores what :meth:`get_extra_state` gave."""
         self._state = copy.deepcopy(state["optimizer"])  # which another optimiser may still be writing to
-        if self._own is not None and self._state is not None:
-            self._own.load_state_dict(self._state)
+        self._own = None  # made anew from the state, which may also be that before the first step
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A discriminator that does not know the codes yet goes where they were, as it does in `prepare`.
+        saved = next((value for key, value in state_dict.items() if key.startswith(f"{prefix}discriminator.")), None)
+        is_lazy = any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters())
+        if is_lazy and isinstance(saved, Tensor) and not nn.parameter.is_lazy(saved):
+            self.discriminator.to(saved.device, saved.dtype if saved.is_floating_point() else None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def train_on(self, codes: Tensor, prior: Tensor) -> None:
+        """Lets the discriminator's own optimiser take its steps.
+
+        Args:
+            codes: Shape (n, d), detached.
+            prior: Prior draws, shape (m, d), detached.
+        """
+        if self.optimizer is not None:
+            self._train(codes, prior, None, self.optimizer)
+
+    def _train_or_record(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
+        if not is_recording():
+            self._train(q, p, log_prob, optimizer)
+        elif log_prob is None:
+            train_when_replayed(self, self.discriminator, q, p)
+        else:
+            raise NotRecordable(
+                "JensenShannon(prior_log_prob=True) gives its own optimiser densities of this very step. Write "
+                "JensenShannon(prior_log_prob=True, optimizer=None)"
+            )
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
         if q.device.type == "cpu" and not bool(q.isfinite().all()):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pyro_wae.adapters import as_kernel
 from pyro_wae.kernels import Conditional, InverseMultiquadratic, Kernel
 from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.blocks import PairTerm, holds_function, pair_total
+from pyro_wae.penalties.blocks import PairTerm, holds_function, pair_total, row_total
 from pyro_wae.penalties.joint import DefaultConditionKernels, join, label_columns
 from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean
 from pyro_wae.penalties.null import NullVariance, pair_variance
@@ -129,7 +127,8 @@ class MMD(Penalty):
         # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
         rows = codes.flatten(0, 1) if holds_function(self.kernel) else working_precision(codes.flatten(0, 1))
         weights = within(len(rows), len(codes), context.data_size) if self.unbiased else every(len(rows), len(rows))
-        return pair_total(self.kernel, (rows,), (PairTerm(0, 0, weights),)) + known.norm() - 2 * _mean(known, rows)
+        qq = pair_total(self.kernel, (rows,), (PairTerm(0, 0, weights),))
+        return qq + known.norm() - 2 * row_total(known.at, rows, MOST_ROWS) / len(rows)
 
     def _from_draws(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         rows = codes.flatten(0, 1)
@@ -154,14 +153,3 @@ class MMD(Penalty):
         # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
         size = context.data_size if min(particles, repeats) > 1 else None
         return within(particles * n, particles, size), within(m, repeats, size), across(particles * n, m, n, size)
-
-
-def _mean(known: KernelMean, rows: Tensor) -> Tensor:
-    """The mean of E k(q, p) over codes, with what lies between taken again in backward where there are many."""
-    if len(rows) <= MOST_ROWS:
-        return known.at(rows).mean()
-    sums = [
-        checkpoint(lambda part: known.at(part).sum(), part, use_reentrant=False, preserve_rng_state=False)
-        for part in rows.split(MOST_ROWS)
-    ]
-    return torch.stack(sums).sum() / len(rows)
