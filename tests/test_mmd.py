@@ -577,10 +577,12 @@ def test_a_state_carries_the_lengths_over(name):
 @every_kernel
 def test_repr_names_kernel_and_estimate(name):
     kernel = KERNELS[name][0]()
-    options = "unbiased=True, standardize=False, closed_form=True"
+    options = "unbiased=True, standardize=False, closed_form=True, condition_kernel=None"
     assert repr(MMD(kernel)) == f"MMD(kernel={kernel!r}, {options})"
     assert ", unbiased=False, " in repr(MMD(kernel, unbiased=False))
-    assert repr(MMD(kernel, standardize=True, closed_form=False)).endswith("standardize=True, closed_form=False)")
+    assert repr(MMD(kernel, standardize=True, closed_form=False)).endswith(
+        "standardize=True, closed_form=False, condition_kernel=None)"
+    )
 
 
 def test_repr_of_a_function_penalty_names_the_function():

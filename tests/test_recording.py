@@ -16,7 +16,17 @@ from pyro.infer import SVI
 from torch import nn
 
 from pyro_wae import WAELoss, recording
-from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, JensenShannon, KernelStein, SlicedWasserstein
+from pyro_wae.penalties import (
+    MMD,
+    CramerWold,
+    EnergyDistance,
+    JensenShannon,
+    KernelStein,
+    LogVarianceL1,
+    MaxSlicedWasserstein,
+    Sinkhorn,
+    SlicedWasserstein,
+)
 from pyro_wae.recording import graph
 from pyro_wae.weights import Constraint, Schedule
 
@@ -112,6 +122,9 @@ PENALTIES = {
     "GAN-log-prior": lambda: JensenShannon(small_discriminator(), optimizer=None, prior_log_prob=True),
     "Cramer-Wold": CramerWold,
     "Stein": KernelStein,
+    "Sinkhorn": Sinkhorn,
+    "max-sliced": MaxSlicedWasserstein,
+    "guarded": lambda: MMD() + 0.1 * LogVarianceL1(),
 }
 
 
@@ -125,10 +138,14 @@ def train(net_class, penalty, compile, data, **options):
     history = []
     for x in data:
         value = svi.step(x)
-        history.append(torch.tensor([value, float(loss.terms.cost), float(loss.terms.penalty), float(loss.terms.weight)]))
+        history.append(
+            torch.tensor([value, float(loss.terms.cost), float(loss.terms.penalty), float(loss.terms.weight)])
+        )
     state = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     for name, module in (("net", net), *loss.modules()):
-        state |= {f"{name}.{key}": value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+        state |= {
+            f"{name}.{key}": value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)
+        }
     return torch.stack(history), state, loss
 
 
@@ -136,7 +153,14 @@ def assert_same(actual, expected, **tolerance):
     torch.testing.assert_close(actual[0], expected[0], **tolerance)
     assert actual[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
-        torch.testing.assert_close(actual[1][name], value, **tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[1][name], value, **tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def take_steps(loss, net, arguments):
+    for args in arguments:
+        loss.loss_and_grads(net.model, net.guide, *args)
 
 
 def recordings(loss):
@@ -251,6 +275,7 @@ def test_another_shape_mode_or_number_makes_another_recording():
     assert not torch.equal(net.encoder[1].running_mean, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 def test_parameters_that_are_set_or_frozen_are_seen():
     data = batches(12)
 
@@ -316,8 +341,7 @@ def test_what_cannot_be_recorded_runs_as_usual_after_one_warning(reason):
 
     net, loss = Odd(), WAELoss(compile=graph, penalty_weight=5.0)
     with pytest.warns(UserWarning, match=reason) as caught:
-        for x in batches(5):
-            loss.loss_and_grads(net.model, net.guide, x)
+        take_steps(loss, net, [(x,) for x in batches(5)])
     assert len(caught) == 1
     pyro.set_rng_seed(1)
     value = loss.loss(net.model, net.guide, batches(1)[0])
@@ -336,9 +360,7 @@ def test_a_number_that_changes_with_every_step_is_warned_of(monkeypatch):
     monkeypatch.setattr(recording, "MOST_RECORDINGS", 2)
     net, loss = Annealed(), WAELoss(compile=graph, penalty_weight=5.0)
     with pytest.warns(UserWarning, match="give it as a tensor"):
-        for step in range(4):
-            for _ in range(3):
-                loss.loss_and_grads(net.model, net.guide, batches(1)[0], 0.1 * step)
+        take_steps(loss, net, [(batches(1)[0], 0.1 * (step // 3)) for step in range(12)])
     assert len(recordings(loss)) == 2
 
 
