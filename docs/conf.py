@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
 ]
 
 # The type variable of a decorator.
-nitpick_ignore = [("py:class", "pyro_wae.penalties.kernel_means.F")]
+nitpick_ignore = [("py:class", "pyro_wae.penalties.kernel_means.F"), ("py:class", "os.PathLike")]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -80,6 +80,7 @@ PUBLIC_MODULES = (
     "pyro_wae.diagnostics",
     "pyro_wae.optim",
     "pyro_wae.checkpoint",
+    "pyro_wae.recording",
     "pyro_wae.plotting",
 )
 

@@ -88,7 +88,7 @@ class Kernel(CallRepr, nn.Module):
 
     @property
     def is_radial(self) -> bool:
-        """Whether it is a function of the distance alone: :meth:`profile` of ``u = |x - y|^2 / squared_unit``."""
+        """Whether it is :meth:`profile` of ``u = |x - y|^2 / squared_unit``, a function of the distance alone."""
         return False
 
     def squared_unit(self, like: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class RadialKernel(Kernel):
     def profile_and_slope_at_scales(
         self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sum over factors c of the profile at ``u / c``, and its derivative, as :meth:`profile_and_slope`."""
+        """The sum over factors c of the profile at ``u / c``, and its derivative, as ``profile_and_slope``."""
         values, slopes = torch.zeros_like(u), torch.zeros_like(u)
         for factor in factors:
             value, slope = self.profile_and_slope(u / factor)

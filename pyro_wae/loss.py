@@ -78,7 +78,7 @@ class WAELoss(CallRepr, ELBO):
         cost: A :class:`~pyro_wae.costs.Cost`, a function f(x, g), or a dict with one of them for each observed site.
             Default: :class:`~pyro_wae.costs.SquaredError`.
         penalty_weight: lambda >= 0, in units of cost per unit of penalty: a number, or one of
-            :mod:`pyro_wae.weights`. Default: :class:`~pyro_wae.weights.Constraint`, which finds it while training, or
+            ``pyro_wae.weights``. Default: :class:`~pyro_wae.weights.Constraint`, which finds it while training, or
             100 where no penalty draws from the prior.
         data_plate: Name of the plate that holds the data. Default: the one plate around every latent and observed
             site; of several, the subsampled one.

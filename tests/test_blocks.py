@@ -471,7 +471,9 @@ def test_other_penalties_by_blocks_are_those_of_the_whole_matrix(name, particles
     torch.testing.assert_close(value_and_gradients(lambda q: penalty(q, prior), codes), whole, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", [Gaussian(1.5), as_kernel(bilinear), 2.0 * Energy()], ids=["gaussian", "function", "energy"])
+@pytest.mark.parametrize(
+    "kernel", [Gaussian(1.5), as_kernel(bilinear), 2.0 * Energy()], ids=["gaussian", "function", "energy"]
+)
 def test_the_unit_of_a_standardised_estimate_by_blocks_is_that_of_the_whole_matrix(kernel, small_blocks):
     prior = rows(37, 3)
     torch.testing.assert_close(NullVariance().of_draws(kernel, prior), centred_square(kernel.gram(prior, prior)))

@@ -661,7 +661,9 @@ def test_a_mixture_that_learns_moves_to_the_codes_by_svi():
         pyro.module("net", net)
         net.model(x)
 
-    svi = pyro.infer.SVI(model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=WAELoss(MMD(Gaussian(1.0))))
+    svi = pyro.infer.SVI(
+        model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=WAELoss(MMD(Gaussian(1.0)), penalty_weight=100.0)
+    )
     for _ in range(100):
         svi.step(x)
     order = net.locs[:, 0].argsort()

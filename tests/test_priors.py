@@ -308,7 +308,9 @@ def test_a_learnable_location_gets_its_gradient_from_the_penalty():
     expected = -2 * (x.mean(0) - capture.prior[0].mean(0)).detach()
     torch.testing.assert_close(pyro.param("loc").grad, expected)
     pyro.param("loc").grad = None
-    svi = SVI(model, guide, ClippedAdam({"lr": 0.8, "lrd": 0.92}), loss=WAELoss(MMD(Gaussian(3.0)), penalty_weight=100.0))
+    svi = SVI(
+        model, guide, ClippedAdam({"lr": 0.8, "lrd": 0.92}), loss=WAELoss(MMD(Gaussian(3.0)), penalty_weight=100.0)
+    )
     for _ in range(40):
         svi.step(x[:64])
     torch.testing.assert_close(pyro.param("loc"), x[:64].mean(0), atol=0.5, rtol=0)

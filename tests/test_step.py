@@ -20,7 +20,7 @@ from pyro.optim import Adam
 from pyro.poutine import runtime
 from torch import nn
 
-from pyro_wae import WAELoss
+from pyro_wae import WAELoss, weights
 from pyro_wae.costs import AbsoluteError, SquaredError
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.penalties import MMD
@@ -813,8 +813,9 @@ def test_pyro_modules_train_through_the_torch_route(local):
 
 def test_repr_is_the_call_that_makes_the_loss():
     loss = WAELoss(MMD(Gaussian(1.0)), cost=SquaredError(), data_plate="data", max_plate_nesting=1)
-    assert eval(repr(loss)).data_plate == "data"
-    assert repr(eval(repr(loss))) == repr(loss)
+    again = eval(repr(loss), globals() | vars(weights))
+    assert again.data_plate == "data"
+    assert repr(again) == repr(loss)
     assert "penalty_weight=2.5" in repr(WAELoss(penalty_weight=2.5))
     assert "penalty_weight=Constraint(" in repr(WAELoss())
     net = AutoEncoder()

@@ -26,7 +26,7 @@ __all__ = ["Report", "report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What :func:`report` found; ``str(report)`` is a table, :meth:`plot` a picture.
+    """What :func:`report` found; ``str(report)`` is a table, ``report.plot()`` a picture.
 
     Args:
         comparisons: One for each latent site, and with several one more, ``"joint"``, for all side by side.
