@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo pictures test test-slow bench-penalties zoo lint types docs clean
+.PHONY: demo pictures report test test-slow bench bench-penalties zoo lint types docs clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
 
 pictures: demo
 	cp results/quickstart/samples.png results/quickstart/reconstructions.png docs/images/
+
+# The picture of docs/diagnostics.md.
+report: $(VENV)/.tutorials
+	$(RUN) tutorials/report.py $(ARGS)
+	cp results/report/report.png docs/images/
 
 # A process for each core, and one thread in each: small tensors gain nothing from more.
 test: $(VENV)/.test
@@ -22,6 +27,12 @@ test-slow: $(VENV)/.test
 # Writes the table of docs/_generated/penalties.md anew; ARGS=--smoke runs in seconds and leaves it alone.
 bench-penalties: $(VENV)/.bench
 	$(RUN) benchmarks/penalties.py $(ARGS)
+
+# The tables of docs/speed.md and docs/large_batches.md; on a machine that has nothing else to do.
+bench: $(VENV)/.bench
+	$(RUN) benchmarks/step.py
+	$(RUN) benchmarks/kernel_penalty.py --gibibytes 0.5
+	$(RUN) benchmarks/large_batches.py
 
 # Trains with each prior of docs/zoo.md, and writes its table and picture anew; ARGS=--smoke leaves both alone.
 zoo: $(VENV)/.tutorials

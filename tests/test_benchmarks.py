@@ -208,3 +208,12 @@ def test_table_tells_how_many_trainings_diverged(bench, penalties_run):
     ]
     table = bench.summary({**report, "results": results})
     assert table.count("(1 of 1 diverged)") == table.count("| gan (1 of 1 diverged) |") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two_sample_power", "kernel_penalty"])
+def test_benchmark_prints_its_table_and_writes_it_with_its_command(name, tmp_path):
+    report, markdown, printed = run_smoke(name, tmp_path)
+    assert report
+    assert f"    python benchmarks/{name}.py --smoke --out " in markdown
+    assert markdown.strip() in printed
