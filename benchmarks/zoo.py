@@ -104,7 +104,7 @@ def low_rank() -> Tensor:
 
 def flow() -> Tensor:
     """A Normal pushed through a flow."""
-    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     return pyro.sample("z", dist.TransformedDistribution(base, [make_spline()]))
 
 
@@ -161,12 +161,12 @@ def make_spline(seed: int = 0) -> Any:
     """A coupling of rational splines that makes a Normal a crescent; fitted once, and fixed from then on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        spline = transforms.spline_coupling(2, hidden_dims=[32])
-        prior = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [spline])
+        spline = transforms.spline_coupling(3, hidden_dims=[32])
+        prior = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [spline])
         optimizer = torch.optim.Adam(spline.parameters(), lr=2e-2)
         for _ in range(100):
-            x, noise = torch.randn(2, 256)
-            loss = -prior.log_prob(torch.stack([x, 0.4 * x.square() - 0.4 + 0.3 * noise], -1)).mean()
+            x, y, z = torch.randn(3, 256)
+            loss = -prior.log_prob(torch.stack([x, 0.3 * x.square() - 0.3 + 0.5 * y, z], -1)).mean()
             prior.clear_cache()
             optimizer.zero_grad()
             loss.backward()

@@ -546,6 +546,7 @@ def test_a_learned_standardized_prior_keeps_the_unit_of_the_codes():
         loss = WAELoss(
             MMD(closed_form=False) + PriorLikelihood(),
             cost=lambda x, g, nets=nets: -0.3 * nets.encoder(x).square().sum(-1).sqrt(),
+            penalty_weight=100.0,
         )
         svi = SVI(nets.model, nets.guide, Adam({"lr": 2e-2}), loss=loss)
         for _ in range(300):

@@ -249,7 +249,7 @@ def test_the_weight_settles_where_the_slack_is_just_used(n, d):
         codes[:, 0] += shift[0]
         return codes
 
-    constraint = Constraint(codes=1000, maximum=1e6)
+    constraint = Constraint(codes=1000, initial=50.0, maximum=1e6)
     found = drive(constraint, steps=2500, n=n, d=d, codes_of_step=lagging)
     late = torch.tensor(found[-1000:])
     assert 0.5 < late.mean() < 1.5
