@@ -308,8 +308,7 @@ class WAELoss(CallRepr, ELBO):
     def _observe(self, step: _Step) -> None:
         """Shows a training step to the weight."""
         if type(self.penalty_weight).observe is Weight.observe:
-            self.penalty_weight.observe(step.cost, step.codes, step.prior)  # which counts, and looks at nothing
-            return
+            return  # a constant looks at nothing
         codes, draws = compared(self.penalty, step.joint, step.prior)
         seen, draws = codes.masked(draws)
         self.penalty_weight.observe(step.cost.detach(), seen.detach(), None if draws is None else draws.detach())
