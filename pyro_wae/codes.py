@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae.decisions import decide
+from pyro_wae.numerics import joined
 
 __all__ = ["Codes", "Layout"]
 
@@ -58,10 +59,11 @@ class Layout:
                     f"{planned}. Write .to_event({-dim}) if it belongs to the value of one datum, or put the site "
                     f"under pyro.plate(..., {batch[dim]}, dim={dim})."
                 )
-        x = x.reshape(batch[max(0, len(batch) - len(self.shape)) :] + event).expand(self.shape + event)
+        if batch != self.shape:
+            x = x.reshape(batch[max(0, len(batch) - len(self.shape)) :] + event).expand(self.shape + event)
         data = self.data_dim - event_dim
         if self.particle_dim is None:
-            return x.movedim(data, 0).unsqueeze(0)
+            return (x if x.ndim == -data else x.movedim(data, 0)).unsqueeze(0)
         return x.movedim((self.particle_dim - event_dim, data), (0, 1))
 
     def unrows(self, rows: Tensor, event_shape: tuple[int, ...]) -> Tensor:
@@ -126,7 +128,7 @@ class Codes:
             masks = torch.cat(
                 [kept[s].reshape(v.shape) if s in kept else v.new_ones(v.shape).bool() for s, v in flat.items()], dim=2
             )
-        return cls(torch.cat(list(flat.values()), dim=2), columns, masks)
+        return cls(joined(list(flat.values()), 2), columns, masks)
 
     @classmethod
     def stack(cls, parts: Sequence[Codes]) -> Codes:
@@ -135,6 +137,8 @@ class Codes:
         Raises:
             ValueError: If the runs disagree in the number of data or the size of a code.
         """
+        if len(parts) == 1:
+            return parts[0]
         shapes = [tuple(part.values.shape[1:]) for part in parts]
         if len(set(shapes)) > 1:
             raise ValueError(
@@ -157,7 +161,7 @@ class Codes:
 
     def cut(self, rows: Tensor, names: Collection[str]) -> Tensor:
         """The columns of some sites, from a tensor (..., d) that is laid out as these codes."""
-        return torch.cat([rows[..., columns] for site, columns in self.columns.items() if site in names], dim=-1)
+        return joined([rows[..., columns] for site, columns in self.columns.items() if site in names], -1)
 
     def masked(self, draws: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Leaves out masked data and sets other masked elements to 0, alike in codes and prior draws.

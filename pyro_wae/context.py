@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
 from pyro_wae.codes import Codes
 from pyro_wae.penalties import PenaltyContext
 from pyro_wae.prior import prior_log_prob, prior_of_one_code
 from pyro_wae.traces import Particle, Structure
+from pyro_wae.wrappers import innermost
 
 __all__ = ["penalty_context"]
 
@@ -62,9 +62,7 @@ def _encoder_variance(particles: Sequence[Particle], structure: Structure, codes
 
 
 def _variance(name: str, fn: Any) -> Tensor:
-    inner = fn
-    while isinstance(inner, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
-        inner = inner.base_dist
+    inner = innermost(fn)
     if isinstance(inner, dist.Delta):
         raise ValueError(
             f"The guide is deterministic at site '{name}' (Delta), so that there is no variance to guard. Leave the "

@@ -8,11 +8,11 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 
 from pyro_wae._repr import CallRepr
 from pyro_wae.codes import Layout
+from pyro_wae.wrappers import innermost, is_a
 
 __all__ = [
     "AbsoluteError",
@@ -269,11 +269,11 @@ def generator_output(distribution: Any) -> Tensor:
     Raises:
         ValueError: If the distribution has no mean, or none that is finite.
     """
-    inner = distribution
-    while isinstance(inner, dist.Independent | dist.MaskedDistribution | ExpandedDistribution | dist.MixtureSameFamily):
-        inner = inner.component_distribution if isinstance(inner, dist.MixtureSameFamily) else inner.base_dist
+    inner = innermost(distribution)
+    while is_a(type(inner), dist.MixtureSameFamily):
+        inner = innermost(inner.component_distribution)
     remedy = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
-    if isinstance(inner, dist.Categorical | dist.Cauchy | dist.HalfCauchy):
+    if is_a(type(inner), dist.Categorical, dist.Cauchy, dist.HalfCauchy):
         raise ValueError(f"{_name(distribution)} has no finite mean to compare the data with. {remedy}")
     try:
         return distribution.mean
@@ -302,6 +302,8 @@ def _sum_event(costs: Tensor, event_dim: int) -> Tensor:
 
 
 def _checked_output(output: Tensor, value: Tensor) -> Tensor:
+    if output.shape == value.shape:
+        return output
     try:
         return output.expand(value.shape)
     except RuntimeError as error:
@@ -320,6 +322,4 @@ def _wrong_shape(cost: Any, site: str, found: Any, expected: tuple[int, ...]) ->
 
 
 def _name(distribution: Any) -> str:
-    while isinstance(distribution, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
-        distribution = distribution.base_dist
-    return type(distribution).__name__
+    return type(innermost(distribution)).__name__

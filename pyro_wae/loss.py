@@ -22,6 +22,7 @@ from pyro_wae.context import penalty_context
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
 from pyro_wae.decisions import is_recording
 from pyro_wae.micro_batches import MicroBatches, Runs
+from pyro_wae.numerics import joined, total
 from pyro_wae.prior import draw_prior, warn_of_lost_gradient
 from pyro_wae.recording import Backend, Gradients, Recorder, inductor
 from pyro_wae.site_penalties import (
@@ -327,10 +328,10 @@ class WAELoss(CallRepr, ELBO):
         mean_costs = _mean_costs(runs.costs, runs.kept)
         joint = Codes.stack(runs.codes)
         self._prepare(joint, runs.structure, runs.given, register)
-        prior = torch.cat(list(runs.prior)) if runs.prior else None
+        prior = joined(runs.prior) if runs.prior else None
         penalties = compare(self.penalty, joint, prior, runs.context, runs.structure, runs.given)
-        cost = torch.stack(list(mean_costs.values())).sum()
-        penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
+        cost = total(mean_costs.values())
+        penalty = total(penalties.values()).to(cost.device)
         if runs.prior:
             warn_of_lost_gradient(runs.particles[0], runs.structure, penalty)
         weight = self.penalty_weight(cost.detach())
@@ -521,10 +522,10 @@ def _kept(observations: list[Observation]) -> Tensor | None:
 def _mean_costs(costs: Sequence[Mapping[str, Tensor]], kept: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """The mean over particles and unmasked data of each observed site's cost."""
     masks = [mask for mask in kept if mask is not None]
-    mask = torch.cat(masks) if len(masks) == len(kept) else None
+    mask = joined(masks) if len(masks) == len(kept) else None
     means = {}
     for site in costs[0]:
-        values = torch.cat([run_costs[site] for run_costs in costs])
+        values = joined([run_costs[site] for run_costs in costs])
         means[site] = values.mean() if mask is None else values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
     return means
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "squared_distances", "working_precision"]
+__all__ = ["at_least_float32", "joined", "squared_distances", "total", "working_precision"]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -21,6 +24,16 @@ def working_precision(x: Tensor) -> Tensor:
     a kernel that has a kink at 0, and four with a smooth one.
     """
     return x.float() if x.device.type == "mps" else x.double()
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Sets tensors one after the other; a single one, which is the rule, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def total(scalars: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars, on the device of the first."""
+    return functools.reduce(lambda left, right: left + right.to(left.device), scalars)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor, nn
 
 from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes, Layout
 from pyro_wae.traces import Particle, ReplaySubsamples, Structure
+from pyro_wae.wrappers import innermost, is_a
 
 __all__ = [
     "distribution_tensors",
@@ -111,8 +111,8 @@ def prior_of_one_code(particle: Particle, name: str, layout: Layout) -> Any | No
         each number by itself, or is no mixture of up to :data:`MOST_COMPONENTS` such families.
     """
     outer = particle.model.nodes[name]["fn"].event_dim
-    fn = _same_family(_innermost(particle.model.nodes[name]["fn"]))
-    if not isinstance(fn, dist.MixtureSameFamily):
+    fn = _same_family(innermost(particle.model.nodes[name]["fn"]))
+    if not is_a(type(fn), dist.MixtureSameFamily):
         return _elementwise(fn, lambda value: layout.rows(value, outer)[0, 0].flatten())
     probs = fn.mixture_distribution.probs
     if outer != fn.event_dim or layout.rows(probs, 1)[0, 0].numel() != probs.shape[-1]:
@@ -121,7 +121,7 @@ def prior_of_one_code(particle: Particle, name: str, layout: Layout) -> Any | No
     if count > MOST_COMPONENTS:
         return None
     component = _elementwise(
-        _innermost(fn.component_distribution),
+        innermost(fn.component_distribution),
         lambda value: layout.rows(value, 1 + outer)[0, 0].reshape(count, -1),
     )
     if component is None:
@@ -186,15 +186,9 @@ def _log_prob_rows(name: str, fn: Any, value: Tensor, layout: Layout) -> Tensor:
     return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
 
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def _same_family(fn: Any) -> Any:
     """Pyro's own mixtures of Normals as a ``MixtureSameFamily``; anything else as it is."""
-    if not isinstance(fn, dist.MixtureOfDiagNormals | dist.MixtureOfDiagNormalsSharedCovariance):
+    if not is_a(type(fn), dist.MixtureOfDiagNormals, dist.MixtureOfDiagNormalsSharedCovariance):
         return fn
     shared = isinstance(fn, dist.MixtureOfDiagNormalsSharedCovariance)
     scales = fn.coord_scale.unsqueeze(-2).expand_as(fn.locs) if shared else fn.coord_scale
@@ -204,7 +198,7 @@ def _same_family(fn: Any) -> Any:
 
 def _elementwise(fn: Any, take: Callable[[Tensor], Tensor]) -> Any | None:
     """The same family with its parameters cut out by `take`, if it draws each number by itself."""
-    if not isinstance(fn, dist.Normal | dist.Laplace | dist.Uniform | dist.StudentT):
+    if not is_a(type(fn), dist.Normal, dist.Laplace, dist.Uniform, dist.StudentT):
         return None
     parameters = {name: take(getattr(fn, name).expand(fn.batch_shape)) for name in fn.arg_constraints}
     return type(fn)(**parameters, validate_args=False).to_event(1)

@@ -11,7 +11,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -22,6 +21,7 @@ from pyro_wae.codes import Codes, Layout
 from pyro_wae.costs import Observation
 from pyro_wae.decisions import decide
 from pyro_wae.plates import data_size, find_data_plate, plate_scale, site_layout
+from pyro_wae.wrappers import is_a, layers
 
 __all__ = [
     "Particle",
@@ -53,6 +53,16 @@ class Particle:
     model: Any
     guide: Any
     rerun: Callable[[], Any]
+
+    @functools.cached_property
+    def latents(self) -> dict[str, Site]:
+        """The sites that make up a code, by their name."""
+        return dict(_latent_sites(self.model, self.guide))
+
+    @functools.cached_property
+    def observed(self) -> dict[str, Site]:
+        """The sites that may have a cost, by the name the user gave them."""
+        return {user_name(name, self.model): site for name, site in observed_sites(self.model)}
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,7 @@ def read_structure(particle: Particle, data_plate: str | None) -> Structure:
         ValueError: If a latent cannot be part of a code, there is no code or no observed site, or the data plate is
             in doubt.
     """
-    latents = dict(_latent_sites(particle))
-    observed = {user_name(name, particle.model): site for name, site in observed_sites(particle.model)}
+    latents, observed = particle.latents, particle.observed
     if not latents:
         raise ValueError(
             "Model and guide share no latent site, so that there are no codes. Sample one under the same name in "
@@ -155,9 +164,8 @@ def gather_codes(particle: Particle, structure: Structure) -> Codes:
         ValueError: If the run has other sites than the structure, or its guide samples a site outside a plate that
             the model has it in.
     """
-    latents = dict(_latent_sites(particle))
-    observed = {user_name(name, particle.model) for name, _ in observed_sites(particle.model)}
-    changed = (set(latents) ^ set(structure.latents)) | (observed ^ set(structure.observed))
+    latents = particle.latents
+    changed = (latents.keys() ^ structure.latents.keys()) | (particle.observed.keys() ^ structure.observed.keys())
     if changed:
         raise ValueError(
             f"Site '{min(changed)}' is in one particle's run of model and guide and not in another's. WAELoss needs "
@@ -189,17 +197,20 @@ def _check_own_codes(site: Site, layout: Layout) -> None:
 
 def gather_observations(particle: Particle, structure: Structure) -> Iterator[Observation]:
     """The observed sites of one run."""
-    for name, site in observed_sites(particle.model):
-        given_name = user_name(name, particle.model)
+    for name, site in particle.observed.items():
         fn, value = site["fn"], site["value"]
         yield Observation(
-            name=given_name,
+            name=name,
             distribution=fn,
-            value=value.expand(torch.broadcast_shapes(value.shape, fn.shape())),
-            layout=structure.observed[given_name],
+            value=_expanded(value, fn.shape()),
+            layout=structure.observed[name],
             mask=_mask(site),
             scale=_user_scale(site),
         )
+
+
+def _expanded(value: Tensor, shape: torch.Size) -> Tensor:
+    return value if value.shape == shape else value.expand(torch.broadcast_shapes(value.shape, shape))
 
 
 class ReplaySubsamples(Messenger):
@@ -219,12 +230,12 @@ def is_random(site: Site) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
-def _latent_sites(particle: Particle) -> Iterator[tuple[str, Site]]:
-    for name, site in particle.model.nodes.items():
-        if not is_random(site) or site["infer"].get("is_auxiliary") or _is_imputed(name, particle.model):
+def _latent_sites(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Site]]:
+    for name, site in model_trace.nodes.items():
+        if not is_random(site) or site["infer"].get("is_auxiliary") or _is_imputed(name, model_trace):
             continue
-        in_guide = name in particle.guide.nodes
-        fn = particle.guide.nodes[name]["fn"] if in_guide else site["fn"]
+        in_guide = name in guide_trace.nodes
+        fn = guide_trace.nodes[name]["fn"] if in_guide else site["fn"]
         if in_guide and not getattr(fn, "has_rsample", False):
             _raise_not_reparameterised(name, fn)
         if not in_guide and site["infer"].get("enumerate"):
@@ -313,12 +324,8 @@ def _check_mask(site: Site, mask: Tensor, event_dim: int) -> None:
 
 def _masks(site: Site) -> Iterator[tuple[Tensor | bool, int]]:
     """The masks of ``poutine.mask`` and ``fn.mask``, each with the number of value dimensions to its right."""
-    fn = site["fn"]
-    found = [(site["mask"], fn.event_dim)]
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            found.append((fn._mask, fn.event_dim))
-        fn = fn.base_dist
+    found = [(site["mask"], site["fn"].event_dim)]
+    found += [(fn._mask, fn.event_dim) for fn in layers(site["fn"]) if is_a(type(fn), dist.MaskedDistribution)]
     yield from ((mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True)
 
 
@@ -334,7 +341,7 @@ def _varies(value: Any, n: int, depth: int = 5) -> bool:
         return any(decide((value != value.narrow(dim, 0, 1)).any()) for dim in dims)
     if isinstance(value, list | tuple):
         return depth == 0 or any(_varies(item, n, depth - 1) for item in value)
-    if isinstance(value, dist.Distribution | torch.distributions.Distribution | torch.distributions.Transform):
+    if is_a(type(value), dist.Distribution, torch.distributions.Distribution, torch.distributions.Transform):
         # A transform keeps its last draw, which is as long as the data and says nothing about them.
         parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
         return depth == 0 or any(_varies(part, n, depth - 1) for part in parts)

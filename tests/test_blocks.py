@@ -27,6 +27,7 @@ from pyro_wae.kernels import (
 )
 from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, blocks
 from pyro_wae.penalties.null import NullVariance, centred_square
+from pyro_wae.penalties.pairs import within
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -41,6 +42,7 @@ def small_blocks(monkeypatch):
     """Sums by blocks of 7 x 10 pairs, however few rows there are."""
     monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
     monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
     monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
 
 
@@ -151,6 +153,25 @@ def test_particles_of_independent_prior_draws_by_blocks(size, small_blocks):
     assert_same(functools.partial(mmd, context=PenaltyContext(data_size=size)), expected, codes, prior)
 
 
+@pytest.mark.parametrize("size", [None, 50])
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("name", KERNELS)
+def test_few_rows_of_one_set_at_once_are_the_direct_sum(name, particles, size, monkeypatch):
+    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    codes, prior = 0.5 * rows(particles * 9, 3) + 1, rows(33, 3)
+    h, back = half_mean_square(prior), 1 / size if size and particles > 1 else 0
+    kernel = KERNELS[name][0]()
+    kernel.fit(prior)
+    term = blocks.PairTerm(0, 0, within(len(codes), particles, size))
+
+    def expected(q):
+        other = other_datum(particles, particles, 9)
+        total = (1 - back) * mean(name, q, q, h, other)
+        return total + back * mean(name, q, q, h, ~other & off_diagonal(len(q))) if back else total
+
+    assert_same(lambda q: blocks.pair_total(kernel, (q,), (term,)), expected, codes)
+
+
 NORMAL = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
 
 
@@ -161,6 +182,7 @@ def test_closed_forms_by_blocks_are_those_of_the_whole_matrix(particles, monkeyp
     whole = value_and_gradients(lambda q: mmd(q, prior, context), codes)
     monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
     monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
     monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
     monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 8)
     parts = value_and_gradients(lambda q: mmd(q, prior, context), codes)
@@ -271,6 +293,7 @@ def test_kernels_of_users_by_blocks_are_those_of_the_whole_matrix(name, context,
     whole = value_and_gradients(mmd, codes, prior)
     monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
     monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
     monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
     torch.testing.assert_close(value_and_gradients(mmd, codes, prior), whole, rtol=1e-10, atol=1e-12)
 
@@ -467,6 +490,7 @@ def test_other_penalties_by_blocks_are_those_of_the_whole_matrix(name, particles
     whole = value_and_gradients(lambda q: penalty(q, prior), codes)
     monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
     monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
     monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
     torch.testing.assert_close(value_and_gradients(lambda q: penalty(q, prior), codes), whole, rtol=1e-9, atol=1e-12)
 

@@ -717,3 +717,79 @@ def test_the_gradients_variance_is_lower_over_fresh_codes_and_draws(d):
             found.append(torch.autograd.grad(value, shift)[0])
         totals.append(torch.stack(found).var(0).sum())
     assert totals[0] < 0.7 * totals[1]
+
+
+# The last mean
+
+
+def of_two(loc, scale):
+    return dist.Normal(loc, scale).to_event(1)
+
+
+def changed_in_place(loc, scale):
+    loc += 1.0
+    return of_two(loc, scale)
+
+
+def test_a_mean_is_given_again_while_its_prior_is_the_same():
+    last, kernel = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0)
+    first = last.of(kernel, of_two(torch.zeros(2), torch.ones(2)))
+    assert last.of(kernel, of_two(torch.zeros(2), torch.ones(2))) is first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loc, scale: of_two(loc + 1, scale),
+        lambda loc, scale: of_two(loc, 2 * scale),
+        lambda loc, scale: of_two(loc.double(), scale.double()),
+        lambda loc, scale: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), of_two(torch.stack([loc, loc + 1]), torch.stack([scale, scale]))
+        ),
+        changed_in_place,
+    ],
+    ids=["loc", "scale", "precision", "mixture", "in place"],
+)
+def test_a_mean_follows_a_prior_that_changes(change):
+    last, kernel, x = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0), rows(5, 2)
+    loc, scale = torch.zeros(2), torch.ones(2)
+    last.of(kernel, of_two(loc, scale))
+    prior = change(loc, scale)
+    found, expected = last.of(kernel, prior), kernel_mean(kernel, prior)
+    torch.testing.assert_close(found.at(x), expected.at(x))
+    torch.testing.assert_close(found.norm(), expected.norm())
+
+
+def test_a_mean_follows_the_weights_of_a_mixture():
+    last, kernel, component = kernel_means.LastKernelMean(), Gaussian(1.0), of_two(torch.eye(2), torch.ones(2, 2))
+    for probs in (torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])):
+        prior = dist.MixtureSameFamily(dist.Categorical(probs), component)
+        torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
+
+
+def test_a_mean_follows_the_kernel_and_its_length():
+    last, prior = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2))
+    fitted, other = Gaussian(), Gaussian(0.5)
+    fitted.fit(rows(10, 2))
+    longer = {"squared_length": 2 * fitted.squared_length}
+    for kernel, change in ((fitted, None), (other, None), (fitted, longer)):
+        if change:
+            kernel.load_state_dict(change)
+        torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
+
+
+def test_a_prior_that_learns_has_a_gradient_at_every_step():
+    mmd, loc = MMD(Gaussian(1.0)), torch.zeros(2, requires_grad=True)
+    for _ in range(2):
+        loc.grad = None
+        context = PenaltyContext(prior=lambda: of_two(loc, torch.ones(2)))
+        mmd(torch.ones(4, 2), torch.randn(4, 2), context).backward()
+        assert loc.grad.abs().max() > 0
+
+
+def test_a_mean_first_needed_in_inference_can_be_trained_with():
+    mmd, codes = MMD(Gaussian(1.0)), torch.ones(4, 2)
+    context = PenaltyContext(prior=lambda: of_two(torch.zeros(2), torch.ones(2)))
+    with torch.inference_mode():
+        mmd(codes, torch.randn(4, 2), context)
+    mmd(codes.requires_grad_(), torch.randn(4, 2), context).backward()

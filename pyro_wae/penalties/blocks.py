@@ -33,6 +33,9 @@ MOST_RADIAL_PAIRS = 64**2
 MOST_COMPILED_PAIRS = 2048**2
 """The same where torch compiles the step: it makes loops of its own of the whole matrix."""
 
+MOST_ROWS_AT_ONCE = 256
+"""The largest number of rows whose matrix, that of one set, is made as a whole without automatic differentiation."""
+
 BLOCK = {"cpu": (128, 2048)}
 """Rows and columns of a block by the type of device: small enough for a processor's cache."""
 
@@ -195,6 +198,8 @@ def _blockwise(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sum, and its gradient by each set where that is wanted, in the set's precision and without a graph."""
     with torch.no_grad():
+        if kernel.is_radial and len(sets) == len(terms) == 1 and len(sets[0]) <= MOST_ROWS_AT_ONCE:
+            return _at_once(kernel, sets[0], terms[0].weights, wanted[0])
         pairs = (_RadialPairs if kernel.is_radial else _AnyPairs)(kernel, sets, wanted)
         total = _zeros(sets[0])
         for term in terms:
@@ -202,6 +207,24 @@ def _blockwise(
             for block in _blocks(*sizes, symmetric=term.is_symmetric, device=sets[0].device):
                 total += pairs.add(term, block)
         return total, pairs.take_gradients()
+
+
+def _at_once(kernel: Kernel, rows: Tensor, weights: PairWeights, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """What _RadialPairs gives for pairs of few rows of one set, in as few operations as it takes."""
+    x = working_precision(rows)
+    x = x - x.mean(0)
+    unit = kernel.squared_unit(x).sqrt()
+    x = x.div_(unit)
+    squares = torch.linalg.vecdot(x, x)
+    u = torch.addmm(squares, x, x.mT, alpha=-2).add_(squares[:, None]).clamp_(min=0).fill_diagonal_(0)
+    values, slopes = kernel.profile_and_slope(u)
+    value = weights.total(values, symmetric=True)
+    if not wanted:
+        return value, [None]
+    for offset, ratio in weights.diagonals(u.shape, symmetric=True):
+        slopes.diagonal(offset).mul_(ratio)
+    gradient = torch.addmm(x * slopes.sum(1, keepdim=True), slopes, x, alpha=-1)
+    return value, [gradient.mul_(4 * weights.between).div_(unit).to(rows.dtype)]
 
 
 @dataclass(frozen=True)
@@ -366,7 +389,8 @@ def _call_profile_and_slope(kernel: Kernel, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def holds_function(kernel: Kernel) -> bool:
     """Whether a kernel calls a plain function or module, which receives codes in their own precision."""
-    return any(isinstance(part, FunctionKernel) for part in kernel.modules())
+    # A radial kernel holds none, which is quicker to tell.
+    return not kernel.is_radial and any(isinstance(part, FunctionKernel) for part in kernel.modules())
 
 
 def _learns(kernel: Kernel, sets: tuple[Tensor, ...]) -> bool:

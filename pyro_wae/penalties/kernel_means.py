@@ -7,6 +7,8 @@ multiquadratic is an integral over g, taken here by the trapezoidal rule in log 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 from torch import distributions as dist
 
+from pyro_wae.decisions import is_recording
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, MultiScale, Scaled, Sum
 from pyro_wae.numerics import working_precision
 
-__all__ = ["KernelMean", "NormalMixtureMean", "kernel_mean", "register_kernel_mean"]
+__all__ = ["KernelMean", "LastKernelMean", "NormalMixtureMean", "kernel_mean", "register_kernel_mean"]
 
 
 class KernelMean(Protocol):
@@ -37,8 +40,12 @@ class KernelMean(Protocol):
         ...
 
 
+_Component = tuple[Tensor, Tensor, Tensor]
 Finder = Callable[[Any, Any], KernelMean | None]
 F = TypeVar("F", bound=Finder)
+
+STEP = 0.4
+"""That of the trapezoidal rule."""
 
 _REGISTRY: dict[tuple[type, type], Finder] = {}
 
@@ -118,19 +125,23 @@ class NormalMixtureMean:
     variances: Tensor
 
     def at(self, x: Tensor) -> Tensor:
-        x = working_precision(x)
-        total = x.new_zeros(len(x))
-        for prob, loc, variance in zip(self.probs, self.locs, self.variances, strict=True):
-            total = total + prob * self._expect((x - loc).square(), variance)
-        return total
+        return _total_at(x, self.components())
 
     def norm(self) -> Tensor:
         total = self.probs.new_zeros(())
         for prob, loc, variance in zip(self.probs, self.locs, self.variances, strict=True):
             for other, other_loc, other_variance in zip(self.probs, self.locs, self.variances, strict=True):
-                squares = (loc - other_loc).square()[None]
-                total = total + prob * other * self._expect(squares, variance + other_variance)[0]
+                heights, rates = self._widen(variance + other_variance)
+                total = total + prob * other * _sum_at((loc - other_loc).square()[None], heights, rates)[0]
         return total
+
+    def components(self) -> list[_Component]:
+        """Place, heights (a,) and rates (d, a) of the Gaussians in x that each Normal's means are."""
+        found = []
+        for prob, loc, variance in zip(self.probs, self.locs, self.variances, strict=True):
+            heights, rates = self._widen(variance)
+            found.append((loc, prob * heights, rates))
+        return found
 
     def centred_square(self) -> Tensor | None:
         if len(self.probs) > 1:
@@ -146,11 +157,87 @@ class NormalMixtureMean:
             crossed = crossed * (1 + 2 * v[dim] * (narrowed[:, None, dim] + narrowed[:, dim])).rsqrt()
         return square.sum() - 2 * crossed.sum() + self.norm().square()
 
-    def _expect(self, squares: Tensor, variance: Tensor) -> Tensor:
-        """E k(o + e) for e ~ N(0, diag variance), from squared offsets o^2 of shape (n, d)."""
+    def _widen(self, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Heights (a,) and rates (d, a) of E k(o + e) for e ~ N(0, diag variance), as a function of o^2."""
         shrink = 1 + 2 * self.rates[:, None] * variance
-        heights = self.weights * shrink.log().sum(1).mul(-0.5).exp()
-        return (-squares @ (self.rates[:, None] / shrink).mT).exp() @ heights
+        return self.weights * shrink.log().sum(1).mul(-0.5).exp(), (self.rates[:, None] / shrink).mT
+
+
+class _Fixed:
+    """A mean whose prior and kernel stay as they are: what does not depend on codes is found once."""
+
+    def __init__(self, mean: NormalMixtureMean) -> None:
+        self._mean, self._components, self._norm = mean, mean.components(), mean.norm()
+
+    def at(self, x: Tensor) -> Tensor:
+        return _total_at(x, self._components)
+
+    def norm(self) -> Tensor:
+        return self._norm
+
+    def centred_square(self) -> Tensor | None:
+        return self._mean.centred_square()
+
+
+class LastKernelMean:
+    """Finds means as :func:`kernel_mean` does, and gives the last again while kernel and prior are the same.
+
+    A step makes its prior anew, which mostly is the one of the step before. Whether it is can be told without waiting
+    on a CPU alone, and only of the priors that this file knows.
+    """
+
+    def __init__(self) -> None:
+        self._made_of: list[Tensor] = []
+        self._kernel: Kernel | None = None
+        self._found: _Fixed | None = None
+
+    def of(self, kernel: Kernel, prior: Any) -> KernelMean | None:
+        """The mean of a kernel against a prior, or None; see :func:`kernel_mean`."""
+        made_of = _tensors(kernel, prior)
+        if made_of is None or is_recording() or torch.is_inference_mode_enabled():
+            return kernel_mean(kernel, prior)
+        if self._found is not None and self._kernel is kernel and _equal(made_of, self._made_of):
+            return self._found
+        found = kernel_mean(kernel, prior)
+        if not isinstance(found, NormalMixtureMean):
+            return found
+        self._made_of, self._kernel, self._found = [part.clone() for part in made_of], kernel, _Fixed(found)
+        return self._found
+
+
+def _tensors(kernel: Kernel, prior: Any) -> list[Tensor] | None:
+    """All that decides what :func:`_normal_mixture_mean` gives; None if it cannot be told, or may have a gradient."""
+    parts = [prior]
+    if isinstance(prior, dist.MixtureSameFamily):
+        parts = [prior.component_distribution, prior.mixture_distribution]
+    tensors = list(kernel.buffers())
+    for part in parts:
+        inner = part.base_dist if isinstance(part, dist.Independent) else part
+        if isinstance(inner, dist.Normal):
+            tensors += [inner.loc, inner.scale]
+        elif isinstance(inner, dist.Categorical):
+            tensors.append(inner.probs)
+        else:
+            return None
+    return None if any(part.requires_grad or part.device.type != "cpu" for part in tensors) else tensors
+
+
+def _equal(parts: list[Tensor], others: list[Tensor]) -> bool:
+    return len(parts) == len(others) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(parts, others, strict=True)
+    )
+
+
+def _total_at(x: Tensor, components: list[_Component]) -> Tensor:
+    x = working_precision(x)
+    return functools.reduce(
+        torch.add, (_sum_at((x - loc).square(), heights, rates) for loc, heights, rates in components)
+    )
+
+
+def _sum_at(squares: Tensor, heights: Tensor, rates: Tensor) -> Tensor:
+    """Sums of Gaussians at squared offsets of shape (n, d)."""
+    return (squares @ -rates).exp() @ heights
 
 
 def _normaliser(rates: Tensor, variance: Tensor) -> Tensor:
@@ -177,6 +264,11 @@ def _gaussian_terms(kernel: Kernel, like: Tensor) -> tuple[Tensor, Tensor] | Non
         if base is None:
             return None
         factors = like.new_tensor(kernel.factors)
+        if type(kernel.kernel) is InverseMultiquadratic:
+            # The integrals of all scales meet in one grid of rates.
+            y = _grid(like, math.log(min(kernel.factors)), math.log(max(kernel.factors)))
+            t = y.exp() * factors[:, None]
+            return (STEP * t * (-t).exp()).sum(0), y.exp() / kernel.kernel.squared_length_like(like)
         return base[0].repeat(len(factors)), (base[1] / factors[:, None]).flatten()
     if isinstance(kernel, Gaussian):
         return like.new_ones(1), 1 / (2 * kernel.squared_length_like(like)).reshape(1)
@@ -184,10 +276,14 @@ def _gaussian_terms(kernel: Kernel, like: Tensor) -> tuple[Tensor, Tensor] | Non
         # C / (C + r^2) = integral of exp(-t) exp(-t r^2 / C) dt. With t = exp(y) the integrand dies off
         # exponentially to both sides, and the trapezoidal rule converges as fast. Gauss-Laguerre nodes are exact near
         # the prior but see nothing of codes at 100 times its mean square: their error is 100 percent there.
-        y = torch.arange(-22.0, 4.2, 0.4, dtype=like.dtype, device=like.device)
-        t = y.exp()
-        return 0.4 * t * (-t).exp(), t / kernel.squared_length_like(like)
+        t = _grid(like, 0.0, 0.0).exp()
+        return STEP * t * (-t).exp(), t / kernel.squared_length_like(like)
     return None
+
+
+def _grid(like: Tensor, least: float, largest: float) -> Tensor:
+    """Values y for an integral over t = f exp(y), for factors whose logarithms lie between two values."""
+    return torch.arange(-22.0 - largest, 4.2 - least, STEP, dtype=like.dtype, device=like.device)
 
 
 def _normal_mixture_mean(kernel: Kernel, prior: Any) -> KernelMean | None:

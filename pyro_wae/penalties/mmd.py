@@ -12,7 +12,7 @@ from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.blocks import PairTerm, holds_function, pair_total, row_total
 from pyro_wae.penalties.joint import DefaultConditionKernels, join, label_columns
-from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean
+from pyro_wae.penalties.kernel_means import KernelMean, LastKernelMean
 from pyro_wae.penalties.null import NullVariance, pair_variance
 from pyro_wae.penalties.pairs import PairWeights, across, every, mean_within, within
 
@@ -88,6 +88,7 @@ class MMD(Penalty):
         self.closed_form = closed_form
         self.condition_kernel = None if condition_kernel is None else as_kernel(condition_kernel)
         self.null = NullVariance() if standardize else None
+        self._last_mean = LastKernelMean()
         self.condition_defaults = DefaultConditionKernels()
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
@@ -121,7 +122,7 @@ class MMD(Penalty):
         if not self.closed_form or context.shared_data or context.prior is None:
             return None
         prior = context.prior()
-        return None if prior is None else kernel_mean(self.kernel, prior)
+        return None if prior is None else self._last_mean.of(self.kernel, prior)
 
     def _from_means(self, codes: Tensor, known: KernelMean, context: PenaltyContext) -> Tensor:
         # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
