@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_wae.adapters import as_kernel
+from pyro_wae.decisions import answered
 from pyro_wae.kernels import (
     Energy,
     Gaussian,
@@ -170,6 +171,31 @@ def test_few_rows_of_one_set_at_once_are_the_direct_sum(name, particles, size, m
         return total + back * mean(name, q, q, h, ~other & off_diagonal(len(q))) if back else total
 
     assert_same(lambda q: blocks.pair_total(kernel, (q,), (term,)), expected, codes)
+
+
+@pytest.mark.parametrize("name", ["authors", "laplace"])
+def test_many_pairs_are_one_operation_of_a_step_that_is_compiled(name, monkeypatch):
+    codes, prior, mmd = rows(2, 20, 3) + 1, rows(60, 3), MMD(KERNELS[name][0]())
+    context = PenaltyContext(shared_data=True, data_size=90)
+    monkeypatch.setattr(blocks, "MOST_COMPILED_PAIRS", 0)
+    usual = value_and_gradients(lambda q, p: mmd(q, p, context), codes, prior)
+    with answered((), compiles=True):
+        found = value_and_gradients(lambda q, p: mmd(q, p, context), codes, prior)
+        value = mmd(codes.requires_grad_(), prior, context)
+    torch.testing.assert_close(found, usual, rtol=1e-12, atol=1e-14)
+    names, nodes = set(), [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [above for above, _ in node.next_functions if above is not None]
+    assert "_PairTotalBackward" in names
+
+
+def test_the_operation_tells_a_compiler_what_it_gives():
+    kernel = InverseMultiquadratic.multiscale(6.0)
+    blocks._KERNELS[id(kernel)] = kernel
+    sets, weights = [rows(9, 3).float(), rows(7, 3)], [0.5, 0.0, 0.0, 0.1, 0.2, 0.3]
+    torch.library.opcheck(blocks._operation, (sets, [0, 0, 0, 0, 1, 0], weights, [True, False], id(kernel)))
 
 
 NORMAL = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
