@@ -575,3 +575,14 @@ def test_only_a_radial_kernel_compiles():
         as_kernel(bilinear).compile()
     with pytest.raises(TypeError, match=r"takes no arguments\. Write kernel\.compile\(\)"):
         Gaussian().compile(mode="max-autotune")
+
+
+def test_the_kernel_of_a_recorded_operation_outlives_the_penalty_that_made_it():
+    sets, weights = [rows(9, 3)], [0.5, 0.0, 0.0]
+    with answered((), compiles=True):
+        kernel = Gaussian(1.0)
+        blocks._summed(kernel, tuple(sets), (blocks.PairTerm(0, 0, within(9, 1)),), (False,))
+        key = id(kernel)
+        del kernel
+    (value,) = blocks._operation(sets, [0, 0, 0], weights, [False], key)
+    assert value > 0

@@ -10,7 +10,6 @@ All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -208,7 +207,8 @@ def _summed(
     return total, [next(left) if want else None for want in wanted]
 
 
-_KERNELS: weakref.WeakValueDictionary[int, Kernel] = weakref.WeakValueDictionary()
+_KERNELS: dict[int, Kernel] = {}
+"""The kernels of recorded steps. They are held, because a penalty may make its kernel anew for each step."""
 
 
 @torch.library.custom_op("pyro_wae::pair_total", mutates_args=())
@@ -216,8 +216,10 @@ def _operation(
     sets: Sequence[Tensor], ends: Sequence[int], weights: Sequence[float], wanted: Sequence[bool], kernel: int
 ) -> list[Tensor]:
     terms = tuple(
-        PairTerm(left, right, PairWeights(*weights[3 * index : 3 * index + 3], data or None))
-        for index, (left, right, data) in enumerate(zip(ends[::3], ends[1::3], ends[2::3], strict=True))
+        PairTerm(left, right, PairWeights(between, same, own, data or None))
+        for left, right, data, between, same, own in zip(
+            ends[::3], ends[1::3], ends[2::3], weights[::3], weights[1::3], weights[2::3], strict=True
+        )
     )
     compiles = not is_recording()
     total, gradients = _blockwise(_KERNELS[kernel], tuple(sets), terms, tuple(wanted), compiles=compiles)
