@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes
 from pyro_wae.condition import Given
+from pyro_wae.context import penalty_context
 from pyro_wae.micro_batches import Runs, of_size, prior_values
 from pyro_wae.penalties import PenaltyContext
 
@@ -164,8 +165,12 @@ class Ranks:
         rank = distributed.get_rank(_group(self.group))
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         kept = None if codes.kept is None else codes.kept[:, own]
-        context = runs.context(Codes(codes.values[:, own], codes.columns, kept))
         varies = _prior_varies(reports)
+        context_of = runs.context
+        if runs.structure.prior_varies and not varies:  # a single datum, which could not tell
+            structure = dataclasses.replace(runs.structure, prior_varies=False)
+            context_of = functools.partial(penalty_context, runs.particles, structure)
+        context = context_of(Codes(codes.values[:, own], codes.columns, kept))
         log_prob, variance = context.prior_log_prob, context.encoder_variance
         if log_prob is not None:
             particles = len(runs.codes[0].values)
@@ -376,13 +381,14 @@ def _describe(runs: Runs) -> str:
 
 def _report(runs: Runs, random: int) -> _Report:
     structure = runs.structure
+    data = runs.codes[0].values.shape[1]
     return _Report(
         ran=1,
-        data=runs.codes[0].values.shape[1],
+        data=data,
         random=random,
         structure=_mark(_describe(runs)),
         data_size=structure.data_size or 0,
-        prior=0 if structure.prior_varies else _mark_of_prior(runs),
+        prior=0 if structure.prior_varies and data > 1 else _mark_of_prior(runs),
         prior_varies=structure.prior_varies,
         masks_codes=any(codes.kept is not None for codes in runs.codes),
         masks_costs=any(kept is not None for kept in runs.kept),
@@ -393,12 +399,14 @@ def _report(runs: Runs, random: int) -> _Report:
 def _mark_of_prior(runs: Runs) -> int:
     # Parameters are the same on all ranks, and may be many.
     fixed = [value for value in prior_values(runs) if not value.requires_grad]
-    return _mark(b"".join(value.contiguous().flatten().view(torch.uint8).numpy().tobytes() for value in fixed))
+    return _mark(b"".join(_copy(value.flatten()).view(torch.uint8).numpy().tobytes() for value in fixed))
 
 
 def _prior_varies(reports: Sequence[_Report]) -> bool:
     """Whether a prior depends on its datum, within a rank or between them."""
-    return any(report.prior_varies or report.prior != reports[0].prior for report in reports)
+    # Of a single datum nobody can tell, and it counts as one whose prior does.
+    several = [report for report in reports if report.data > 1] or reports
+    return any(report.prior_varies for report in several) or any(r.prior != reports[0].prior for r in reports)
 
 
 def _data_size(reports: Sequence[_Report]) -> int | None:

@@ -105,6 +105,8 @@ class Net(nn.Module):
     def fixed_prior(self, rows):
         if self.prior == "conditional":
             return Fed(self.centres(rows.labels), 1.0)
+        if self.prior == "of two kinds":  # which is that of all data of a rank, or nearly
+            return Fed((rows.index >= 9).double()[:, None].expand(-1, self.dim), 1.0)
         loc = self.loc if self.prior == "learnt" else rows.x.new_zeros(self.dim)
         return Fed(loc, rows.x.new_ones(self.dim)).expand([len(rows.x), self.dim])
 
@@ -188,6 +190,7 @@ CASES = {
     "masked elements": Case(lambda: {"penalty": MMD()}, lambda: Net(masked="elements")),
     "a mask on one rank": Case(lambda: {"penalty": MMD()}, FirstMasked),
     "hierarchy": Case(lambda: {"penalty": MMD()}, lambda: Net(prior="deep")),
+    "a prior that differs between ranks": Case(lambda: {"penalty": MMD()}, lambda: Net(prior="of two kinds")),
     "sites apart": Case(
         lambda: {"penalty": {"top": MMD(), "z": SlicedWasserstein(5)}}, lambda: Net(prior="deep"), steps=2
     ),
@@ -376,7 +379,8 @@ def all_steps(rank, sizes):
         IN_PARTS, rows, DistributedDataParallel, batch=index, process_group="world", micro_batch=2
     )
     seed("MMD", rank)
-    results["per rank"] = train(CASES["MMD"], rows)
+    if sizes[rank] > 1:  # one code cannot be compared
+        results["per rank"] = train(CASES["MMD"], rows)
     seed("MMD", rank)
     results["svi"] = train_by_svi(rows, constrained(process_group="world"))
     results["by hand"] = train_by_hand(rows, constrained(process_group="world"), average_gradients)

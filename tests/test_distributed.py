@@ -6,12 +6,15 @@ from pathlib import Path
 
 import distributed_steps as steps
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
 from torch import distributed
 
 from pyro_wae import WAELoss
 from pyro_wae.distributed import average_gradients
+from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD
 
 SCRIPT = Path(steps.__file__)
@@ -254,3 +257,35 @@ def test_a_penalty_does_not_move_the_random_numbers_of_a_rank(one_rank):
         loss.loss(net.model, net.guide, steps.Rows(EVERYTHING))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+def test_all_ways_to_the_loss_draw_the_same_random_numbers(one_rank):
+    encoder, decoder = torch.nn.Linear(steps.X, 2), torch.nn.Linear(2, steps.X)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1).to_event(1))
+
+    values = []
+    for way in ("loss", "differentiable_loss", "loss_and_grads"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss = WAELoss(penalty_weight=1.0, process_group="world")
+        values.append(torch.as_tensor(getattr(loss, way)(model, guide, steps.DATA.float())).item())
+    assert len(set(values)) == 1
+
+
+def test_svi_makes_and_trains_the_default_discriminator(one_rank):
+    net, loss = steps.Net(), WAELoss(steps.JensenShannon(), process_group="world")
+    svi = SVI(net.model, net.guide, Adam({"lr": 0.01}), loss=loss)
+    svi.step(steps.Rows(EVERYTHING))
+    before = loss.penalty.discriminator[0].weight.clone()
+    svi.step(steps.Rows(EVERYTHING))
+    assert not torch.equal(before, loss.penalty.discriminator[0].weight)
