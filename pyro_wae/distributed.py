@@ -19,7 +19,7 @@ from pyro_wae.batch_norm import batch_norm_at_rest
 from pyro_wae.codes import Codes
 from pyro_wae.condition import Given
 from pyro_wae.context import penalty_context
-from pyro_wae.micro_batches import Runs, of_size, prior_values
+from pyro_wae.micro_batches import Runs, check_guide, of_size, prior_values
 from pyro_wae.penalties import PenaltyContext
 
 __all__ = ["GroupLike", "Ranks", "average_gradients", "check_group"]
@@ -55,12 +55,16 @@ class Ranks:
         self._has_one_start = False
         self._has_one_state = False
 
-    def gather(self, run: Callable[[], Runs]) -> Runs:
+    def gather(self, run: Callable[[], Runs], guide: Callable[..., Any]) -> Runs:
         """Runs model and guide on this rank's data, and joins what the runs of all ranks have given.
 
         Every rank computes the same loss from it. A gradient therefore reaches a rank's own rows as it would in one
         process, and it is multiplied by the number of ranks, so that the mean over ranks of the parameters'
         gradients is that of one process with all rows.
+
+        Args:
+            run: Runs model and guide.
+            guide: The guide, which must not hold parameters for each datum that it cannot tell from others.
 
         Raises:
             ValueError: If the ranks have one random state, or their steps do not go together.
@@ -70,6 +74,8 @@ class Ranks:
         random = _random_number()
         with self._telling_of_failure():
             runs = run()
+            if distributed.get_world_size(_group(self.group)) > 1:
+                check_guide(guide, runs, "all ranks")
             text, report = _describe(runs), _report(runs, random)
         reports = [_Report(*numbers) for numbers in self._exchange(report)]
         self._check(reports, text)

@@ -337,7 +337,7 @@ class WAELoss(CallRepr, ELBO):
         """One step, from the weight if known before, and the arguments and keyword arguments of model and guide."""
         number, args, kwargs = arguments
         run = functools.partial(self._runs, model, guide, args, kwargs)
-        runs = run() if self._ranks is None else self._ranks.gather(run)
+        runs = run() if self._ranks is None else self._ranks.gather(run, guide)
         mean_costs = _mean_costs(runs.costs, runs.kept)
         joint = Codes.stack(runs.codes)
         self._prepare(joint, runs.structure, runs.given, register)

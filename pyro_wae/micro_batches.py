@@ -29,7 +29,7 @@ from pyro_wae.penalties import PenaltyContext
 from pyro_wae.prior import distribution_tensors
 from pyro_wae.traces import Particle, Structure
 
-__all__ = ["MicroBatches", "Runs", "of_size", "prior_values"]
+__all__ = ["MicroBatches", "Runs", "check_guide", "of_size", "prior_values"]
 
 Gather = Callable[[Sequence[Any], Mapping[str, Any]], "Runs"]
 
@@ -102,7 +102,7 @@ class MicroBatches:
             run = functools.partial(_run, gather, batch, start)
             parts.append(_without_activations(run) if is_training else run())
             start += batch.rows
-        _check_guide(guide, parts[0])
+        check_guide(guide, parts[0], "all micro-batches")
         return _join(parts)
 
 
@@ -179,7 +179,14 @@ def _check_plates(runs: Runs, batch: _Batch) -> None:
         )
 
 
-def _check_guide(guide: Callable[..., Any], runs: Runs) -> None:
+def check_guide(guide: Callable[..., Any], runs: Runs, who: str) -> None:
+    """Raises ValueError if the guide has parameters for each datum and cannot tell the data of several runs apart.
+
+    Args:
+        guide: The guide.
+        runs: Its runs on some of the data.
+        who: What would share the parameters.
+    """
     guide = poutine.unwrap(guide)
     plate = _data_plate(runs)
     if not isinstance(guide, AutoGuide | AutoMessenger) or plate in getattr(guide, "amortized_plates", ()):
@@ -187,8 +194,8 @@ def _check_guide(guide: Callable[..., Any], runs: Runs) -> None:
     if runs.structure.data_size is None:
         rows = next(iter(runs.structure.latents.values())).data
         raise ValueError(
-            f"The guide {type(guide).__name__} has parameters for each datum of the plate '{plate}', and all "
-            f"micro-batches would share those of {rows}. Tell it which data it sees: pyro.plate('{plate}', size, "
+            f"The guide {type(guide).__name__} has parameters for each datum of the plate '{plate}', and {who} "
+            f"would share those of {rows}. Tell it which data it sees: pyro.plate('{plate}', size, "
             "subsample=index), with the indices as an argument."
         )
 

@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +40,7 @@ from pyro_wae.penalties import (
 from pyro_wae.weights import Constraint
 
 N, X, D = 14, 5, 2
-TIMEOUT = 3.0
+TIMEOUT = 6.0
 """Seconds that a rank waits for one that stays away."""
 
 TABLE = torch.Generator().manual_seed(11)
@@ -354,6 +355,8 @@ def errors(rank, rows):
     loss = WAELoss(process_group="world")
     found["model"] = message(lambda: loss.loss(broken if rank == last else net.model, net.guide, Rows(rows)))
     found["NaN"] = message(lambda: loss.loss(net.model, of_nan, Rows(rows)))
+    automatic = AutoNormal(poutine.block(net.model, hide=["x"]))
+    found["parameters of data"] = message(lambda: WAELoss(process_group="world").loss(net.model, automatic, Rows(rows)))
     other = Net(prior="learnt" if rank == last else "fixed")
     found["nets"] = message(lambda: loss.loss_and_grads(other.model, other.guide, Rows(rows)))
     found["first step"] = message(
