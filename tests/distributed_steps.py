@@ -278,6 +278,10 @@ def constrained(**group):
     return WAELoss(MMD(closed_form=False), penalty_weight=Constraint(pool=4), **group)
 
 
+def adversarial(**group):
+    return WAELoss(JensenShannon(discriminator(), optimizer=sgd), penalty_weight=10.0, **group)
+
+
 def train_by_svi(rows, loss, start=None, runs_before=0):
     """Five steps of SVI, from a state if one is given, after some runs that have used up their noise."""
     net = Net()
@@ -291,7 +295,8 @@ def train_by_svi(rows, loss, start=None, runs_before=0):
         for _ in range(runs_before if step == 0 else 0):
             next(batch.guide), next(batch.model)
         losses.append(svi.step(batch))
-    return {"losses": losses, "state": dict(net.state_dict()), "before": before, "terms": loss.terms.as_dict()}
+    state = {**net.state_dict(), **dict(loss.penalty.named_parameters())}
+    return {"losses": losses, "state": state, "before": before, "terms": loss.terms.as_dict()}
 
 
 def train_by_hand(rows, loss, average):
@@ -386,6 +391,8 @@ def all_steps(rank, sizes):
         results["per rank"] = train(CASES["MMD"], rows)
     seed("MMD", rank)
     results["svi"] = train_by_svi(rows, constrained(process_group="world"))
+    seed("MMD", rank)
+    results["svi with an adversary"] = train_by_svi(rows, adversarial(process_group="world"))
     results["by hand"] = train_by_hand(rows, constrained(process_group="world"), average_gradients)
     results["averaged"] = averaged(rank)
     results["errors"] = errors(rank, rows)

@@ -138,16 +138,19 @@ def test_without_a_group_each_rank_compares_its_own_codes(ranks):
 # Without DDP
 
 
-def test_svi_trains_all_ranks_as_one_process_that_starts_from_the_first(ranks):
-    first = ranks[0]["svi"]
+@pytest.mark.parametrize(
+    ("name", "loss"), [("svi", steps.constrained), ("svi with an adversary", steps.adversarial)], ids=["MMD", "WAE-GAN"]
+)
+def test_svi_trains_all_ranks_as_one_process_that_starts_from_the_first(name, loss, ranks):
+    first, *others = found = [rank[name] for rank in ranks]
     steps.seed("MMD")
-    whole = steps.train_by_svi(EVERYTHING, steps.constrained(), start=first["before"], runs_before=1)
-    for rank in ranks:
-        assert rank["svi"]["losses"] == pytest.approx(whole["losses"], rel=1e-8)
-        assert_same(rank["svi"]["state"], whole["state"], 1e-8)
-        assert_same(rank["svi"]["terms"], whole["terms"], 1e-8)
-        assert_same(rank["svi"]["state"], first["state"], 0.0)
-    assert not torch.equal(ranks[1]["svi"]["before"]["decoder.weight"], first["before"]["decoder.weight"])
+    whole = steps.train_by_svi(EVERYTHING, loss(), start=first["before"], runs_before=1)
+    for seen in found:
+        assert seen["losses"] == pytest.approx(whole["losses"], rel=1e-8)
+        assert_same(seen["state"], whole["state"], 1e-8)
+        assert_same(seen["terms"], whole["terms"], 1e-8)
+        assert_same(seen["state"], first["state"], 0.0)
+    assert not torch.equal(others[0]["before"]["decoder.weight"], first["before"]["decoder.weight"])
 
 
 def test_gradients_averaged_by_hand_train_as_one_process(ranks):
