@@ -37,7 +37,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 NOISE = 1e-3
 """How far codes are from the draws that they are compared with where digits are hardest to keep."""
 
-ONCE = 5.0
+ONCE = 2.0
 """Seconds from which on a pass is taken once only, and not warmed up."""
 
 LEAST_SECONDS = 0.3
@@ -512,7 +512,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dimensions", type=int, nargs="+", default=[8, 64], help="numbers in a code")
     parser.add_argument("--exact", type=int, default=512, help="most codes whose errors are measured")
     parser.add_argument("--gibibytes", type=float, default=8.0, help="skips what would take more")
-    parser.add_argument("--seconds", type=float, default=60.0, help="skips passes that would take more")
+    parser.add_argument("--seconds", type=float, default=50.0, help="skips passes that would take more")
     parser.add_argument("--repeats", type=int, default=3, help="least number of passes")
     add_options(parser)
     parser.add_argument(
