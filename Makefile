@@ -28,11 +28,12 @@ test-slow: $(VENV)/.test
 bench-penalties: $(VENV)/.bench
 	$(RUN) benchmarks/penalties.py $(ARGS)
 
-# The tables of docs/speed.md and docs/large_batches.md; on a machine that has nothing else to do.
+# The tables and pictures of docs/speed.md and docs/large_batches.md, with rows for CUDA where it is there; on a machine
+# that has nothing else to do. ARGS=--smoke runs in seconds and leaves them alone.
 bench: $(VENV)/.bench
-	$(RUN) benchmarks/step.py
-	$(RUN) benchmarks/kernel_penalty.py --gibibytes 0.5
-	$(RUN) benchmarks/large_batches.py
+	$(RUN) benchmarks/step.py $(ARGS)
+	$(RUN) benchmarks/kernel_penalty.py $(ARGS)
+	$(RUN) benchmarks/large_batches.py $(ARGS)
 
 # Trains with each prior of docs/zoo.md, and writes its table and picture anew; ARGS=--smoke leaves both alone.
 zoo: $(VENV)/.tutorials

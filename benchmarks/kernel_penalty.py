@@ -1,67 +1,88 @@
-"""What a kernel penalty costs, forward and backward, against the number of codes: time, memory and digits.
+"""What a penalty costs, forward and backward, against the number of codes and their size: time, memory and digits.
 
     python benchmarks/kernel_penalty.py
 
-Each way to compute it runs in a process of its own, on codes and prior draws in float32 with a gradient by the codes.
-Times are those of the processor on one thread, so that other work on the machine counts little, and are given in units
-of ``1 / (codes @ prior.T)``, taken in turns with them: a product of matrices and a division for each pair.
+The penalties of this library stand beside others' ways to compute the same quantity. Each runs in a process of its own,
+on codes and prior draws in float32, with a gradient by the codes. Times on a CPU are those of the processor on one
+thread, so that other work on the machine counts little, and are given in units of ``1 / (codes @ prior.T)``, taken in
+turns with them: a product of matrices and a division for each pair. Where there is CUDA, rows for it are added.
 """
 
 import argparse
 import json
 import math
-import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from devices import add_options, describe, in_bfloat16, peak_mebibytes, present, seconds
 from pyro.contrib.gp import kernels as pyro_kernels
 from torch import Tensor
 
 from pyro_wae.kernels import AUTHORS_FACTORS, Gaussian, InverseMultiquadratic
-from pyro_wae.penalties import MMD, PenaltyContext, blocks
+from pyro_wae.penalties import MMD, EnergyDistance, PenaltyContext, Sinkhorn, SlicedWasserstein
+from pyro_wae.plotting import PALETTE, styled_figure
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-DIMENSION = 64
 NOISE = 1e-3
 """How far codes are from the draws that they are compared with where digits are hardest to keep."""
 
+ONCE = 2.0
+"""Seconds from which on a pass is taken once only, and not warmed up."""
 
-def authors_kernel() -> InverseMultiquadratic:
+LEAST_SECONDS = 0.3
+"""Passes are repeated for as long at least."""
+
+
+def authors_kernel(d: int) -> InverseMultiquadratic:
     """Seven scales around C = 2 d, that of the prior N(0, I)."""
-    return InverseMultiquadratic.multiscale(scale=2.0 * DIMENSION)
+    return InverseMultiquadratic.multiscale(scale=2.0 * d)
 
 
-def whole_matrices() -> Loss:
-    """MMD with the matrices of all pairs in float64, differentiated automatically."""
-    blocks.MOST_PAIRS = blocks.MOST_RADIAL_PAIRS = sys.maxsize
-    return MMD(authors_kernel())
-
-
-def compiled() -> Loss:
-    """MMD with a compiled kernel."""
-    penalty = MMD(authors_kernel())
+def compiled(penalty: MMD) -> MMD:
+    """The penalty with a compiled kernel."""
     penalty.kernel.compile()
     return penalty
 
 
-def closed_form() -> Loss:
-    """MMD with the prior's means in closed form."""
-    penalty, prior = MMD(authors_kernel()), dist.Normal(torch.zeros(DIMENSION), 1.0).to_event(1)
-    return lambda q, p: penalty(q, p, PenaltyContext(prior=lambda: prior))
+def closed_form(penalty: MMD, d: int) -> Loss:
+    """The penalty with the prior's means in closed form."""
+    prior = dist.Normal(torch.zeros(d), 1.0).to_event(1)
+
+    def run(q: Tensor, p: Tensor) -> Tensor:
+        own = prior if q.device.type == "cpu" else dist.Normal(q.new_zeros(d), 1.0).to_event(1)
+        return penalty(q, p, PenaltyContext(prior=lambda: own))
+
+    return run
 
 
-def of_squares(squares: Tensor) -> Tensor:
+def in_cuda_graph(loss: Loss) -> Loss:
+    """The loss with its gradient, captured once for each shape and replayed; it runs as usual before."""
+    captured: dict[torch.Size, Loss] = {}
+
+    def run(q: Tensor, p: Tensor) -> Tensor:
+        if q.shape not in captured:
+            examples = (q.detach().clone().requires_grad_(), p.clone())
+            loss(*examples).backward()
+            captured[q.shape] = torch.cuda.make_graphed_callables(lambda x, y: loss(x, y), examples)
+        return captured[q.shape](q, p)
+
+    return run
+
+
+def of_squares(squares: Tensor, d: int) -> Tensor:
     """The seven kernels of squared distances, one after the other."""
-    return sum(2 * DIMENSION * c / (2 * DIMENSION * c + squares) for c in AUTHORS_FACTORS)
+    return sum(2 * d * c / (2 * d * c + squares) for c in AUTHORS_FACTORS)
 
 
 def by_product(x: Tensor, y: Tensor) -> Tensor:
@@ -69,87 +90,147 @@ def by_product(x: Tensor, y: Tensor) -> Tensor:
     return x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT
 
 
-def by_differences(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances by all differences, an (n, m, d) tensor."""
-    return (x[:, None] - y).square().sum(2)
-
-
-def estimate(squares: Loss, q: Tensor, p: Tensor) -> Tensor:
-    """The unbiased estimate by three matrices in float32."""
-    qq, pp, qp = of_squares(squares(q, q)), of_squares(squares(p, p)), of_squares(squares(q, p))
-    n, m = len(q), len(p)
+def unbiased(qq: Tensor, pp: Tensor, qp: Tensor) -> Tensor:
+    """The U-statistic of three matrices of a kernel."""
+    n, m = qp.shape
     within = (qq.sum() - qq.diagonal().sum()) / (n * (n - 1)) + (pp.sum() - pp.diagonal().sum()) / (m * (m - 1))
     return within - 2 * qp.mean()
+
+
+def direct_differences(q: Tensor, p: Tensor) -> Tensor:
+    """Squared distances by all differences, an (n, m, d) tensor for each pair of sets."""
+    return unbiased(*(of_squares((x[:, None] - y).square().sum(2), q.shape[1]) for x, y in ((q, q), (p, p), (q, p))))
 
 
 def stacked(q: Tensor, p: Tensor) -> Tensor:
-    """The same by one matrix of codes and prior draws together."""
-    n, m, both = len(q), len(p), torch.cat([q, p])
-    gram = of_squares(by_product(both, both))
-    qq, pp, qp = gram[:n, :n], gram[n:, n:], gram[:n, n:]
-    within = (qq.sum() - qq.diagonal().sum()) / (n * (n - 1)) + (pp.sum() - pp.diagonal().sum()) / (m * (m - 1))
-    return within - 2 * qp.mean()
+    """One matrix of codes and prior draws together."""
+    n, both = len(q), torch.cat([q, p])
+    gram = of_squares(by_product(both, both), q.shape[1])
+    return unbiased(gram[:n, :n], gram[n:, n:], gram[:n, n:])
 
 
 def authors(q: Tensor, p: Tensor) -> Tensor:
     """The formula of the authors' code: three matrices of distances, and for each scale a sum without the diagonal."""
-    n, off = len(q), 1 - torch.eye(len(q))
+    (n, d), off = q.shape, 1 - torch.eye(len(q), device=q.device)
     qq, pp, qp = by_product(q, q), by_product(p, p), by_product(q, p)
     total = q.new_zeros(())
     for c in AUTHORS_FACTORS:
-        scale = 2 * DIMENSION * c
+        scale = 2 * d * c
         within = (off * (scale / (scale + qq) + scale / (scale + pp))).sum() / (n * (n - 1))
         total = total + within - 2 * (scale / (scale + qp)).sum() / n**2
     return total
 
 
-def differences_at_each_scale(q: Tensor, p: Tensor) -> Tensor:
-    """All differences, and that for each scale and pair of sets again."""
-    total = q.new_zeros(())
-    for c in AUTHORS_FACTORS:
-        scale = 2 * DIMENSION * c
-        qq, pp, qp = (scale / (scale + by_differences(x, y)) for x, y in ((q, q), (p, p), (q, p)))
-        n = len(q)
-        total = total + (qq.sum() + pp.sum() - 2 * n) / (n * (n - 1)) - 2 * qp.mean()
-    return total
-
-
-def trace_mmd() -> Loss:
+def trace_mmd(d: int) -> Loss:
     """The formula of pyro.infer.Trace_MMD, a biased estimate, with seven of Pyro's kernels."""
     kernel = None
     for c in AUTHORS_FACTORS:
-        length = torch.tensor(math.sqrt(DIMENSION * c))
-        part = pyro_kernels.RationalQuadratic(DIMENSION, lengthscale=length, scale_mixture=torch.tensor(1.0))
+        length = torch.tensor(math.sqrt(d * c))
+        part = pyro_kernels.RationalQuadratic(d, lengthscale=length, scale_mixture=torch.tensor(1.0))
         kernel = part if kernel is None else pyro_kernels.Sum(kernel, part)
-    return lambda q, p: kernel(q).mean() + kernel(p).mean() - 2 * kernel(q, p).mean()
+
+    def run(q: Tensor, p: Tensor) -> Tensor:
+        own = kernel.to(q.device)
+        return own(q).mean() + own(p).mean() - 2 * own(q, p).mean()
+
+    return run
 
 
-def geomloss_gaussian() -> Loss:
-    """The biased estimate of geomloss, which has no inverse multiquadratic kernel."""
+def pythae(d: int) -> Loss:
+    """The penalty of pythae's WAE_MMD, whose kernel has the authors' seven scales by default."""
+    from pythae.models import WAE_MMD, WAE_MMD_Config
+
+    model = WAE_MMD(WAE_MMD_Config(input_dim=(1,), latent_dim=d))
+
+    def run(q: Tensor, p: Tensor) -> Tensor:
+        nothing = q.new_zeros(len(q), 1)
+        return model.loss_function(nothing, nothing, q, p)[2]
+
+    return run
+
+
+def geomloss(name: str, **options: Any) -> Loss:
+    """A kernel norm of geomloss, half the square of the biased distance, made twice as large."""
     from geomloss import SamplesLoss
 
-    return SamplesLoss("gaussian", blur=math.sqrt(DIMENSION), backend="tensorized")
+    loss = SamplesLoss(name, backend="tensorized", **options)
+    return lambda q, p: 2 * loss(q, p)
 
 
-WAYS: dict[str, Callable[[], Loss]] = {
-    "MMD()": lambda: MMD(authors_kernel()),
-    "MMD(), compiled": compiled,
-    "MMD(), closed form": closed_form,
-    "whole matrices, float64": whole_matrices,
-    "whole matrices, float32": lambda: lambda q, p: estimate(by_product, q, p),
-    "one matrix of both": lambda: stacked,
-    "authors' formula": lambda: authors,
-    "Trace_MMD's formula": trace_mmd,
-    "direct differences": lambda: lambda q, p: estimate(by_differences, q, p),
-    "differences at each scale": lambda: differences_at_each_scale,
-    "MMD(Gaussian())": lambda: MMD(Gaussian(math.sqrt(DIMENSION))),
-    "geomloss, Gaussian": geomloss_gaussian,
+def pot_sliced(d: int) -> Loss:
+    """POT's sliced Wasserstein distance, squared."""
+    from ot import sliced_wasserstein_distance
+
+    return lambda q, p: sliced_wasserstein_distance(q, p, n_projections=50) ** 2
+
+
+def pot_sinkhorn(d: int) -> Loss:
+    """POT's transport smoothed by an entropy, less half of that of each set with itself."""
+    from ot import solve_sample
+
+    def transport(x: Tensor, y: Tensor) -> Tensor:
+        # "envelope": the gradient is that of the plan held fixed, and no iteration is kept. In float32 the default
+        # tolerance of 1e-9 is never reached.
+        return solve_sample(x, y, reg=2 * blur(d) ** 2, tol=1e-5, grad="envelope").value
+
+    return lambda q, p: transport(q, p) - transport(q, q) / 2 - transport(p, p) / 2
+
+
+def blur(d: int) -> float:
+    """Half the root mean squared distance of draws from N(0, I), the default of Sinkhorn."""
+    return math.sqrt(d / 2)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a quantity.
+
+    Args:
+        quantity: What is computed; the same in all ways of one name.
+        make: Gives the loss for codes of d numbers.
+        keeps_digits: Whether its errors are measured: those of the unbiased estimate with prior draws.
+        is_for: The devices that it runs on.
+    """
+
+    quantity: str
+    make: Callable[[int], Loss]
+    keeps_digits: bool = False
+    is_for: tuple[str, ...] = ("cpu", "cuda")
+
+
+IMQ, BIASED_IMQ = "MMD, 7 inverse multiquadratic kernels", "MMD, 7 inverse multiquadratic kernels, biased"
+GAUSSIAN, ENERGY = "MMD, Gaussian kernel, biased", "energy distance, biased"
+SLICED, SINKHORN = "sliced Wasserstein, 50 projections", "Sinkhorn divergence"
+CUDA = ("cuda",)
+
+WAYS: dict[str, Way] = {
+    "MMD()": Way(IMQ, lambda d: MMD(authors_kernel(d)), True),
+    "MMD(), compiled": Way(IMQ, lambda d: compiled(MMD(authors_kernel(d))), True),
+    "MMD(), closed form": Way(IMQ, lambda d: closed_form(MMD(authors_kernel(d)), d)),
+    "MMD(), closed form, compiled": Way(IMQ, lambda d: closed_form(compiled(MMD(authors_kernel(d))), d)),
+    "MMD(), CUDA graph": Way(IMQ, lambda d: in_cuda_graph(MMD(authors_kernel(d))), True, CUDA),
+    "MMD(), bf16 autocast": Way(IMQ, lambda d: in_bfloat16(MMD(authors_kernel(d))), True, CUDA),
+    "authors' formula": Way(IMQ, lambda d: authors, True),
+    "authors' formula, CUDA graph": Way(IMQ, lambda d: in_cuda_graph(authors), True, CUDA),
+    "authors' formula, bf16 autocast": Way(IMQ, lambda d: in_bfloat16(authors), True, CUDA),
+    "one matrix of both": Way(IMQ, lambda d: stacked, True),
+    "direct differences": Way(IMQ, lambda d: direct_differences, True),
+    "pythae": Way(IMQ, pythae, True),
+    "Trace_MMD's formula": Way(BIASED_IMQ, trace_mmd),
+    "MMD(Gaussian())": Way(GAUSSIAN, lambda d: MMD(Gaussian(math.sqrt(d)), unbiased=False)),
+    "geomloss, Gaussian": Way(GAUSSIAN, lambda d: geomloss("gaussian", blur=math.sqrt(d))),
+    "EnergyDistance()": Way(ENERGY, lambda d: EnergyDistance(unbiased=False)),
+    "geomloss, energy": Way(ENERGY, lambda d: geomloss("energy")),
+    "SlicedWasserstein()": Way(SLICED, lambda d: SlicedWasserstein()),
+    "POT, sliced": Way(SLICED, pot_sliced),
+    "Sinkhorn(), by geomloss": Way(SINKHORN, lambda d: Sinkhorn(blur=blur(d))),
+    "POT, Sinkhorn": Way(SINKHORN, pot_sinkhorn),
 }
-OURS = ("MMD()", "MMD(), compiled", "MMD(), closed form")
-BIASED = ("Trace_MMD's formula", "geomloss, Gaussian")
-OTHER_KERNEL = ("MMD(Gaussian())", "geomloss, Gaussian")
-PER_PAIR = {"direct differences": 6 * 4 * DIMENSION, "differences at each scale": 42 * 4 * DIMENSION}
-"""Bytes for each pair of those that take most."""
+PICTURE = (
+    "MMD()", "MMD(), compiled", "MMD(), closed form",
+    "authors' formula", "Trace_MMD's formula", "pythae", "geomloss, Gaussian",
+)  # fmt: skip
+"""The ways that are drawn, in as many colours; ours as whole lines."""
 
 
 def gradient(loss: Loss, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +243,7 @@ def gradient(loss: Loss, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient of the unbiased estimate in float64, by differences taken a row at a time."""
-    q, p, scales = q.double(), p.double(), [2.0 * DIMENSION * c for c in AUTHORS_FACTORS]
+    q, p, scales = q.double(), p.double(), [2.0 * q.shape[1] * c for c in AUTHORS_FACTORS]
     n, total, pull = len(q), 0.0, torch.zeros_like(q)
     constant = len(scales)  # of a row with itself
     for index in range(n):
@@ -178,66 +259,125 @@ def exact(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return total, pull
 
 
-def errors(name: str, loss: Loss, n: int) -> dict[str, float]:
+def errors(loss: Loss, n: int, d: int, device: str) -> dict[str, float]:
     """Relative errors of value and gradient where codes nearly match the prior, and where they nearly are its draws."""
-    if name in (*BIASED, *OTHER_KERNEL, "MMD(), closed form"):
-        return {}
     torch.manual_seed(1)
-    p, found = torch.randn(n, DIMENSION), {}
+    p, found = torch.randn(n, d), {}
     for case, q in (("near", 1.02 * torch.randn_like(p) + 0.02), ("noise", p + NOISE * torch.randn_like(p))):
-        value, slope = gradient(loss, q, p)
+        value, slope = gradient(loss, q.to(device), p.to(device))
         expected, expected_slope = exact(q, p)
         found[f"{case} value"] = abs(value.item() / expected.item() - 1)
-        found[f"{case} gradient"] = ((slope - expected_slope).norm() / expected_slope.norm()).item()
+        found[f"{case} gradient"] = ((slope.cpu() - expected_slope).norm() / expected_slope.norm()).item()
     return found
 
 
-def peak_memory(*, reset: bool = False) -> float:
-    """The most MiB that this process has held, on Linux since it was last reset."""
-    if reset and sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-    if sys.platform == "linux":
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def measure(name: str, n: int, repeats: int, exact_up_to: int) -> dict[str, Any]:
+def measure(name: str, n: int, d: int, device: str, args: argparse.Namespace, loss: Loss) -> dict[str, Any]:
     """One way at one size, in this process."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    loss, q, p = WAYS[name](), torch.randn(n, DIMENSION), torch.randn(n, DIMENSION)
-    gradient(loss, q[:300], p[:300])  # what is taken or compiled once
-    before = peak_memory(reset=True)
-    gradient(loss, q, p)
-    peak = peak_memory() - before
+    q, p = torch.randn(n, d, device=device), torch.randn(n, d, device=device)
+    mebibytes, first = peak_mebibytes(lambda: gradient(loss, q, p), device)
     # As many rows as fit into 256 MiB; the unit grows as the pairs do.
     some = min(n, 2**26 // n)
-    times: dict[str, list[float]] = {"seconds": [], "unit": [], "unit in place": []}
-    product, inverse = torch.empty(some, n), torch.empty(some, n)
-    for _ in range(repeats):
-        for key, run in (
-            ("seconds", lambda: gradient(loss, q, p)),
-            ("unit", lambda: 1 / (q[:some] @ p.mT)),
-            ("unit in place", lambda: torch.reciprocal(torch.mm(q[:some], p.mT, out=product), out=inverse)),
-        ):
-            start = time.process_time()
-            run()
-            times[key].append((time.process_time() - start) * (1 if key == "seconds" else n / some))
+    product, inverse = q.new_empty(some, n), q.new_empty(some, n)
+    runs = {
+        "seconds": lambda: gradient(loss, q, p),
+        "unit": lambda: torch.reciprocal(torch.mm(q[:some], p.mT, out=product), out=inverse),
+        "fresh unit": lambda: 1 / (q[:some] @ p.mT),
+    }
+    runs["unit"]()
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    if first > ONCE:
+        times["seconds"].append(first)
+        del runs["seconds"]
+    spent = 0.0
+    while len(times["unit"]) < args.repeats or spent < LEAST_SECONDS:
+        for key, run in runs.items():
+            taken = seconds(run, device, time.process_time)
+            times[key].append(taken if key == "seconds" else taken * n / some)
+            spent += taken
     middle = {key: statistics.median(values) for key, values in times.items()}
     return {
-        "way": name, "n": n, **middle, "times": times,
+        "way": name, "device": device, "n": n, "d": d, **middle, "passes": len(times["seconds"]),
         "units": middle["seconds"] / middle["unit"],
-        "units in place": middle["seconds"] / middle["unit in place"],
-        "mebibytes": peak,
-        **(errors(name, loss, n) if n <= exact_up_to else {}),
+        "fresh units": middle["seconds"] / middle["fresh unit"],
+        "mebibytes": max(mebibytes, 0.0),
+        **(errors(loss, n, d, device) if WAYS[name].keeps_digits and n <= args.exact else {}),
     }  # fmt: skip
 
 
-def slope(results: list[dict[str, Any]]) -> float:
-    """The exponent of seconds in n, by least squares on logarithms."""
-    x, y = [math.log(r["n"]) for r in results], [math.log(r["seconds"]) for r in results]
-    return statistics.linear_regression(x, y).slope
+def measure_all(name: str, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One way at all sizes, from the least on; what would take too much is skipped, with the reason."""
+    for d in args.dimensions:
+        try:
+            loss = WAYS[name].make(d)
+        except ImportError as error:
+            yield {"way": name, "device": device, "d": d, "skipped": str(error)}
+            return
+        small = torch.randn(2, 300, d, device=device)
+        try:
+            gradient(loss, *small)  # what is compiled or read once
+        except RuntimeError as error:
+            if device == "cpu":
+                raise
+            yield {"way": name, "device": device, "d": d, "skipped": str(error).splitlines()[0]}
+            continue
+        last: dict[str, Any] | None = None
+        for n in sorted(args.sizes):
+            if last is not None:
+                # As the pairs at most: what grows with the codes alone is far from both limits.
+                growth = (n / last["n"]) ** 2
+                gibibytes, passing = growth * last["mebibytes"] / 1024, growth * last["seconds"]
+                reason = ""
+                if gibibytes > args.gibibytes and last["mebibytes"] > 64:
+                    reason = f"would take about {gibibytes:.0f} GiB"
+                elif passing > args.seconds and last["seconds"] > 0.5:
+                    reason = f"would take about {passing:.0f} s"
+                if reason:
+                    yield {"way": name, "device": device, "n": n, "d": d, "skipped": reason}
+                    break
+            last = measure(name, n, d, device, args, loss)
+            yield last
+
+
+def exponent(results: list[dict[str, Any]], key: str, least: float) -> float | None:
+    """The exponent of a cost in n, by least squares on logarithms of what is not too small to measure."""
+    points = [(math.log(r["n"]), math.log(r[key])) for r in results if r[key] >= least]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
+
+
+def costs(results: list[dict[str, Any]]) -> tuple[float, float]:
+    """The a and b of seconds = a n + b n^2, neither negative, with the least squares of relative errors."""
+    n = torch.tensor([r["n"] for r in results], dtype=torch.float64)
+    t = torch.tensor([r["seconds"] for r in results], dtype=torch.float64)
+    columns, ones = torch.stack([n / t, n.square() / t], 1), torch.ones_like(n)[:, None]
+    best: tuple[float, tuple[float, float]] | None = None
+    for kept in ([0, 1], [0], [1]):
+        found = torch.zeros(2, dtype=torch.float64)
+        found[kept] = torch.linalg.lstsq(columns[:, kept], ones).solution[:, 0]
+        error = (columns @ found - 1).square().sum().item()
+        if found.min() >= 0 and (best is None or error < best[0]):
+            best = error, (found[0].item(), found[1].item())
+    assert best is not None  # one cost alone is never negative
+    return best[1]
+
+
+def growth(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How cost grows with n: for each way, device and d that has several sizes."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["device"], result["way"], result["d"]), []).append(result)
+    found = []
+    for (device, way, d), group in groups.items():
+        if len(group) > 1:
+            per_code, per_pair = costs(group)
+            found.append(
+                {
+                    "device": device, "way": way, "d": d, "sizes": [r["n"] for r in group],
+                    "time": exponent(group, "seconds", 0), "memory": exponent(group, "mebibytes", 1),
+                    "seconds per code": per_code, "seconds per pair": per_pair,
+                }
+            )  # fmt: skip
+    return found
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -246,109 +386,209 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def number(value: float | None, factor: float = 1.0) -> str:
+    """Two or three digits, without an exponent."""
+    if value is None:
+        return "-"
+    value *= factor
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def cost_table(results: list[dict[str, Any]], key: str, factor: float) -> str:
+    """A cost of every way at every n, the ways by what they compute."""
+    found = {(r["way"], r["n"]): r[key] for r in results}
+    sizes, rows, quantity = sorted({n for _, n in found}), [], ""
+    for way in WAYS:
+        if not any(name == way for name, _ in found):
+            continue
+        if WAYS[way].quantity != quantity:
+            quantity = WAYS[way].quantity
+            rows.append([f"*{quantity}*", *([""] * len(sizes))])
+        rows.append([way, *(number(found.get((way, n)), factor) for n in sizes)])
+    return table(["n =", *(str(n) for n in sizes)], rows)
+
+
 def summary(report: dict[str, Any]) -> str:
     """The tables, what is in them, and the command."""
-    results, options = report["results"], report["options"]
-    costs = [
+    results, options, parts = report["results"], report["options"], []
+    for device in report["devices"]:
+        for d in options["dimensions"]:
+            some = [r for r in results if r["device"] == device and r["d"] == d]
+            where = f"d = {d}" if device == "cpu" else f"CUDA, d = {d}"
+            for title, key, factor in (("units", "units", 1), ("ms", "seconds", 1e3), ("MiB", "mebibytes", 1)):
+                parts.append(f"**{where}: {title}**\n\n{cost_table(some, key, factor)}")
+    grown = [
         [
-            r["way"], str(r["n"]), f"{r['seconds']:.3g}", f"{r['units']:.3g}", f"{r['units in place']:.3g}",
-            f"{r['mebibytes']:.0f}",
+            r["way"] if r["device"] == "cpu" else f"{r['way']} (CUDA)", str(r["d"]), f"{r['time']:.2f}",
+            "-" if r["memory"] is None else f"{r['memory']:.2f}",
+            number(r["seconds per code"], 1e6), number(r["seconds per pair"], 1e9),
         ]
-        for r in results
+        for r in report["growth"]
     ]  # fmt: skip
     digits = [
         [
-            r["way"],
-            str(r["n"]),
+            r["way"] if r["device"] == "cpu" else f"{r['way']} (CUDA)",
+            str(r["d"]),
             *(f"{r[f'{case} {what}']:.0e}" for case in ("near", "noise") for what in ("value", "gradient")),
         ]
         for r in results
-        if "near value" in r
+        if "near value" in r and r["n"] == max(s["n"] for s in results if "near value" in s)
     ]
-    growth = [
-        [name, f"{report['growth'][name]:.2f}", ", ".join(str(r["n"]) for r in results if r["way"] == name)]
-        for name in report["growth"]
-    ]
-    return f"""Made by
+    skipped = "".join(f"- {line}\n" for line in sorted({reason(r) for r in report["skipped"]}))
+    tables = "\n\n".join(parts)
+    return f"""{tables}
+
+- *units*: time over that of `1 / (codes @ prior.T)`, a product of matrices and a division for each pair, written into
+  memory that is there already.
+- *ms*: of the processor on one thread, median of {options["repeats"]} passes or more; of one pass from {ONCE:g} s on.
+  On CUDA between two events.
+- *MiB*: by which the process grows beyond codes and prior draws.
+- *biased*: with the pairs of a row with itself, as geomloss and Trace_MMD have it.
+- MMD's kernel is `InverseMultiquadratic.multiscale(2 d)`; the Gaussian's bandwidth is sqrt(d), the blur of the Sinkhorn
+  divergence sqrt(d / 2). `Sinkhorn()` calls geomloss, which lowers the blur in steps, and POT iterates to a
+  tolerance of 1e-5. geomloss gives half the square of a distance, POT the root of the sliced one: all have the same
+  scale here.
+
+**Growth.** Exponents of time and memory in n, and time as *a n + b n^2*:
+
+{table(["way", "d", "time", "memory", "a, microseconds per code", "b, nanoseconds per pair"], grown)}
+
+**Digits.** Errors at n = {options["exact"]} relative to float64 and direct differences. *near*: codes of
+0.02 + 1.02 N(0, I); *noise*: the prior draws themselves, with {NOISE:g} N(0, I) on top.
+
+{table(["way", "d", "near: value", "gradient", "noise: value", "gradient"], digits)}
+
+Made by
 
     {report["command"]}
 
-with torch {report["torch"]}, each row in a process of its own, on one thread. d = {DIMENSION}, as many prior draws as
-codes, seven inverse multiquadratic kernels unless named otherwise; a forward and a backward pass.
+on {report["machine"]}, torch {report["torch"]}; as many prior draws as codes, a forward and a backward pass, a
+process for each row.{f" Left out, from the n named on:{chr(10)}{chr(10)}{skipped}" if skipped else chr(10)}"""
 
-{table(["way", "n", "seconds", "units", "units in place", "MiB"], costs)}
 
-- *seconds*: of the processor, median of {options["repeats"]}.
-- *units*: over those of `1 / (codes @ prior.T)`, a product of matrices and a division for each pair; *in place*:
-  of the same with its results written into memory that is there already.
-- *MiB*: by which the process grows beyond codes and prior draws.
+def reason(skipped: dict[str, Any]) -> str:
+    """Why something was left out."""
+    at = f", n = {skipped['n']}" if "n" in skipped else ""
+    return f"{skipped['way']}, d = {skipped['d']}{at} ({skipped['device']}): {skipped['skipped']}"
 
-Exponents of the seconds in n, by least squares:
 
-{table(["way", "exponent", "n"], growth)}
+def draw(results: list[dict[str, Any]], d: int) -> Any:
+    """Time and memory against n on logarithmic axes."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-Errors relative to float64 and direct differences. *near*: codes of 0.02 + 1.02 N(0, I); *noise*: the prior draws
-themselves, with {NOISE:g} N(0, I) on top.
-
-{table(["way", "n", "near: value", "gradient", "noise: value", "gradient"], digits)}
-"""
+    with styled_figure((6.0, 8.6)) as figure:
+        panels = figure.subplots(2, 1, sharex=True)
+        colours = [*PALETTE[:6], PALETTE[7]]  # without the yellow, which is faint on white
+        for axes, key, factor, label in (
+            (panels[0], "seconds", 1e3, "milliseconds"), (panels[1], "mebibytes", 1, "MiB")
+        ):  # fmt: skip
+            for way, colour, marker in zip(PICTURE, colours, "osD^vPX", strict=True):
+                points = [r for r in results if (r["way"], r["device"], r["d"]) == (way, "cpu", d)]
+                x, y = [r["n"] for r in points], [max(factor * r[key], 1.0) for r in points]
+                style = "-" if "MMD()" in way else "--"
+                if points:
+                    axes.plot(x, y, color=colour, marker=marker, markersize=9, linestyle=style, label=way)
+            axes.set(xscale="log", yscale="log", ylabel=label)
+            axes.yaxis.set_major_locator(LogLocator())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.minorticks_off()
+            axes.grid(color="#DDDDDD", linewidth=0.8)
+        sizes = sorted({r["n"] for r in results})
+        panels[0].set_title(f"Forward and backward, d = {d}")
+        panels[1].set_xlabel("number of codes")
+        panels[1].set_xticks(sizes, [f"{n:,}" for n in sizes])
+        panels[1].minorticks_off()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048, 8192], help="numbers of codes")
-    parser.add_argument("--others", type=int, default=2048, help="most codes for all ways but MMD()")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[512, 2048, 8192, 16384, 65536], help="numbers of codes"
+    )
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[8, 64], help="numbers in a code")
     parser.add_argument("--exact", type=int, default=512, help="most codes whose errors are measured")
     parser.add_argument("--gibibytes", type=float, default=8.0, help="skips what would take more")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=50.0, help="skips passes that would take more")
+    parser.add_argument("--repeats", type=int, default=3, help="least number of passes")
+    add_options(parser)
     parser.add_argument(
         "--out",
         type=Path,
         help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
     )
+    parser.add_argument(
+        "--picture", type=Path, help="by default docs/images/kernel_penalty.png, or in a quick run a file in OUT"
+    )
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "N"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "DEVICE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.smoke:
-        args.sizes, args.others, args.exact, args.repeats = [100, 300], 0, 100, 1
+        args.sizes, args.dimensions, args.exact, args.repeats, args.devices = [100, 300], [4], 100, 1, ["cpu"]
+        args.ways = ["MMD()", "authors' formula", "pythae", "geomloss, energy", "EnergyDistance()"]
     args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
+    args.picture = args.picture or (
+        args.out / "kernel_penalty.png" if args.smoke else Path("docs/images/kernel_penalty.png")
+    )
     return args
 
 
-def in_a_process(name: str, n: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures one way at one size in a fresh process."""
-    options = ["--repeats", str(args.repeats), "--exact", str(args.exact)]
-    command = [sys.executable, __file__, "--one", name, str(n), *options]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def in_a_process(name: str, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures one way at all sizes in a fresh process."""
+    command = [sys.executable, __file__, "--one", name, device]
+    for key in ("sizes", "dimensions", "exact", "gibibytes", "seconds", "repeats"):
+        value = getattr(args, key)
+        command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            yield json.loads(line)
+    if process.returncode:
+        raise RuntimeError(f"{name} on {device} ended with {process.returncode}.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
     args = parse_args(argv)
+    warnings.filterwarnings("ignore", module="torch|pyro|ot|pythae|pydantic")
+    torch.set_num_threads(1)
     if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.repeats, args.exact)))
+        for result in measure_all(*args.one, args):
+            print(json.dumps(result), flush=True)
         return
-    results = []
-    for n in args.sizes:
-        for name in WAYS:
-            if args.smoke and name == "MMD(), compiled":  # which takes a while to compile
-                continue
-            if (n > args.others and name not in OURS) or PER_PAIR.get(name, 0) * n**2 > args.gibibytes * 2**30:
-                continue
-            results.append(in_a_process(name, n, args))
-            print(f"{name}, n = {n}: {results[-1]['units']:.3g} units, {results[-1]['mebibytes']:.0f} MiB", flush=True)
-    counts = {name: sum(r["way"] == name for r in results) for name in WAYS}
+    results: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    devices = present(args.devices)
+    for device in devices:
+        for name in (name for name in args.ways if device in WAYS[name].is_for):
+            for found in measure_all(name, device, args) if args.smoke else in_a_process(name, device, args):
+                if "skipped" in found:
+                    skipped.append(found)
+                    print(f"No row for {reason(found)}", flush=True)
+                else:
+                    results.append(found)
+                    print(
+                        f"{name}, d = {found['d']}, n = {found['n']} ({device}): {found['units']:.3g} units, "
+                        f"{found['mebibytes']:.0f} MiB",
+                        flush=True,
+                    )
     report: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/kernel_penalty.py", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": describe(devices, 1),
         "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
+        "options": {key: str(value) if key in ("out", "picture") else value for key, value in vars(args).items()},
+        "devices": devices,
         "results": results,
-        "growth": {name: slope([r for r in results if r["way"] == name]) for name in WAYS if counts[name] > 1},
+        "skipped": skipped,
+        "growth": growth(results),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "kernel_penalty.json").write_text(json.dumps(report, indent=2) + "\n")
     (args.out / "kernel_penalty.md").write_text(summary(report))
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(results, max(args.dimensions)).savefig(args.picture, dpi=120)
     print(summary(report))
 
 

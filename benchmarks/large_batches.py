@@ -10,7 +10,6 @@ noise of the penalty's gradient at each size.
 import argparse
 import gc
 import json
-import os
 import resource
 import shlex
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from devices import MIB, add_options, describe, present
 from pyro.infer import SVI
 from torch import Tensor, nn
 
@@ -34,7 +34,6 @@ from pyro_wae.penalties import MMD, PenaltyContext
 
 ZDIM = 8
 SHIFT = 0.2
-MIB = 2**20
 
 
 class AutoEncoder(nn.Module):
@@ -117,19 +116,19 @@ def run_case(micro_batch: int | None, gradient: Path, args: argparse.Namespace) 
     return result
 
 
-def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs each case in a process of its own."""
+def compare(device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs each case on one device in a process of its own."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         whole: Tensor | None = None
         for rows in [0, *args.micro_batch]:
             path = Path(folder) / f"{rows}.pt"
             options = {"case": rows, "gradient": path, "data": args.data, "steps": args.steps, "width": args.width}
-            options |= {"threads": args.threads, "device": args.device}
+            options |= {"threads": args.threads, "device": device}
             command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
-            print(f"micro_batch={rows or None}", file=sys.stderr)
+            print(f"micro_batch={rows or None} on {device}", file=sys.stderr)
             finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            result = json.loads(finished.stdout)
+            result = {"device": device, **json.loads(finished.stdout)}
             gradient = torch.load(path)
             whole = gradient if whole is None else whole
             result["difference"] = ((gradient - whole).norm() / whole.norm()).item()
@@ -161,14 +160,15 @@ def measure_noise(args: argparse.Namespace) -> list[dict[str, Any]]:
 def summary(report: dict[str, Any]) -> str:
     """The tables as Markdown, and under them how they came about."""
     options, results = report["options"], report["results"]
-    whole = results[0]
+    whole = {row["device"]: row for row in results if row["micro_batch"] is None}
     lines = [
         "| `micro_batch` | peak memory, MiB | microseconds per datum | time, over one batch | gradient differs by |",
         "|---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['micro_batch'] or 'None: one batch'} | {row['peak'] / MIB:.0f} "
-        f"| {1e6 * row['seconds'] / options['data']:.0f} | {row['seconds'] / whole['seconds']:.2f} "
+        f"| {row['micro_batch'] or 'None: one batch'}{', CUDA' if row['device'] == 'cuda' else ''} "
+        f"| {row['peak'] / MIB:.0f} "
+        f"| {1e6 * row['seconds'] / options['data']:.0f} | {row['seconds'] / whole[row['device']]['seconds']:.2f} "
         f"| {row['difference']:.0e} |"
         for row in results
     ]
@@ -209,7 +209,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=20, help="batches, for the noise")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    add_options(parser)
+    parser.add_argument("--device", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--gradient", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -220,7 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.data, args.micro_batch = 1024, [64]
+        args.data, args.micro_batch, args.devices = 1024, [64], ["cpu"]
         args.sizes = [64, 256]
     args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
     return args
@@ -233,15 +234,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.case is not None:
         print(json.dumps(run_case(args.case or None, args.gradient, args)))
         return
-    machine = f"{os.cpu_count()} CPU cores, of which {args.threads} used"
-    if args.device != "cpu":
-        machine += f", and {torch.cuda.get_device_name()}"
+    devices = present(args.devices)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/large_batches.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": machine,
+        "machine": describe(devices, args.threads),
         "torch": torch.__version__.partition("+")[0],
         "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "results": compare(args),
+        "results": [row for device in devices for row in compare(device, args)],
         "noise": measure_noise(args),
     }
     args.out.mkdir(parents=True, exist_ok=True)

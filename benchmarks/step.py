@@ -4,11 +4,12 @@
 
 All contenders take their steps in turns, one each, so that their times are comparable on a machine that has other work
 to do; what is shown is the median over rounds of the ratio to the hand-written step of the same round. Every step is a
-whole one: loss, gradients, optimiser. The table is printed, and written with its numbers to ``--out``.
+whole one: loss, gradients, optimiser. The table is printed, and written with its numbers and a picture. Where there is
+CUDA, columns for it are added, timed between events, with rows for bf16 autocast and for CUDA graphs.
 """
 
 import argparse
-import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -23,13 +24,16 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from devices import add_options, describe, in_bfloat16, present, seconds
 from pyro.contrib.gp.kernels import RBF
 from pyro.infer import SVI, Trace_ELBO, Trace_MMD
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import pyro_wae.optim
 from pyro_wae import WAELoss
 from pyro_wae.penalties import JensenShannon
+from pyro_wae.plotting import PALETTE, styled_figure
 from pyro_wae.recording import graph
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
@@ -40,6 +44,7 @@ Step = Callable[[], Any]
 LEARNING_RATE, WEIGHT = 1e-3, 100.0
 FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BASELINE = "plain torch"
+LEAST_ROUNDS = 10
 
 
 class MLP(nn.Module):
@@ -94,7 +99,7 @@ class ByHand(nn.Module):
         z = self.nets.encoder(x)
         prior = torch.randn_like(z)
         n, length = len(x), 2.0 * self.nets.zdim
-        others = 1 - torch.eye(n)
+        others = 1 - torch.eye(n, device=x.device)
         within = (kernel(z, z, length) + kernel(prior, prior, length)) * others
         penalty = within.sum() / (n * (n - 1)) - 2 * kernel(z, prior, length).mean()
         return (self.nets.decoder(z) - x).square().flatten(1).sum(1).mean() + WEIGHT * penalty
@@ -106,15 +111,15 @@ def kernel(x: Tensor, y: Tensor, length: float) -> Tensor:
     return sum(factor * length / (factor * length + squares) for factor in FACTORS)
 
 
-def of_module(make: Callable[[], nn.Module], x: Tensor, *, fused: bool, validate: bool = True) -> Step:
+def of_module(module: Any, x: Tensor, *, validate: bool = True, bfloat16: bool = False) -> Step:
     """A step of torch's own loop; the module gives the loss."""
-    module = make()
-    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, fused=fused or None)
+    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, fused=True)
+    loss = in_bfloat16(module) if bfloat16 else module
 
     def step() -> None:
         with pyro.validation_enabled(validate):
             optimizer.zero_grad()
-            module(x).backward()
+            loss(x).backward()
             optimizer.step()
 
     return step
@@ -137,97 +142,125 @@ def wae(**options: Any) -> WAELoss:
     return WAELoss(penalty_weight=WEIGHT, **options)
 
 
+def cuda_graph(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compiles a recording and launches it as one CUDA graph."""
+    return torch.compile(module, mode="reduce-overhead")
+
+
 def contenders(kind: type[MLP], zdim: int, x: Tensor, args: argparse.Namespace) -> dict[str, Step]:
     """A step of each."""
 
     def nets(stochastic: bool = False) -> MLP:
         pyro.set_rng_seed(0)
-        return kind(zdim, stochastic=stochastic).train()
+        return kind(zdim, stochastic=stochastic).train().to(x.device)
 
-    def bound(loss: WAELoss) -> nn.Module:
+    def bound(**options: Any) -> Any:
         own = nets()
-        return loss(own.model, own.guide)
+        return wae(**options)(own.model, own.guide)
 
     shared = pyro_wae.optim.Adam
     steps = {
-        BASELINE: of_module(lambda: ByHand(nets()), x, fused=True),
+        BASELINE: of_module(ByHand(nets()), x),
         "SVI, Trace_ELBO": of_svi(nets(True), x, Trace_ELBO(), pyro.optim.Adam),
         "SVI, Trace_ELBO, shared Adam": of_svi(nets(True), x, Trace_ELBO(), shared),
         "SVI, WAELoss": of_svi(nets(), x, wae(), pyro.optim.Adam),
         "SVI, WAELoss, shared Adam": of_svi(nets(), x, wae(), shared),
         "SVI, WAELoss, shared Adam, recorded": of_svi(nets(), x, wae(compile=graph), shared),
-        "nn.Module": of_module(lambda: bound(wae()), x, fused=True),
-        "nn.Module, validation off": of_module(lambda: bound(wae()), x, fused=True, validate=False),
-        "nn.Module, recorded": of_module(lambda: bound(wae(compile=graph)), x, fused=True),
-        "nn.Module, WAE-GAN": of_module(lambda: bound(wae(penalty=JensenShannon())), x, fused=True),
+        "nn.Module": of_module(bound(), x),
+        "nn.Module, validation off": of_module(bound(), x, validate=False),
+        "nn.Module, recorded": of_module(bound(compile=graph), x),
+        "nn.Module, WAE-GAN": of_module(bound(penalty=JensenShannon()), x),
     }
     if kind is MLP:  # whose decoder takes codes with a dimension of particles
-        trace_mmd = Trace_MMD(kernel=RBF(zdim), num_particles=2)
+        trace_mmd = Trace_MMD(kernel=RBF(zdim).to(x.device), num_particles=2)
         steps["SVI, Trace_MMD"] = of_svi(nets(True), x, trace_mmd, pyro.optim.Adam)
+        try:
+            steps["pythae, WAE_MMD"] = of_pythae(zdim, x)
+        except ImportError as error:
+            print(f'No row for pythae: {error}. Run: pip install "pyro-wae[bench]"', flush=True)
     if not args.no_compile:
         steps |= {
-            "plain torch, compiled": of_module(lambda: torch.compile(ByHand(nets())), x, fused=True),
+            "plain torch, compiled": of_module(torch.compile(ByHand(nets())), x),
             "SVI, WAELoss, shared Adam, compiled": of_svi(nets(), x, wae(compile=True), shared),
-            "nn.Module, compiled": of_module(lambda: bound(wae(compile=True)), x, fused=True),
+            "nn.Module, compiled": of_module(bound(compile=True), x),
         }
-    if importlib.util.find_spec("pythae") is not None and kind is MLP:
-        steps["pythae, WAE_MMD"] = of_pythae(zdim, x)
+    if x.device.type == "cuda":
+        steps |= {
+            "plain torch, bf16": of_module(ByHand(nets()), x, bfloat16=True),
+            "nn.Module, bf16": of_module(bound(), x, bfloat16=True),
+            "plain torch, CUDA graph": of_module(torch.compile(ByHand(nets()), mode="reduce-overhead"), x),
+            "nn.Module, CUDA graph": of_module(bound(compile=cuda_graph), x),
+        }
     return steps
 
 
 def of_pythae(zdim: int, x: Tensor) -> Step:
     """A step of pythae's WAE-MMD with its default nets, which have one hidden layer of 512."""
-    from pythae.data.datasets import BaseDataset
     from pythae.models import WAE_MMD, WAE_MMD_Config
 
-    model = WAE_MMD(WAE_MMD_Config(input_dim=(784,), latent_dim=zdim))
-    data = BaseDataset(x, torch.zeros(len(x)))
-    inputs = {"data": data.data}
+    model = WAE_MMD(WAE_MMD_Config(input_dim=(784,), latent_dim=zdim)).to(x.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        model(inputs).loss.backward()
+        model({"data": x}).loss.backward()
         optimizer.step()
 
     return step
 
 
-def measure(steps: dict[str, Step], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times the steps in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.warm_up):
-        for step in steps.values():
-            step()
-    for _ in range(args.rounds):
+    for name in list(steps):
+        try:
+            for _ in range(args.warm_up):
+                steps[name]()
+        except RuntimeError as error:
+            if device == "cpu":
+                raise
+            print(f"No row for {name}: {str(error).splitlines()[0]}", flush=True)
+            del steps[name]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    begin = time.perf_counter()
+    for index in range(args.rounds):
+        if index >= LEAST_ROUNDS and time.perf_counter() - begin > args.seconds:
+            break
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return [
-        {
-            "contender": name,
-            "milliseconds": 1000 * statistics.median(times),
-            "ratio": statistics.median(t / base for t, base in zip(times, seconds[BASELINE], strict=True)),
-        }
-        for name, times in seconds.items()
-    ]
+            times[name].append(seconds(step, device, time.perf_counter))
+    results = []
+    for name, own in times.items():
+        ratios = [t / base for t, base in zip(own, times[BASELINE], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        results.append(
+            {
+                "contender": name, "milliseconds": 1000 * statistics.median(own), "rounds": len(own),
+                "ratio": middle, "low": low, "high": high,
+            }
+        )  # fmt: skip
+    return results
+
+
+def heading(nets: str, batch: int, device: str) -> str:
+    """The name of a column."""
+    return f"{nets}, {batch}" + (", CUDA" if device == "cuda" else "")
+
+
+def of_cell(results: list[dict[str, Any]], cell: tuple[str, int, str]) -> list[dict[str, Any]]:
+    """What was measured in one column."""
+    return [r for r in results if (r["nets"], r["batch"], r["device"]) == cell]
 
 
 def summary(report: dict[str, Any]) -> str:
     """The table as Markdown, and under it how it came about."""
-    cells = list(dict.fromkeys((result["nets"], result["batch"]) for result in report["results"]))
-    found = {(r["contender"], r["nets"], r["batch"]): r for r in report["results"]}
-    names = list(dict.fromkeys(result["contender"] for result in report["results"]))
-    lines = [
-        "| step | " + " | ".join(f"{nets}, {batch}" for nets, batch in cells) + " |",
-        "|---|" + "---:|" * len(cells),
-    ]
-    for name in names:
+    results, options = report["results"], report["options"]
+    cells = list(dict.fromkeys((r["nets"], r["batch"], r["device"]) for r in results))
+    found = {(r["contender"], r["nets"], r["batch"], r["device"]): r for r in results}
+    lines = ["| step | " + " | ".join(heading(*cell) for cell in cells) + " |", "|---|" + "---:|" * len(cells)]
+    for name in dict.fromkeys(r["contender"] for r in results):
         row = [found.get((name, *cell)) for cell in cells]
         lines.append(f"| {name} | " + " | ".join(f"{r['ratio']:.2f}" if r else "-" for r in row) + " |")
-    base = ", ".join(f"{found[(BASELINE, *cell)]['milliseconds']:.1f} ms ({cell[0]}, {cell[1]})" for cell in cells)
-    options = report["options"]
+    base = ", ".join(f"{found[(BASELINE, *cell)]['milliseconds']:.1f} ms ({heading(*cell)})" for cell in cells)
+    rounds = ", ".join(str(found[(BASELINE, *cell)]["rounds"]) for cell in cells)
     return (
         "\n".join(lines)
         + f"""
@@ -236,14 +269,50 @@ Made by
 
     {report["command"]}
 
-on {report["machine"]}, torch {report["torch"]}, {options["threads"]} threads.
-Time of a step over that of plain torch in the same round, median of {options["rounds"]} rounds.
+on {report["machine"]}, torch {report["torch"]}.
+Time of a step over that of plain torch in the same round, median of {rounds} rounds.
 Plain torch takes {base}.
 Nets and batch size stand above each column, and a code has {options["zdim"]} numbers.
 All but Pyro's losses compare codes with the default `MMD()`; *plain torch* does it in float32 and with prior draws.
 *Shared Adam* is `pyro_wae.optim.Adam`, everything outside of SVI has torch's fused Adam.
+pythae has nets of its own, with one hidden layer of 512 in place of 400.
 """
     )
+
+
+def draw(results: list[dict[str, Any]]) -> Any:
+    """The ratios as dots, with their quartiles."""
+    rows = list(dict.fromkeys(r["contender"] for r in results))
+    cells = list(dict.fromkeys((r["nets"], r["batch"], r["device"]) for r in results))
+    with styled_figure((6.0, 1.6 + 0.45 * len(rows))) as figure:
+        axes = figure.subplots()
+        axes.axvline(1, color="#8C8C8C", linewidth=1.5)
+        for index, cell in enumerate(cells):
+            # Beside each other, as the dots of one contender often fall together.
+            shift = 0.5 * (index - (len(cells) - 1) / 2) / len(cells)
+            some = of_cell(results, cell)
+            axes.errorbar(
+                [r["ratio"] for r in some], [rows.index(r["contender"]) + shift for r in some],
+                xerr=[[r["ratio"] - r["low"] for r in some], [r["high"] - r["ratio"] for r in some]],
+                fmt="osD^vPX*"[index % 8], color=PALETTE[index % len(PALETTE)], markersize=7, elinewidth=1.5,
+                label=heading(*cell),
+            )  # fmt: skip
+        axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6))
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if in_view(tick, axes.get_xlim())]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(rows)), rows, fontsize=12)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+        axes.set_axisbelow(True)
+        figure.supxlabel("time of a step over that of plain torch", fontsize=14)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def in_view(value: float, limits: tuple[float, float]) -> bool:
+    """Whether an axis shows a value."""
+    return limits[0] <= value <= limits[1]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -252,39 +321,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--nets", nargs="*", choices=("MLP", "conv"), default=["MLP", "conv"])
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=[100, 1024])
     parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--rounds", type=int, default=50, help="timed steps of each")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before them, in which recordings are made")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=100, help="most timed steps of each")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=50.0,
+        help=f"for a column, after which no round starts but the first {LEAST_ROUNDS}",
+    )
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before them, in which recordings are made")
+    # Nets this small gain nothing from more, and the table is then that of most machines.
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    add_options(parser)
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
-    parser.add_argument("--out", type=Path, default=Path("docs/_generated"), help="folder for step.md and step.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
+    )
+    parser.add_argument("--picture", type=Path, help="by default docs/images/step.png, or in a quick run a file in OUT")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.nets, args.batch_sizes, args.devices, args.threads = ["MLP"], [16], ["cpu"], 1
+        args.rounds, args.warm_up, args.no_compile = 2, 3, True
+    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
+    args.picture = args.picture or (args.out / "step.png" if args.smoke else Path("docs/images/step.png"))
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures all cells, and prints and writes the table."""
     args = parse_args(argv)
-    if args.smoke:
-        args.batch_sizes, args.rounds, args.warm_up, args.no_compile = [16], 2, 4, True
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", module="torch|pyro")
+    warnings.filterwarnings("ignore", module="torch|pyro|pydantic|pythae")
+    devices = present(args.devices)
     results: list[dict[str, Any]] = []
-    for nets in args.nets:
-        for batch in args.batch_sizes:
-            pyro.set_rng_seed(1)
-            x = torch.rand(batch, 784) if nets == "MLP" else torch.rand(batch, 1, 28, 28)
-            steps = contenders(MLP if nets == "MLP" else Conv, args.zdim, x, args)
-            results += [{"nets": nets, "batch": batch, **result} for result in measure(steps, args)]
+    for device, nets, batch in itertools.product(devices, args.nets, args.batch_sizes):
+        pyro.set_rng_seed(1)
+        x = torch.rand(batch, 784) if nets == "MLP" else torch.rand(batch, 1, 28, 28)
+        kind = MLP if nets == "MLP" else Conv
+        found = measure(contenders(kind, args.zdim, x.to(device), args), device, args)
+        results += [{"nets": nets, "batch": batch, "device": device, **result} for result in found]
+        print(f"{heading(nets, batch, device)}: {found[0]['rounds']} rounds", flush=True)
     report = {
         "command": shlex.join(["python", "benchmarks/step.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": f"{os.cpu_count()} CPU cores",
-        "torch": torch.__version__,
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
+        "machine": describe(devices, args.threads),
+        "torch": torch.__version__.partition("+")[0],
+        "options": {key: str(value) if key in ("out", "picture") else value for key, value in vars(args).items()},
         "results": results,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "step.json").write_text(json.dumps(report, indent=2) + "\n")
     (args.out / "step.md").write_text(summary(report))
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(results).savefig(args.picture, dpi=120)
     print(summary(report))
 
 

@@ -38,6 +38,9 @@ __all__ = [
 
 AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
+MOST_FITTED_PAIRS = 512**2
+"""The largest number of pairs that :class:`UnitMean` takes its mean from at a time."""
+
 Scratch = tuple[Tensor, Tensor, Tensor]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
 
@@ -710,7 +713,9 @@ class UnitMean(Kernel):
         if self._is_fitted:
             return
         with torch.no_grad():
-            mean = self.kernel.gram(prior, prior).mean()
+            # Some rows at a time: the first batch may be a large one, whose pairs MMD never holds at once either.
+            parts = prior.split(max(1, MOST_FITTED_PAIRS // len(prior)))
+            mean = torch.stack([self.kernel.gram(part, prior).sum() for part in parts]).sum() / len(prior) ** 2
         if not (torch.isfinite(mean) and mean > 0):
             raise ValueError(
                 f"{self!r} divides by the mean of its kernel, found {mean.item():g}. Use a kernel that is positive, "

@@ -23,6 +23,20 @@ def run_smoke(name, out):
     return json.loads((out / f"{name}.json").read_text()), (out / f"{name}.md").read_text(), finished.stdout
 
 
+def load(name):
+    """A benchmark as a module, which finds its neighbours as in a run of its own."""
+    threads = torch.get_num_threads()
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(BENCHMARKS))
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(BENCHMARKS))
+    del sys.modules[spec.name]
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def penalties_run(tmp_path_factory):
     """The report, the Markdown and the printed text of a quick run."""
@@ -40,14 +54,7 @@ def variance_run(tmp_path_factory):
 def bench():
     """The benchmark of the penalties as a module."""
     pytest.importorskip("torchmetrics")
-    threads = torch.get_num_threads()
-    spec = importlib.util.spec_from_file_location("benchmark_of_penalties", BENCHMARKS / "penalties.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-    torch.set_num_threads(threads)
+    yield from load("penalties")
 
 
 def test_every_penalty_trains_and_has_a_row_of_finite_numbers(penalties_run):
@@ -210,8 +217,142 @@ def test_table_tells_how_many_trainings_diverged(bench, penalties_run):
     assert table.count("(1 of 1 diverged)") == table.count("| gan (1 of 1 diverged) |") == 1
 
 
+@pytest.fixture(scope="module")
+def ways():
+    """The benchmark of kernel penalties as a module."""
+    yield from load("kernel_penalty")
+
+
+@pytest.fixture(scope="module")
+def kernel_run(tmp_path_factory):
+    """The report, the Markdown, the printed text and the folder of a quick run."""
+    out = tmp_path_factory.mktemp("kernel_penalty")
+    return *run_smoke("kernel_penalty", out), out
+
+
+@pytest.fixture(scope="module")
+def step_run(tmp_path_factory):
+    """The report, the Markdown, the printed text and the folder of a quick run."""
+    out = tmp_path_factory.mktemp("step")
+    return *run_smoke("step", out), out
+
+
+def test_kernel_penalties_are_measured_at_all_sizes_and_drawn(kernel_run):
+    report, markdown, printed, out = kernel_run
+    skipped = {row["way"] for row in report["skipped"]}
+    assert skipped <= {"pythae", "geomloss, energy"}  # which may not be installed
+    assert len(report["results"]) == 2 * (len(report["options"]["ways"]) - len(skipped))
+    for row in report["results"]:
+        assert row["units"] == pytest.approx(row["seconds"] / row["unit"])
+        assert row["mebibytes"] >= 0
+    assert {row["way"] for row in report["growth"]} == set(report["options"]["ways"]) - skipped
+    assert markdown.strip() in printed
+    assert "    python benchmarks/kernel_penalty.py --smoke --out " in markdown
+    assert 0 < (out / "kernel_penalty.png").stat().st_size < 80_000
+
+
+def test_steps_are_measured_beside_the_hand_written_one_and_drawn(step_run):
+    report, markdown, printed, out = step_run
+    rows = {row["contender"]: row for row in report["results"]}
+    assert {"SVI, Trace_ELBO", "SVI, Trace_MMD", "SVI, WAELoss, shared Adam, recorded", "nn.Module"} < set(rows)
+    assert ("pythae, WAE_MMD" in rows) != ("No row for pythae" in printed)
+    assert rows["plain torch"]["ratio"] == 1
+    for row in rows.values():
+        assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    assert markdown.strip() in printed
+    assert "    python benchmarks/step.py --smoke --out " in markdown
+    assert 0 < (out / "step.png").stat().st_size < 80_000
+
+
+@pytest.mark.parametrize("name", ["kernel_penalty", "step"])
+def test_a_machine_without_cuda_is_told_of(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import devices
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in load(name):
+        assert devices.present(module.parse_args([]).devices) == ["cpu"]
+        assert "No rows for CUDA" in capsys.readouterr().out
+        assert devices.present(module.parse_args(["--devices", "cpu"]).devices) == ["cpu"]
+        assert capsys.readouterr().out == ""
+
+
+SAME = [
+    *("MMD()", "authors' formula", "one matrix of both", "direct differences", "pythae"),
+    *("MMD(Gaussian())", "geomloss, Gaussian", "EnergyDistance()", "geomloss, energy"),
+    *("SlicedWasserstein()", "POT, sliced", "Sinkhorn(), by geomloss", "POT, Sinkhorn"),
+]
+"""Ways to be compared, those of one quantity after each other."""
+
+
+def test_ways_of_one_name_compute_the_same_quantity(ways):
+    # Half a unit off the prior, so that no value is small. The sliced distance is over 50 random directions: in each
+    # way the mean of 20 draws of them (seed 0) has a standard error of 1 percent. Sinkhorn is iterated to some percent.
+    tolerances = {"POT, sliced": 0.06, "POT, Sinkhorn": 0.03}
+    found = {}
+    for name in SAME:
+        torch.manual_seed(0)
+        q, p = torch.randn(300, 8) + 0.5, torch.randn(300, 8)
+        try:
+            loss = ways.WAYS[name].make(8)
+        except ImportError:
+            continue
+        repeats = 20 if "liced" in name else 1
+        value, slope = map(sum, zip(*(ways.gradient(loss, q, p) for _ in range(repeats)), strict=True))
+        expected = found.setdefault(ways.WAYS[name].quantity, (value, slope))
+        tolerance = tolerances.get(name, 1e-4)
+        torch.testing.assert_close(value, expected[0], rtol=tolerance, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert (slope - expected[1]).norm() <= 3 * tolerance * expected[1].norm(), name
+
+
+def test_autocast_leaves_the_digits_of_mmd_alone_and_takes_those_of_the_formula(ways):
+    import devices
+
+    torch.manual_seed(0)
+    q, p = torch.randn(100, 8) + 0.5, torch.randn(100, 8)
+    for name, is_exact in (("MMD()", True), ("authors' formula", False)):
+        loss = ways.WAYS[name].make(8)
+        difference = ways.gradient(devices.in_bfloat16(loss), q, p)[0] / ways.gradient(loss, q, p)[0] - 1
+        assert (difference.abs() < 1e-6) == is_exact, name
+
+
+def test_the_fit_of_cost_finds_its_two_parts(ways):
+    sizes = (512, 2048, 8192)
+    rows = [{"n": n, "seconds": 3e-6 * n + 2e-9 * n**2} for n in sizes]
+    assert ways.costs(rows) == pytest.approx((3e-6, 2e-9), rel=1e-6)
+    # Steeper than a square, where a would be negative.
+    per_code, per_pair = ways.costs([{"n": n, "seconds": 1e-12 * n**3} for n in sizes])
+    assert per_code == 0 < per_pair
+    assert ways.exponent([{"n": n, "seconds": 1e-6 * n**1.5} for n in sizes], "seconds", 0) == pytest.approx(1.5)
+    assert ways.exponent([{"n": 512, "mebibytes": 0.0}, {"n": 2048, "mebibytes": 5.0}], "mebibytes", 1) is None
+
+
+def test_what_would_take_too_much_is_skipped_and_named(ways, monkeypatch):
+    def pretended(name, n, d, device, args, loss):
+        return {"n": n, "seconds": 1.0 * n, "mebibytes": 100.0 * n}
+
+    monkeypatch.setattr(ways, "measure", pretended)
+    for options, limit in (["--gibibytes", "1"], "2 GiB"), (["--seconds", "10"], "16 s"):
+        args = ways.parse_args(["--sizes", "1", "4", "8", "--dimensions", "2", *options])
+        found = list(ways.measure_all("MMD()", "cpu", args))
+        assert [row["n"] for row in found] == [1, 4]
+        assert limit in ways.reason(found[-1])
+
+
+def test_a_library_that_is_not_there_costs_one_row(ways, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pythae.models", None)
+    (row,) = ways.measure_all("pythae", "cpu", ways.parse_args(["--smoke"]))
+    assert "pythae" in row["skipped"]
+
+
+def test_a_way_is_measured_in_a_process_of_its_own(ways):
+    args = ways.parse_args(["--smoke"])
+    rows = list(ways.in_a_process("MMD()", "cpu", args))
+    assert [(row["n"], row["d"]) for row in rows] == [(100, 4), (300, 4)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two_sample_power", "kernel_penalty"])
+@pytest.mark.parametrize("name", ["two_sample_power", "large_batches"])
 def test_benchmark_prints_its_table_and_writes_it_with_its_command(name, tmp_path):
     report, markdown, printed = run_smoke(name, tmp_path)
     assert report

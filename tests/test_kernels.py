@@ -18,7 +18,7 @@ from sklearn.gaussian_process import kernels as sklearn_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_wae import WAELoss
+from pyro_wae import WAELoss, kernels
 from pyro_wae.adapters import ModuleKernel, as_kernel
 from pyro_wae.kernels import (
     Energy,
@@ -32,6 +32,7 @@ from pyro_wae.kernels import (
     RationalQuadratic,
     Scaled,
     Sum,
+    UnitMean,
 )
 from pyro_wae.penalties import MMD
 
@@ -254,6 +255,17 @@ def test_the_memory_test_sees_a_direct_difference():
     with LargestTensor() as largest:
         FunctionKernel(lambda x, y: (x[:, None] - y).norm(dim=2))(rows(60, 50), rows(50, 50))
     assert largest.numel == 60 * 50 * 50
+
+
+def test_the_unit_mean_of_many_rows_is_that_of_all_pairs_without_their_matrix(monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_FITTED_PAIRS", 7 * 60)
+    prior = rows(60, 2)
+    kernel = UnitMean(Gaussian(1.5))
+    with LargestTensor() as largest:
+        kernel.fit(prior)
+    assert largest.numel <= 7 * 60
+    differences = prior[:, None] - prior
+    torch.testing.assert_close(kernel.mean, (differences.square().sum(2) / -4.5).exp().mean())
 
 
 # Lengths from the prior
