@@ -9,8 +9,9 @@ RUN := $(BIN)/python
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
 
+# The picture of README and start page.
 pictures: demo
-	cp results/quickstart/samples.png results/quickstart/reconstructions.png docs/images/
+	cp results/quickstart/overview.png docs/images/
 
 # The picture of docs/diagnostics.md.
 report: $(VENV)/.tutorials

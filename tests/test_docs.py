@@ -8,7 +8,7 @@ import torch
 from pyro_wae.penalties import kernel_means
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,6 +43,6 @@ def test_code_of_page_runs(page, as_found):
 
 
 def test_pages_with_code_are_found():
-    assert {"README.md", "index.md", "penalties.md", "wae_gan.md"} <= {
+    assert {"README.md", "CONTRIBUTING.md", "index.md", "migration.md", "penalties.md", "theory.md"} <= {
         page.name for page in PAGES if code(page).strip()
     }
