@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo pictures report test test-slow bench bench-penalties zoo lint types docs clean
+.PHONY: demo pictures report test test-slow bench bench-penalties zoo lint types docs wheel clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
 
+# The picture of README and start page.
 pictures: demo
-	cp results/quickstart/samples.png results/quickstart/reconstructions.png docs/images/
+	cp results/quickstart/overview.png docs/images/
 
 # The picture of docs/diagnostics.md.
 report: $(VENV)/.tutorials
@@ -48,6 +49,15 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+# Builds the wheel, and runs the README's ten lines in an environment that holds it and what it requires, and nothing else.
+wheel: $(VENV)/.test
+	rm -rf dist build/wheel
+	$(RUN) -m hatchling build
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet dist/*.whl
+	awk '/^```python$$/ { inside = 1; next } /^```$$/ { inside = 0 } inside' README.md > build/wheel/ten_lines.py
+	cd build/wheel && bin/python ten_lines.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -65,7 +65,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = "pyro_wae"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_sphinx = False
 

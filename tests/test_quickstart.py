@@ -23,7 +23,7 @@ def smoke(tmp_path_factory):
     return out, finished.stdout
 
 
-@pytest.mark.parametrize("name", ["samples", "reconstructions", "codes", "losses"])
+@pytest.mark.parametrize("name", ["overview", "samples", "reconstructions", "codes", "losses"])
 def test_quickstart_draws_every_picture(smoke, name):
     image = pytest.importorskip("matplotlib.image")
     out, _ = smoke
@@ -37,7 +37,7 @@ def test_quickstart_writes_what_it_reached(smoke):
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == {"test_cost", "test_mmd2", "null_mmd2_std", "seconds", "history", "options"}
     assert all(np.isfinite(metrics[key]) for key in ("test_cost", "test_mmd2", "null_mmd2_std", "seconds"))
-    assert len(metrics["history"]["cost"]) == len(metrics["history"]["penalty"]) == 1
+    assert {key: len(values) for key, values in metrics["history"].items()} == {"cost": 1, "penalty": 1, "weight": 1}
     assert metrics["options"]["smoke"] is True
 
 

@@ -4,7 +4,8 @@
 
 The encoder gives each digit a code of eight numbers, and the decoder makes a digit of a code. Training lowers the
 squared error of the digits that come back (the cost), and keeps the codes of all digits together distributed as the
-prior (the penalty). A code drawn from the prior then is one that the decoder knows, and comes out as a new digit.
+prior (the penalty). How much the penalty weighs is found while training. A code drawn from the prior then is one that
+the decoder knows, and comes out as a new digit.
 Pictures and figures are written to results/quickstart/.
 """
 
@@ -17,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from digits import load_digits
+from overview import overview
 from pyro.infer import SVI
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,26 +65,26 @@ class DigitWAE(nn.Module):
 
 
 def train(wae: DigitWAE, images: Tensor, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Trains on the images and returns each epoch's mean cost and penalty."""
+    """Trains on the images and returns each epoch's mean cost, penalty and penalty weight."""
     optimizer = pyro.optim.CosineAnnealingLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": args.learning_rate}, "T_max": args.epochs}
     )
     loss = WAELoss(MMD(), penalty_weight=args.penalty_weight)
     svi = SVI(wae.model, wae.guide, optimizer, loss=loss)
 
-    history: dict[str, list[float]] = {"cost": [], "penalty": []}
+    history: dict[str, list[float]] = {"cost": [], "penalty": [], "weight": []}
     wae.train()
     progress = tqdm(range(args.epochs), unit="epoch")
     for _ in progress:
         terms = []
         for batch in torch.randperm(len(images), device=images.device).split(args.batch_size):
             svi.step(images[batch])
-            terms.append(torch.stack([loss.terms.cost, loss.terms.penalty]))
+            terms.append(torch.tensor([loss.terms.cost, loss.terms.penalty, loss.terms.weight]))
         optimizer.step()  # lowers the learning rate
-        cost, penalty = torch.stack(terms).mean(0).tolist()
-        history["cost"].append(cost)
-        history["penalty"].append(penalty)
-        progress.set_postfix(cost=f"{cost:.1f}", penalty=f"{penalty:+.4f}")
+        cost, penalty, weight = torch.stack(terms).mean(0).tolist()
+        for key, value in (("cost", cost), ("penalty", penalty), ("weight", weight)):
+            history[key].append(value)
+        progress.set_postfix(cost=f"{cost:.1f}", penalty=f"{penalty:+.4f}", weight=f"{weight:.0f}")
     return history
 
 
@@ -93,9 +95,10 @@ def evaluate(wae: DigitWAE, images: Tensor, labels: Tensor, out: Path) -> dict[s
     codes = wae.encoder(images)
     outputs = wae.decoder(codes)
     prior = torch.randn_like(codes)
-    samples = wae.decoder(torch.randn(100, wae.zdim, device=images.device))
+    samples = wae.decoder(prior[:100])
 
     pictures = {
+        "overview": overview(images, outputs, samples, codes, prior, labels),
         "samples": image_grid(samples, cmap="gray_r", title="New digits, from draws of the prior"),
         "reconstructions": reconstructions(
             images[:30], outputs[:30], cmap="gray_r", title="Test digits, and what their codes give back"
@@ -125,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--penalty-weight", type=float, default=100.0)
+    parser.add_argument("--penalty-weight", type=float, help="a constant; without it the training finds the weight")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
@@ -156,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     cost of a test digit (squared error)   {reached["test_cost"]:8.2f}
     MMD^2 of test codes and prior          {reached["test_mmd2"]:+8.4f}
     ... of prior draws and prior           {0:+8.4f} +- {reached["null_mmd2_std"]:.4f}
+    penalty weight of the last epoch       {history["weight"][-1]:8.0f}
     seconds of training                    {seconds:8.0f}
 
     Pictures and metrics.json are in {args.out}/""")
