@@ -25,6 +25,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from devices import add_options, describe, in_bfloat16, peak_mebibytes, present, seconds
+from pictures import save
 from pyro.contrib.gp import kernels as pyro_kernels
 from torch import Tensor
 
@@ -587,8 +588,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "kernel_penalty.json").write_text(json.dumps(report, indent=2) + "\n")
     (args.out / "kernel_penalty.md").write_text(summary(report))
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(results, max(args.dimensions)).savefig(args.picture, dpi=120)
+    save(draw(results, max(args.dimensions)), args.picture)
     print(summary(report))
 
 

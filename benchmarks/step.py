@@ -25,6 +25,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from devices import add_options, describe, in_bfloat16, present, seconds
+from pictures import save
 from pyro.contrib.gp.kernels import RBF
 from pyro.infer import SVI, Trace_ELBO, Trace_MMD
 from torch import Tensor, nn
@@ -373,8 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "step.json").write_text(json.dumps(report, indent=2) + "\n")
     (args.out / "step.md").write_text(summary(report))
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(results).savefig(args.picture, dpi=120)
+    save(draw(results), args.picture)
     print(summary(report))
 
 

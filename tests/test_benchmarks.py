@@ -286,9 +286,10 @@ SAME = [
 
 
 def test_ways_of_one_name_compute_the_same_quantity(ways):
-    # Half a unit off the prior, so that no value is small. The sliced distance is over 50 random directions: in each
-    # way the mean of 20 draws of them (seed 0) has a standard error of 1 percent. Sinkhorn is iterated to some percent.
-    tolerances = {"POT, sliced": 0.06, "POT, Sinkhorn": 0.03}
+    # Half a unit off the prior, so that no value is small. The sliced distance is over 50 random directions, for which
+    # POT has a generator of its own that no seed of torch reaches: the mean of 20 draws has a standard error of about
+    # 3 percent in each way, and five of them may pass. Sinkhorn is iterated to some percent.
+    tolerances = {"POT, sliced": 0.15, "POT, Sinkhorn": 0.03}
     found = {}
     for name in SAME:
         torch.manual_seed(0)
