@@ -35,6 +35,7 @@ bench: $(VENV)/.bench
 	$(RUN) benchmarks/step.py $(ARGS)
 	$(RUN) benchmarks/kernel_penalty.py $(ARGS)
 	$(RUN) benchmarks/large_batches.py $(ARGS)
+	$(RUN) benchmarks/goals.py $(if $(ARGS),--results results/benchmarks)
 
 # Trains with each prior of docs/zoo.md, and writes its table and picture anew; ARGS=--smoke leaves both alone.
 zoo: $(VENV)/.tutorials

@@ -36,6 +36,7 @@ from pyro_wae import WAELoss
 from pyro_wae.penalties import JensenShannon
 from pyro_wae.plotting import PALETTE, styled_figure
 from pyro_wae.recording import graph
+from pyro_wae.weights import Constraint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
 
@@ -53,21 +54,23 @@ class MLP(nn.Module):
 
     def __init__(self, zdim: int, *, stochastic: bool) -> None:
         super().__init__()
-        self.zdim, self.stochastic = zdim, stochastic
+        self.zdim, self.stochastic, self.registers = zdim, stochastic, True
         out = 2 * zdim if stochastic else zdim
         self.encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, out))
         self.decoder = nn.Sequential(nn.Linear(zdim, 400), nn.ReLU(), nn.Linear(400, 784))
 
     def model(self, x: Tensor) -> None:
         """The prior and the generator."""
-        pyro.module("decoder", self.decoder)
+        if self.registers:
+            pyro.module("decoder", self.decoder)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.zdim), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(x.ndim - 1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """The encoder."""
-        pyro.module("encoder", self.encoder)
+        if self.registers:
+            pyro.module("encoder", self.encoder)
         codes = self.encoder(x)
         with pyro.plate("data", len(x)):
             if self.stochastic:
@@ -140,7 +143,7 @@ def of_svi(nets: MLP, x: Tensor, loss: Any, make_optimizer: Callable[..., Any]) 
 
 def wae(**options: Any) -> WAELoss:
     """The loss that is measured."""
-    return WAELoss(penalty_weight=WEIGHT, **options)
+    return WAELoss(**{"penalty_weight": WEIGHT} | options)
 
 
 def cuda_graph(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -157,6 +160,7 @@ def contenders(kind: type[MLP], zdim: int, x: Tensor, args: argparse.Namespace) 
 
     def bound(**options: Any) -> Any:
         own = nets()
+        own.registers = False  # the module that is bound has the parameters, and nothing asks Pyro's store
         return wae(**options)(own.model, own.guide)
 
     shared = pyro_wae.optim.Adam
@@ -167,6 +171,7 @@ def contenders(kind: type[MLP], zdim: int, x: Tensor, args: argparse.Namespace) 
         "SVI, WAELoss": of_svi(nets(), x, wae(), pyro.optim.Adam),
         "SVI, WAELoss, shared Adam": of_svi(nets(), x, wae(), shared),
         "SVI, WAELoss, shared Adam, recorded": of_svi(nets(), x, wae(compile=graph), shared),
+        "SVI, WAELoss, shared Adam, Constraint": of_svi(nets(), x, wae(penalty_weight=Constraint()), shared),
         "nn.Module": of_module(bound(), x),
         "nn.Module, validation off": of_module(bound(), x, validate=False),
         "nn.Module, recorded": of_module(bound(compile=graph), x),
@@ -275,6 +280,8 @@ Time of a step over that of plain torch in the same round, median of {rounds} ro
 Plain torch takes {base}.
 Nets and batch size stand above each column, and a code has {options["zdim"]} numbers.
 All but Pyro's losses compare codes with the default `MMD()`; *plain torch* does it in float32 and with prior draws.
+The penalty weight is a number, or where it is named the default, a `Constraint`.
+In the rows of *nn.Module* neither model nor guide calls `pyro.module`, since the bound module has the parameters.
 *Shared Adam* is `pyro_wae.optim.Adam`, everything outside of SVI has torch's fused Adam.
 pythae has nets of its own, with one hidden layer of 512 in place of 400.
 """

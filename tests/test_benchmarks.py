@@ -359,3 +359,31 @@ def test_benchmark_prints_its_table_and_writes_it_with_its_command(name, tmp_pat
     assert report
     assert f"    python benchmarks/{name}.py --smoke --out " in markdown
     assert markdown.strip() in printed
+
+
+@pytest.fixture
+def goals():
+    """The goals as a module."""
+    yield from load("goals")
+
+
+def test_goals_stand_beside_what_was_measured(goals, tmp_path, capsys):
+    def step(contender, ratio, device="cpu"):
+        return {"contender": contender, "nets": "MLP", "batch": 100, "device": device, "ratio": ratio}
+
+    steps = [
+        step("plain torch", 1.0), step("SVI, Trace_ELBO", 1.25), step("SVI, WAELoss", 1.5), step("nn.Module", 1.2),
+        step("nn.Module", 9.0, "cuda"),
+    ]  # fmt: skip
+    kernel = {"way": "MMD()", "n": 2048, "d": 64, "device": "cpu", "units": 15.0, "fresh units": 4.0, "mebibytes": 9}
+    (tmp_path / "step.json").write_text(json.dumps({"results": steps}))
+    (tmp_path / "kernel_penalty.json").write_text(json.dumps({"results": [kernel]}))
+    goals.main(["--results", str(tmp_path)])
+    rows = (tmp_path / "speed_goals.md").read_text().splitlines()[2:]
+    assert rows == [
+        "| SVI, WAELoss, over SVI, Trace_ELBO | MLP, batch 100 | 1 | 1.20 | no |",
+        "| nn.Module, over plain torch | MLP, batch 100 | 1.2 | 1.20 | yes |",
+        "| MMD(), units in place | n = 2048, d = 64 | 15 | 15.00 | yes |",
+        "| MMD(), units | n = 2048, d = 64 | 15 | 4.00 | yes |",
+    ]
+    assert rows[0] in capsys.readouterr().out
