@@ -29,7 +29,8 @@ from pictures import save
 from pyro.contrib.gp import kernels as pyro_kernels
 from torch import Tensor
 
-from pyro_wae.kernels import AUTHORS_FACTORS, Gaussian, InverseMultiquadratic
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic
+from pyro_wae.kernels.radial import AUTHORS_FACTORS
 from pyro_wae.penalties import MMD, EnergyDistance, PenaltyContext, Sinkhorn, SlicedWasserstein
 from pyro_wae.plotting import PALETTE, styled_figure
 

@@ -18,7 +18,7 @@ from sklearn.gaussian_process import kernels as sklearn_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_wae import WAELoss, kernels
+from pyro_wae import WAELoss
 from pyro_wae.adapters import ModuleKernel, as_kernel
 from pyro_wae.kernels import (
     Energy,
@@ -258,7 +258,7 @@ def test_the_memory_test_sees_a_direct_difference():
 
 
 def test_the_unit_mean_of_many_rows_is_that_of_all_pairs_without_their_matrix(monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_FITTED_PAIRS", 7 * 60)
+    monkeypatch.setattr("pyro_wae.kernels.conditional.MOST_FITTED_PAIRS", 7 * 60)
     prior = rows(60, 2)
     kernel = UnitMean(Gaussian(1.5))
     with LargestTensor() as largest:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_wae.decisions import is_compiling, is_recording
-from pyro_wae.kernels import FunctionKernel, Kernel, Scratch
+from pyro_wae.kernels import FunctionKernel, Kernel
+from pyro_wae.kernels.base import Scratch
 from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.pairs import PairWeights
 

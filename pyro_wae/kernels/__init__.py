@@ -1,0 +1,36 @@
+"""Kernels k(x, y) on codes, as modules without trainable parameters.
+
+A length that is left as ``None`` is taken from the prior draws when a penalty first sees them; see
+:meth:`Kernel.fit`. Kernels add and multiply: ``Gaussian() + 0.5 * Laplace()``.
+"""
+
+from pyro_wae.kernels.base import FunctionKernel, Kernel, Product, RadialKernel, Scaled, Sum
+from pyro_wae.kernels.conditional import Conditional, SameLabel, UnitMean
+from pyro_wae.kernels.radial import (
+    Energy,
+    Gaussian,
+    InverseMultiquadratic,
+    Laplace,
+    Matern,
+    MultiScale,
+    RationalQuadratic,
+)
+
+__all__ = [
+    "Conditional",
+    "Energy",
+    "FunctionKernel",
+    "Gaussian",
+    "InverseMultiquadratic",
+    "Kernel",
+    "Laplace",
+    "Matern",
+    "MultiScale",
+    "Product",
+    "RadialKernel",
+    "RationalQuadratic",
+    "SameLabel",
+    "Scaled",
+    "Sum",
+    "UnitMean",
+]

@@ -1,0 +1,143 @@
+"""Kernels that compare what codes are conditional on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_wae.kernels.base import Kernel
+from pyro_wae.numerics import working_precision
+
+__all__ = ["Conditional", "SameLabel", "UnitMean"]
+
+MOST_FITTED_PAIRS = 512**2
+"""The largest number of pairs that :class:`UnitMean` takes its mean from at a time."""
+
+
+class SameLabel(Kernel):
+    """1 where two rows are equal and 0 elsewhere: the kernel of labels, which have no distance.
+
+    Example:
+        >>> import torch
+        >>> SameLabel()(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [1.0], [2.0]]))
+        tensor([[0., 0., 0.],
+                [1., 1., 0.]])
+    """
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        same = torch.ones(len(x), len(y), dtype=torch.bool, device=x.device)
+        for column in range(x.shape[1]):
+            same = same & (x[:, None, column] == y[:, column])
+        return same.to(working_precision(x).dtype)
+
+
+class UnitMean(Kernel):
+    """A kernel over its mean, so that a product with it keeps the other's size: ``(k(x, y) / E k + a) / (1 + a)``.
+
+    Args:
+        kernel: Any kernel with a positive mean.
+        constant: a >= 0, the share of a constant kernel beside k.
+
+    Raises:
+        ValueError: If the constant is negative or not finite; in :meth:`fit`, if the mean is not positive.
+
+    Example:
+        >>> import torch
+        >>> kernel = UnitMean(SameLabel())
+        >>> kernel.fit(torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+        >>> kernel(torch.zeros(1, 1), torch.tensor([[0.0], [1.0]]))
+        tensor([[2., 0.]])
+    """
+
+    mean: Tensor
+
+    def __init__(self, kernel: Kernel, constant: float = 0.0) -> None:
+        super().__init__()
+        if not (math.isfinite(constant) and constant >= 0):
+            raise ValueError(f"UnitMean takes a finite constant >= 0, found {constant!r}. Write constant=1.0.")
+        self.kernel = kernel
+        self.constant = constant
+        self._is_fitted = False
+        self.register_buffer("mean", torch.tensor(math.nan))
+
+    def fit(self, prior: Tensor) -> None:
+        """Takes the lengths, and the mean over all pairs of rows, from the first rows that it sees."""
+        self.kernel.fit(prior)
+        if self._is_fitted:
+            return
+        with torch.no_grad():
+            # Some rows at a time: the first batch may be a large one, whose pairs MMD never holds at once either.
+            parts = prior.split(max(1, MOST_FITTED_PAIRS // len(prior)))
+            mean = torch.stack([self.kernel.gram(part, prior).sum() for part in parts]).sum() / len(prior) ** 2
+        if not (torch.isfinite(mean) and mean > 0):
+            raise ValueError(
+                f"{self!r} divides by the mean of its kernel, found {mean.item():g}. Use a kernel that is positive, "
+                "such as SameLabel() or Gaussian()."
+            )
+        with torch.inference_mode(False):
+            self.mean = mean.detach().clone()
+        self._is_fitted = True
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self._is_fitted:
+            raise ValueError(f"{self!r} has no mean yet. Take it from the rows to be compared: kernel.fit(rows).")
+        values = self.kernel.gram(x, y)
+        return (values / self.mean.to(values) + self.constant) / (1 + self.constant)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state_dict.get(prefix + "mean")
+        if value is not None:
+            # Assigned and not copied, as in RadialKernel.
+            self.mean = value.detach().clone().to(self.mean.device)
+            self._is_fitted = not bool(value.isnan())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Conditional(Kernel):
+    """``k((z, y), (z', y')) = k_z(z, z') k_y(y, y')``, for codes z beside what they are conditional on, y.
+
+    Both sides must have the same y: an :class:`Energy` kernel on the codes then serves too, which in a plain
+    :class:`Product` it does not.
+
+    Args:
+        kernel: On the codes.
+        condition_kernel: On the conditions; positive definite.
+        size: How many of the last columns are the condition.
+
+    Raises:
+        ValueError: If the condition's kernel holds an :class:`Energy` kernel; in :meth:`fit`, if the conditions give it
+            no length.
+    """
+
+    def __init__(self, kernel: Kernel, condition_kernel: Kernel, size: int) -> None:
+        super().__init__()
+        if any(isinstance(part, Kernel) and not part.is_definite for part in condition_kernel.modules()):
+            raise ValueError(
+                f"A condition's kernel must be positive definite, and {condition_kernel!r} is only conditionally so. "
+                "Write Laplace() in its place."
+            )
+        self.kernel = kernel
+        self.condition_kernel = condition_kernel
+        self.size = size
+
+    def fit(self, prior: Tensor) -> None:
+        z, y = self._split(prior)
+        self.kernel.fit(z)
+        try:
+            self.condition_kernel.fit(y)
+        except ValueError as error:
+            raise ValueError(
+                f"The first conditions, of shape {tuple(y.shape)}, give {self.condition_kernel!r} no length: {error} "
+                "Shuffle the data, or give the kernel, as in MMD(condition_kernel=Gaussian(bandwidth=1.0))."
+            ) from error
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        first = self._split(x)
+        second = first if y is x else self._split(y)
+        return self.kernel.gram(first[0], second[0]) * self.condition_kernel.gram(first[1], second[1])
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[:, : -self.size], rows[:, -self.size :]

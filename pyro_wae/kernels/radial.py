@@ -1,0 +1,286 @@
+"""Kernels of the distance between two codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_wae.kernels.base import Kernel, RadialKernel, Scratch, check_positive, scratch_like
+from pyro_wae.numerics import squared_distances, working_precision
+
+__all__ = [
+    "AUTHORS_FACTORS",
+    "Energy",
+    "Gaussian",
+    "InverseMultiquadratic",
+    "Laplace",
+    "Matern",
+    "MultiScale",
+    "RationalQuadratic",
+]
+
+AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Gaussian(RadialKernel):
+    """The Gaussian kernel, ``k(x, y) = exp(-|x - y|^2 / (2 s^2))``.
+
+    Args:
+        bandwidth: s, in the units of a code; None takes s^2 = half the mean squared distance of
+            prior draws (d sigma^2 for N(0, sigma^2 I)).
+    """
+
+    def __init__(self, bandwidth: float | None = None) -> None:
+        super().__init__(bandwidth, name="bandwidth")
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        return torch.exp(-u / 2)
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, _ = scratch or scratch_like(u)
+        torch.exp(torch.mul(u, -0.5, out=values), out=values)
+        return values, torch.mul(values, -0.5, out=slopes)
+
+
+class InverseMultiquadratic(RadialKernel):
+    """The inverse multiquadratic kernel, ``k(x, y) = C / (C + |x - y|^2)``.
+
+    Its tails are heavy, so that codes far from the prior still feel a gradient.
+
+    Args:
+        scale: C, in squared units of a code; None takes the mean squared distance of prior draws
+            (2 d sigma^2 for N(0, sigma^2 I), the choice of the source).
+
+    Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, section 4.
+    """
+
+    squared_length_factor = 2.0
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__(scale, name="scale", squared=True)
+        self.scale = scale
+
+    def profile(self, u: Tensor) -> Tensor:
+        return (1 + u).reciprocal()
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        return self.profile_and_slope_at_scales(u, (1.0,), scratch)
+
+    def profile_and_slope_at_scales(
+        self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        values, slopes, terms = scratch or scratch_like(u)
+        zero = u.new_zeros(())
+        for index, factor in enumerate(factors):
+            torch.add(u, factor, out=terms).reciprocal_()
+            torch.add(values if index else zero, terms, alpha=factor, out=values)
+            torch.addcmul(slopes if index else zero, terms, terms, value=-factor, out=slopes)
+        return values, slopes
+
+    @classmethod
+    def multiscale(cls, scale: float | None = None, factors: Sequence[float] = AUTHORS_FACTORS) -> MultiScale:
+        """The sum of seven kernels with C times 0.1 to 10 that the authors' code uses."""
+        return MultiScale(cls(scale), factors)
+
+
+class Laplace(RadialKernel):
+    """The Laplace kernel, ``k(x, y) = exp(-|x - y| / s)``, with the Euclidean distance.
+
+    Args:
+        bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+    """
+
+    def __init__(self, bandwidth: float | None = None) -> None:
+        super().__init__(bandwidth, name="bandwidth")
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        return torch.exp(-_root(u))
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, roots = scratch or scratch_like(u)
+        _root_into(u, roots)
+        torch.exp(torch.neg(roots, out=values), out=values)
+        torch.div(values, roots, out=slopes).mul_(-0.5)
+        return values, _without_infinite(slopes, u)
+
+
+class Matern(RadialKernel):
+    """The Matern kernel of half-integer order, with ``t = sqrt(2 nu) |x - y| / s``.
+
+    nu = 1/2: ``exp(-t)``; nu = 3/2: ``(1 + t) exp(-t)``; nu = 5/2: ``(1 + t + t^2 / 3) exp(-t)``.
+
+    Args:
+        nu: 0.5, 1.5 or 2.5.
+        bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+
+    Raises:
+        ValueError: For another nu.
+
+    Source: Rasmussen, Williams, "Gaussian Processes for Machine Learning", 2006, equation 4.17.
+    """
+
+    def __init__(self, nu: float, bandwidth: float | None = None) -> None:
+        if nu not in (0.5, 1.5, 2.5):
+            raise ValueError(f"Matern takes nu of 0.5, 1.5 or 2.5, found {nu!r}. Write Matern(1.5).")
+        super().__init__(bandwidth, name="bandwidth")
+        self.nu = nu
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        t = _root(2 * self.nu * u)
+        if self.nu == 0.5:
+            return torch.exp(-t)
+        return (1 + t) * torch.exp(-t) if self.nu == 1.5 else (1 + t + t.square() / 3) * torch.exp(-t)
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, t = scratch or scratch_like(u)
+        _root_into(u, t).mul_(math.sqrt(2 * self.nu))
+        torch.exp(torch.neg(t, out=values), out=values)
+        if self.nu == 0.5:
+            torch.div(values, t, out=slopes).mul_(-0.5)
+            return values, _without_infinite(slopes, u)
+        # With e = exp(-t): d/du = nu / t d/dt, and d/dt is -t e for nu = 3/2 and -t (1 + t) e / 3 for nu = 5/2.
+        if self.nu == 1.5:
+            torch.mul(values, -1.5, out=slopes)
+            return values.addcmul_(values, t), slopes
+        torch.addcmul(values, values, t, out=slopes)
+        values.mul_(t.square_().div_(3)).add_(slopes)
+        return values, slopes.mul_(-5 / 6)
+
+
+class RationalQuadratic(RadialKernel):
+    """The rational quadratic kernel, ``k(x, y) = (1 + |x - y|^2 / (2 alpha s^2))^-alpha``.
+
+    Args:
+        alpha: The weight of the tails, > 0; alpha to infinity gives :class:`Gaussian`.
+        bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+
+    Raises:
+        ValueError: If alpha is not positive.
+    """
+
+    def __init__(self, alpha: float, bandwidth: float | None = None) -> None:
+        check_positive("RationalQuadratic", "alpha", alpha)
+        super().__init__(bandwidth, name="bandwidth")
+        self.alpha = alpha
+        self.bandwidth = bandwidth
+
+    def profile(self, u: Tensor) -> Tensor:
+        return (1 + u / (2 * self.alpha)) ** -self.alpha
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, base = scratch or scratch_like(u)
+        torch.div(u, 2 * self.alpha, out=base).add_(1)
+        torch.pow(base, -self.alpha, out=values)
+        return values, torch.div(values, base, out=slopes).mul_(-0.5)
+
+
+class Energy(Kernel):
+    """The negative distance, ``k(x, y) = -|x - y|^exponent``.
+
+    It is positive definite only on differences of distributions, which is what a maximum mean
+    discrepancy needs; the discrepancy is then the energy distance. It has no length to choose.
+
+    Args:
+        exponent: In (0, 2).
+
+    Raises:
+        ValueError: For an exponent outside (0, 2).
+
+    Source: Szekely, Rizzo, "Energy statistics", 2013, doi:10.1016/j.jspi.2013.03.018.
+    """
+
+    is_definite = False
+
+    def __init__(self, exponent: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < exponent < 2:
+            raise ValueError(f"Energy takes an exponent in (0, 2), found {exponent!r}. Write Energy(1.0).")
+        self.exponent = exponent
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
+        return self.profile(squared_distances(x, y))
+
+    @property
+    def is_radial(self) -> bool:
+        return True
+
+    def profile(self, u: Tensor) -> Tensor:
+        return -(_root(u) ** self.exponent)
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        values, slopes, roots = scratch or scratch_like(u)
+        _root_into(u, roots)
+        if self.exponent == 1:
+            torch.neg(roots, out=values)
+            torch.reciprocal(roots, out=slopes).mul_(-0.5)
+        else:
+            torch.pow(roots, self.exponent, out=values).neg_()
+            torch.div(values, roots, out=slopes).div_(roots).mul_(self.exponent / 2)
+        return values, _without_infinite(slopes, u)
+
+
+class MultiScale(Kernel):
+    """The sum of one kernel at several lengths: the squared length times each factor.
+
+    Args:
+        kernel: A kernel with a length.
+        factors: Positive factors of its squared length.
+
+    Raises:
+        TypeError: If the kernel has no length.
+        ValueError: If there is no factor, or one is not positive.
+    """
+
+    def __init__(self, kernel: RadialKernel, factors: Sequence[float]) -> None:
+        super().__init__()
+        if not isinstance(kernel, RadialKernel):
+            raise TypeError(
+                f"MultiScale takes a kernel that has a length, found {kernel!r}. "
+                "Write MultiScale(Gaussian(), (0.5, 1.0, 2.0)), or add kernels: k1 + k2."
+            )
+        if len(factors) == 0:
+            raise ValueError("MultiScale takes at least one factor. Write factors=(0.5, 1.0, 2.0).")
+        for factor in factors:
+            check_positive("MultiScale", "factors", factor)
+        self.kernel = kernel
+        self.factors = tuple(float(factor) for factor in factors)
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.profile(self.kernel.scaled_squares(x, y))
+
+    @property
+    def is_radial(self) -> bool:
+        return self.kernel.is_radial
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        return self.kernel.squared_unit(like)
+
+    def profile(self, u: Tensor) -> Tensor:
+        total = self.kernel.profile(u / self.factors[0])
+        for factor in self.factors[1:]:
+            total = total + self.kernel.profile(u / factor)
+        return total
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        return self.kernel.profile_and_slope_at_scales(u, self.factors, scratch)
+
+
+def _root(u: Tensor) -> Tensor:
+    # The square root has an infinite slope at 0, and 0 times infinity on the diagonal would be NaN:
+    # below the smallest normal number the clamp passes no gradient.
+    return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
+
+
+def _root_into(u: Tensor, out: Tensor) -> Tensor:
+    return torch.clamp(u, min=torch.finfo(u.dtype).tiny, out=out).sqrt_()
+
+
+def _without_infinite(slopes: Tensor, u: Tensor) -> Tensor:
+    return slopes.masked_fill_(u <= torch.finfo(u.dtype).tiny, 0)
