@@ -1,12 +1,17 @@
 """The picture of how a Wasserstein auto-encoder works, drawn of a trained one; tutorials/quickstart.py makes it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 
 from pyro_wae.plotting import BLUE, GREY, ORANGE, PALETTE, WIDTH, as_images, make_mosaic, show_mosaic, styled_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIDE = 4  # digits in a row
 HEIGHT, PANEL, GAP = 5.0, 1.45, 0.82  # inches
@@ -81,6 +86,9 @@ def _cloud(axes: Axes, points: np.ndarray, colour: np.ndarray | str, limit: floa
 def _arrow(
     figure: Figure, start: Axes, at: tuple, end: Axes, to: tuple, colour: str, style: str, bend: str = "arc3"
 ) -> None:
+    # Imported here, because the benchmarks take the quickstart's nets and no matplotlib.
+    from matplotlib.patches import ConnectionPatch
+
     patch = ConnectionPatch(
         at, to, start.transAxes, end.transAxes, arrowstyle=style, color=colour, linewidth=2, mutation_scale=16,
         shrinkA=4, shrinkB=4, connectionstyle=bend,
