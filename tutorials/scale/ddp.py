@@ -28,7 +28,7 @@ def main() -> None:
 
     pyro.set_rng_seed(args.seed + rank)  # so that the ranks draw different prior codes; DDP gives them one start
     net = DigitWAE().to(device)
-    wae = WAELoss(MMD(), penalty_weight=100.0)(net.model, net.guide)
+    wae = WAELoss(MMD(), penalty_weight=100.0, process_group="world")(net.model, net.guide)
     replica = DistributedDataParallel(wae, device_ids=[device] if device.type == "cuda" else None)
     optimizer = torch.optim.Adam(replica.parameters(), lr=args.learning_rate)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1]))
-from digits import load_digits  # noqa: E402
+from digits import load_digits
 
 PIXELS = 28 * 28
 

@@ -31,7 +31,7 @@ def main() -> None:
 
     pyro.set_rng_seed(args.seed)  # one start: each rank keeps its share of its own parameters
     net = DigitWAE().to(device)
-    wae = WAELoss(MMD(), penalty_weight=100.0)(net.model, net.guide)
+    wae = WAELoss(MMD(), penalty_weight=100.0, process_group="world")(net.model, net.guide)
     for module in (net.encoder, net.decoder, wae):
         fully_shard(module, mesh=mesh)
     optimizer = torch.optim.Adam(wae.parameters(), lr=args.learning_rate)

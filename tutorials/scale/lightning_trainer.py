@@ -31,7 +31,7 @@ class LightningWAE(lightning.LightningModule):
     def __init__(self, learning_rate: float, seed: int) -> None:
         super().__init__()
         net = DigitWAE()
-        self.wae = WAELoss(MMD(), penalty_weight=100.0)(net.model, net.guide)
+        self.wae = WAELoss(MMD(), penalty_weight=100.0, process_group="world")(net.model, net.guide)
         self.learning_rate = learning_rate
         self.seed = seed
 
