@@ -157,25 +157,34 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_checkpoint_from_cuda_goes_on_there_and_on_the_cpu(tmp_path):
+def test_a_discriminator_follows_the_codes():
+    net, x = Net().cuda(), data().cuda()
+    discriminator = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 1))
+    svi = SVI(net.model, net.guide, Adam({"lr": 1e-2}), loss=WAELoss(JensenShannon(discriminator), penalty_weight=1.0))
+    svi.step(x)
+    assert {parameter.device.type for parameter in discriminator.parameters()} == {"cuda"}
+
+
+@pytest.mark.parametrize(("before", "after"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize("penalty", [MMD, MaxSlicedWasserstein, JensenShannon])
+def test_a_checkpoint_goes_on_on_another_device(tmp_path, penalty, before, after):
     def make(device):
         pyro.clear_param_store()
         net = Net().to(device)
-        loss = WAELoss(JensenShannon(), penalty_weight=Constraint(codes=50))
+        loss = WAELoss(penalty(), penalty_weight=Constraint(codes=50))
         return net, SVI(net.model, net.guide, Adam({"lr": 1e-2}), loss=loss)
 
-    net, svi = make("cuda")
+    net, svi = make(before)
     for _ in range(3):
-        svi.step(data().cuda())
+        svi.step(data().to(before))
     save_checkpoint(tmp_path / "run.pt", svi=svi)
     saved = {name: value.cpu().clone() for name, value in net.state_dict().items()}
-    for device in ("cuda", "cpu"):
-        net, svi = make(device)
-        load_checkpoint(tmp_path / "run.pt", svi=svi)
-        for name, value in net.state_dict().items():
-            assert value.device.type == device
-            assert torch.equal(value.cpu(), saved[name])
-        assert torch.tensor(svi.step(data().to(device))).isfinite()
+    net, svi = make(after)
+    load_checkpoint(tmp_path / "run.pt", svi=svi)
+    for name, value in net.state_dict().items():
+        assert value.device.type == after
+        assert torch.equal(value.cpu(), saved[name])
+    assert torch.tensor([svi.step(data().to(after)) for _ in range(2)]).isfinite().all()
 
 
 def test_bfloat16_is_within_its_unit_roundoff_of_float32():
