@@ -14,6 +14,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_wae.checkpoint import save_checkpoint
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "tutorials" / "scale"
 # --standalone takes a free port: tests may run side by side.
@@ -99,6 +101,23 @@ def test_parameters_sharded_over_processes_learn_as_whole_ones_do(tmp_path):
     found = {name: float(value) for name, value in (line.split(": ") for line in printed.splitlines())}
     assert {"MMD", "constraint", "hierarchy", "adversary", "adversary of the caller", "micro_batch"} == set(found)
     assert max(found.values()) < 1e-10
+
+
+@needs_gloo
+def test_a_checkpoint_refuses_sharded_parameters_and_says_what_to_write(tmp_path):
+    tensors = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        layer = torch.nn.Linear(4, 2)
+        for name, value in list(layer.named_parameters()):
+            shared = tensors.distribute_tensor(value.detach(), mesh, [tensors.Shard(0)])
+            layer.register_parameter(name, torch.nn.Parameter(shared))
+        with pytest.raises(TypeError, match=r"layer.*weight.* DTensor.* torch\.distributed\.checkpoint\.save"):
+            save_checkpoint(tmp_path / "run.pt", layer=layer)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not list(tmp_path.iterdir())
 
 
 NO_NETWORK = """
