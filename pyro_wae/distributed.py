@@ -70,11 +70,12 @@ class Ranks:
             ValueError: If the ranks have one random state, or their steps do not go together.
             RuntimeError: If another rank fails, has ended, or does not answer within the group's time-out.
         """
+        group = _group(self.group)
         # Before the run, after which ranks with different numbers of data have different random states anyway.
         random = _random_number()
         with self._telling_of_failure():
             runs = run()
-            if distributed.get_world_size(_group(self.group)) > 1:
+            if distributed.get_world_size(group) > 1:
                 check_guide(guide, runs, "all ranks")
             text, report = _describe(runs), _report(runs, random)
         reports = [_Report(*numbers) for numbers in self._exchange(report)]
@@ -96,6 +97,7 @@ class Ranks:
         """
         if self._has_one_start:
             return
+        _group(self.group)  # which is missing, if it is, before the run
         state = pyro.util.get_rng_state()
         with self._telling_of_failure(), batch_norm_at_rest(), torch.no_grad(), poutine.block():
             with poutine.trace(param_only=True) as seen:
@@ -112,15 +114,17 @@ class Ranks:
         Raises:
             ValueError: If they are not alike on all ranks.
         """
-        if not self._has_one_state:
-            self._copy_of_first(
-                {
-                    f"{name}.{key}": value
-                    for name, module in modules
-                    for key, value in (*module.named_parameters(), *module.named_buffers())
-                }
-            )
-            self._has_one_state = True
+        if self._has_one_state:
+            return
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in modules
+            for key, value in (*module.named_parameters(), *module.named_buffers())
+        }
+        made = {name: value for name, value in tensors.items() if not nn.parameter.is_lazy(value)}
+        self._copy_of_first(made)
+        # What a function makes when it first sees codes is there at the next step.
+        self._has_one_state = len(made) == len(tensors)
 
     @contextmanager
     def same_random_numbers(self, like: Tensor) -> Iterator[None]:
@@ -193,7 +197,8 @@ class Ranks:
 
     def _variance(self, variance: Callable[[], Tensor], codes: Codes, sizes: Sequence[int]) -> Tensor:
         if codes.kept is not None:  # data whose whole code is masked are left out
-            sizes = [int(part.sum()) for part in codes.kept.any(2).any(0).split(list(sizes))]
+            left = codes.kept.any(2).any(0).split(list(sizes))
+            sizes = torch.stack([part.sum() for part in left]).tolist()
         (whole,) = self._rows([variance()], sizes)
         return whole
 
@@ -212,7 +217,7 @@ class Ranks:
         rank = distributed.get_rank(group)
         rows = [tensor.movedim(1, 0) for tensor in tensors]
         # As bytes, all of them go in one message, whatever their types, and arrive as they were.
-        packed = [_copy(row.detach().flatten(1)).view(torch.uint8) for row in rows]
+        packed = [_copy(row.detach().flatten(1)).view(torch.uint8).to(rows[0].device) for row in rows]
         sent = torch.cat(packed, 1)
         sent = torch.cat([sent, sent.new_zeros(max(sizes) - len(sent), sent.shape[1])])
         received = sent.new_empty(len(sizes), *sent.shape)
@@ -222,7 +227,7 @@ class Ranks:
         first, last = sum(sizes[:rank]), sum(sizes[: rank + 1])
         joined = []
         for row, part in zip(rows, everyone.split([part.shape[1] for part in packed], 1), strict=True):
-            whole = _copy(part).view(row.dtype).reshape(-1, *row.shape[1:])
+            whole = _copy(part).view(row.dtype).reshape(-1, *row.shape[1:]).to(row.device)
             if row.requires_grad:
                 whole = torch.cat([whole[:first], _times(row, len(sizes)), whole[last:]])
             joined.append(whole.movedim(0, 1))
@@ -377,8 +382,9 @@ def _describe(runs: Runs) -> str:
     codes = runs.codes[0]
     sizes = {site: columns.stop - columns.start for site, columns in codes.columns.items()}
     given = None if runs.given is None else (runs.given.values.shape[1:], runs.given.values.dtype)
+    dtypes = [str(value.dtype) for value in (codes.values, *runs.prior[:1], *runs.costs[0].values())]
     return (
-        f"latent sites with numbers in a code {sizes}, observed sites {list(runs.costs[0])}, {codes.values.dtype}, "
+        f"latent sites with numbers in a code {sizes}, observed sites {list(runs.costs[0])}, {' '.join(dtypes)}, "
         f"{len(runs.codes) * len(codes.values)} particles, {len(runs.prior)} prior draws of each"
         + ("" if given is None else f", a condition of shape {tuple(given[0])} and {given[1]}")
         + (", with gradients" if torch.is_grad_enabled() else ", without gradients")

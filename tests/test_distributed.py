@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from test_docs import code
 from torch import distributed
 
 from pyro_wae import WAELoss
@@ -21,6 +22,7 @@ from pyro_wae.penalties import MMD
 pytestmark = pytest.mark.xdist_group("ranks")
 
 SCRIPT = Path(steps.__file__)
+PAGE = SCRIPT.parents[1] / "docs" / "distributed.md"
 SIZES = {"2": [9, 5], "4": [5, 1, 4, 4]}
 EVERYTHING = slice(0, steps.N)
 
@@ -307,3 +309,27 @@ def test_svi_makes_and_trains_the_default_discriminator(one_rank):
     before = loss.penalty.discriminator[0].weight.clone()
     svi.step(steps.Rows(EVERYTHING))
     assert not torch.equal(before, loss.penalty.discriminator[0].weight)
+
+
+def test_a_function_that_is_made_by_the_codes_it_sees(one_rank):
+    class Made(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.LazyLinear(1, dtype=torch.float64)
+
+        def forward(self, codes, prior):
+            return (self.layer(codes).mean() - self.layer(prior).mean()).square()
+
+    net, loss = steps.Net(), WAELoss(Made(), process_group="world", penalty_weight=1.0)
+    values = [loss.loss(net.model, net.guide, steps.Rows(EVERYTHING)) for _ in range(2)]
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+
+
+@pytest.mark.slow
+def test_the_training_of_the_page_runs_in_two_processes(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(code(PAGE))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("Terms(cost=")
