@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo pictures report test test-slow bench bench-penalties zoo lint types docs wheel clean
+.PHONY: demo pictures report notebooks test test-slow bench bench-penalties zoo lint types docs wheel clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
@@ -17,6 +17,10 @@ pictures: demo
 report: $(VENV)/.tutorials
 	$(RUN) tutorials/report.py $(ARGS)
 	cp results/report/report.png docs/images/
+
+# Runs every notebook of tutorials/ and stores its outputs; ARGS=01 takes one, ARGS=--smoke stores nothing.
+notebooks: $(VENV)/.notebooks
+	$(RUN) tutorials/run_notebooks.py $(ARGS)
 
 # A process for each core, and one thread in each: small tensors gain nothing from more.
 test: $(VENV)/.test
@@ -70,4 +74,4 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build results .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build docs/tutorials results .mypy_cache .pytest_cache .ruff_cache

@@ -1,11 +1,15 @@
 """Sphinx settings. `make docs` builds the pages, without a network."""
 
 import os
+import sys
 from importlib import import_module
 from inspect import isclass, isfunction
+from pathlib import Path
 from typing import Any
 
 import pyro_wae
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "pyro_wae"
 author = "The pyro_wae developers"
@@ -13,6 +17,7 @@ project_copyright = author
 release = version = pyro_wae.__version__
 
 extensions = [
+    "gallery",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -65,7 +70,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = "pyro_wae"
 html_static_path = ["_static"]
-html_css_files = ["pages.css"]
+html_css_files = ["pages.css", "gallery.css"]
 html_copy_source = False
 html_show_sphinx = False
 
