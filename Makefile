@@ -23,10 +23,10 @@ notebooks: $(VENV)/.notebooks
 
 # A process for each core, and one thread in each: small tensors gain nothing from more.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m slow $(ARGS)
 
 # Writes the table of docs/_generated/penalties.md anew; ARGS=--smoke runs in seconds and leaves it alone.
 bench-penalties: $(VENV)/.bench

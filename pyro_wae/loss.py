@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,6 +22,7 @@ from pyro_wae.condition import Condition, Given
 from pyro_wae.context import penalty_context
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
 from pyro_wae.decisions import is_recording
+from pyro_wae.distributed import GroupLike, Ranks, check_group
 from pyro_wae.micro_batches import MicroBatches, Runs
 from pyro_wae.prior import draw_prior, warn_of_lost_gradient
 from pyro_wae.recording import Backend, Gradients, Recorder, inductor
@@ -99,6 +101,10 @@ class WAELoss(CallRepr, ELBO):
             the second is recorded, and from then on the recording runs, without Python, Pyro's handlers and validation.
             Instead of True a function of a recording: :func:`~pyro_wae.recording.graph` records and does not compile.
             What cannot be recorded runs as usual, after one warning.
+        process_group: The processes of ``torch.distributed`` whose batches are compared as one: "world" for all of
+            them, or a process group. Loss and terms are then those of all data on every rank, and the mean over ranks
+            of the gradients, which DDP takes, is that of one process with all data. Default: each rank compares its
+            own codes.
 
     Attributes:
         terms: The :class:`~pyro_wae.terms.Terms` of the last step, or None before the first.
@@ -145,12 +151,15 @@ class WAELoss(CallRepr, ELBO):
         condition: str | None = None,
         micro_batch: int | None = None,
         compile: bool | Backend = False,
+        process_group: GroupLike | None = None,
     ) -> None:
         _check_count("num_particles", num_particles)
         _check_count("prior_draws", prior_draws)
         if micro_batch is not None:
             _check_count("micro_batch", micro_batch)
-        _check_compile(compile, micro_batch)
+        _check_compile(compile, micro_batch, process_group)
+        if process_group is not None:
+            check_group(process_group)
         if data_plate is not None and not isinstance(data_plate, str):
             raise TypeError(f"data_plate must be a plate's name, found {data_plate!r}. Write data_plate='data'.")
         if condition is not None and not isinstance(condition, str):
@@ -176,6 +185,8 @@ class WAELoss(CallRepr, ELBO):
         self._micro_batches = None if micro_batch is None else MicroBatches(micro_batch)
         self.compile = compile
         self._recorder = None if compile is False else Recorder(inductor if compile is True else compile)
+        self.process_group = process_group
+        self._ranks = None if process_group is None else Ranks(process_group)
         self.terms = None
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> WAEModule:
@@ -239,12 +250,15 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN; no gradient is then added.
         """
-        step, gradients = self._run(model, guide, args, kwargs, register=True)
-        value = self._value(step)
-        if gradients is not None:
-            gradients.add()
-        elif step.loss.requires_grad:
-            step.loss.backward(retain_graph=self.retain_graph)
+        if self._ranks is not None:
+            self._ranks.start_as_one(functools.partial(self._runs, model, guide, args, kwargs))
+        with nullcontext() if self._ranks is None else self._ranks.averaging():
+            step, gradients = self._run(model, guide, args, kwargs, register=True)
+            value = self._value(step)
+            if gradients is not None:
+                gradients.add()
+            elif step.loss.requires_grad:
+                step.loss.backward(retain_graph=self.retain_graph)
         self._observe(step)
         return value
 
@@ -322,13 +336,14 @@ class WAELoss(CallRepr, ELBO):
     ) -> _Step:
         """One step, from the weight if known before, and the arguments and keyword arguments of model and guide."""
         number, args, kwargs = arguments
-        gather = functools.partial(self._gather, model, guide)
-        runs = self._micro_batches.gather(gather, guide, args, kwargs) if self._micro_batches else gather(args, kwargs)
+        run = functools.partial(self._runs, model, guide, args, kwargs)
+        runs = run() if self._ranks is None else self._ranks.gather(run, guide)
         mean_costs = _mean_costs(runs.costs, runs.kept)
         joint = Codes.stack(runs.codes)
         self._prepare(joint, runs.structure, runs.given, register)
         prior = torch.cat(list(runs.prior)) if runs.prior else None
-        penalties = compare(self.penalty, joint, prior, runs.context, runs.structure, runs.given)
+        with nullcontext() if self._ranks is None else self._ranks.same_random_numbers(joint.values):
+            penalties = compare(self.penalty, joint, prior, runs.context, runs.structure, runs.given)
         cost = torch.stack(list(mean_costs.values())).sum()
         penalty = torch.stack([value.to(cost.device) for value in penalties.values()]).sum()
         if runs.prior:
@@ -348,6 +363,11 @@ class WAELoss(CallRepr, ELBO):
             prior=prior,
             condition=None if runs.given is None else runs.given.values,
         )
+
+    def _runs(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Runs:
+        """The runs of model and guide on all data of this process."""
+        gather = functools.partial(self._gather, model, guide)
+        return self._micro_batches.gather(gather, guide, args, kwargs) if self._micro_batches else gather(args, kwargs)
 
     def _gather(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -447,6 +467,8 @@ class WAELoss(CallRepr, ELBO):
     def _prepare(self, codes: Codes, structure: Structure, given: Given | None, register: bool) -> None:
         """Lets penalties make what depends on the size of a code, and shows what is to be trained to Pyro."""
         prepare(self.penalty, codes, structure, given)
+        if self._ranks is not None:
+            self._ranks.share(self.modules())
         for name, module in self.modules():
             if register and any(parameter.requires_grad for parameter in module.parameters()):
                 pyro.module(f"wae_{name}", module)
@@ -534,7 +556,7 @@ def _check_count(argument: str, value: int) -> None:
         raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}=1.")
 
 
-def _check_compile(compile: object, micro_batch: int | None) -> None:
+def _check_compile(compile: object, micro_batch: int | None, process_group: object) -> None:
     if not isinstance(compile, bool) and not callable(compile):
         raise TypeError(
             f"compile must be True, False or a function of a recording and its inputs, found {compile!r}. "
@@ -544,6 +566,11 @@ def _check_compile(compile: object, micro_batch: int | None) -> None:
         raise ValueError(
             "compile records one run of model and guide on the whole batch, and micro_batch repeats them on its parts. "
             "Leave one of them out."
+        )
+    if compile is not False and process_group is not None:
+        raise ValueError(
+            "compile records what one process computes, and process_group lets processes exchange their codes in the "
+            "middle of a step. Leave one of them out."
         )
 
 

@@ -22,14 +22,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae.batch_norm import batch_norm_at_rest
-from pyro_wae.codes import Codes
+from pyro_wae.codes import Codes, Layout
 from pyro_wae.condition import Given
 from pyro_wae.context import penalty_context
 from pyro_wae.penalties import PenaltyContext
 from pyro_wae.prior import distribution_tensors
 from pyro_wae.traces import Particle, Structure
 
-__all__ = ["MicroBatches", "Runs"]
+__all__ = ["MicroBatches", "Runs", "check_guide", "of_size", "prior_values"]
 
 Gather = Callable[[Sequence[Any], Mapping[str, Any]], "Runs"]
 
@@ -102,7 +102,7 @@ class MicroBatches:
             run = functools.partial(_run, gather, batch, start)
             parts.append(_without_activations(run) if is_training else run())
             start += batch.rows
-        _check_guide(guide, parts[0])
+        check_guide(guide, parts[0], "all micro-batches")
         return _join(parts)
 
 
@@ -179,7 +179,14 @@ def _check_plates(runs: Runs, batch: _Batch) -> None:
         )
 
 
-def _check_guide(guide: Callable[..., Any], runs: Runs) -> None:
+def check_guide(guide: Callable[..., Any], runs: Runs, who: str) -> None:
+    """Raises ValueError if the guide has parameters for each datum and cannot tell the data of several runs apart.
+
+    Args:
+        guide: The guide.
+        runs: Its runs on some of the data.
+        who: What would share the parameters.
+    """
     guide = poutine.unwrap(guide)
     plate = _data_plate(runs)
     if not isinstance(guide, AutoGuide | AutoMessenger) or plate in getattr(guide, "amortized_plates", ()):
@@ -187,8 +194,8 @@ def _check_guide(guide: Callable[..., Any], runs: Runs) -> None:
     if runs.structure.data_size is None:
         rows = next(iter(runs.structure.latents.values())).data
         raise ValueError(
-            f"The guide {type(guide).__name__} has parameters for each datum of the plate '{plate}', and all "
-            f"micro-batches would share those of {rows}. Tell it which data it sees: pyro.plate('{plate}', size, "
+            f"The guide {type(guide).__name__} has parameters for each datum of the plate '{plate}', and {who} "
+            f"would share those of {rows}. Tell it which data it sees: pyro.plate('{plate}', size, "
             "subsample=index), with the indices as an argument."
         )
 
@@ -324,40 +331,47 @@ def _join_structures(parts: Sequence[Runs]) -> Structure:
     structures = [part.structure for part in parts]
     first = structures[0]
     n = sum(next(iter(structure.latents.values())).data for structure in structures)
-
-    def whole(layout: Any) -> Any:
-        shape = list(layout.shape)
-        shape[layout.data_dim] = n
-        return dataclasses.replace(layout, shape=tuple(shape))
-
     return dataclasses.replace(
-        first,
-        latents={name: whole(layout) for name, layout in first.latents.items()},
-        observed={name: whole(layout) for name, layout in first.observed.items()},
+        of_size(first, n),
         prior_varies=any(structure.prior_varies for structure in structures) or _priors_differ(parts),
         data_size=None if first.data_size == n else first.data_size,
     )
 
 
+def of_size(structure: Structure, n: int) -> Structure:
+    """The structure of the same sites with n data."""
+
+    def sized(layout: Layout) -> Layout:
+        shape = list(layout.shape)
+        shape[layout.data_dim] = n
+        return dataclasses.replace(layout, shape=tuple(shape))
+
+    return dataclasses.replace(
+        structure,
+        latents={name: sized(layout) for name, layout in structure.latents.items()},
+        observed={name: sized(layout) for name, layout in structure.observed.items()},
+    )
+
+
+def prior_values(runs: Runs) -> list[Tensor]:
+    """The tensors of the prior's distributions that can be read without waiting, each without what it only repeats."""
+    found = []
+    for name in runs.structure.latents:
+        for tensor in distribution_tensors(runs.particles[0].model.nodes[name]["fn"]):
+            if tensor.device.type == "cpu":
+                for dim in range(tensor.ndim if tensor.numel() else 0):
+                    first = tensor.narrow(dim, 0, 1)
+                    # Not by the size alone, which a code may have in common with the data.
+                    tensor = first if torch.equal(tensor, first.expand_as(tensor)) else tensor
+                found.append(tensor)
+    return found
+
+
 def _priors_differ(parts: Sequence[Runs]) -> bool:
     """Whether priors that do not vary within any micro-batch do so between them."""
-
-    def first_rows(part: Runs) -> list[Tensor]:
-        rows = []
-        for name, layout in part.structure.latents.items():
-            for tensor in distribution_tensors(part.particles[0].model.nodes[name]["fn"]):
-                for dim, size in enumerate(tensor.shape):
-                    tensor = tensor.narrow(dim, 0, 1) if size == layout.data else tensor
-                rows.append(tensor)
-        return rows
-
-    expected = first_rows(parts[0])
-    for part in parts[1:]:
-        for tensor, other in zip(first_rows(part), expected, strict=True):
-            # One that needs a look at the device, or has a graph, counts as varying if it has a row for each datum.
-            if tensor.device.type == "cpu" and not torch.equal(tensor, other):
-                return True
-    return False
+    # On a device that has to be waited for, a tensor counts as varying if it has a row for each datum.
+    expected, *others = map(prior_values, parts)
+    return any(not torch.equal(value, first) for other in others for value, first in zip(other, expected, strict=True))
 
 
 def _join_codes(parts: Sequence[Codes]) -> Codes:

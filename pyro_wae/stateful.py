@@ -22,8 +22,8 @@ from pyro_wae.penalties import Penalty
 
 __all__ = ["ModulePiece", "Piece", "describe", "pieces_of", "plain"]
 
-LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "compile")
-"""Arguments of a loss that change how it is computed, and no number beyond rounding."""
+LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "compile", "process_group")
+"""Arguments of a loss that change how and where it is computed, and not what it is."""
 
 ARGUMENTS = "arguments of "
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
