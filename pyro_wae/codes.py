@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae.decisions import decide
+from pyro_wae.numerics import at_least_float32
 
 __all__ = ["Codes", "Layout"]
 
@@ -101,6 +102,8 @@ class Codes:
     def of_sites(cls, rows: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Codes:
         """Sets sites side by side.
 
+        Half precision is cast up to float32: under autocast one site may have it, and the next may not.
+
         Args:
             rows: For each site a tensor (K, n, ...) as :meth:`Layout.rows` gives it.
             kept: For the sites that have a mask, a boolean tensor of the same shape.
@@ -108,6 +111,7 @@ class Codes:
         Raises:
             ValueError: If the sites have different dtypes or devices.
         """
+        rows = {site: at_least_float32(value) for site, value in rows.items()}
         first = next(iter(rows))
         for site, value in rows.items():
             if value.dtype != rows[first].dtype or value.device != rows[first].device:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_wae.codes import Codes
 from pyro_wae.costs import Observation
-from pyro_wae.numerics import working_precision
+from pyro_wae.numerics import at_least_float32, working_precision
 from pyro_wae.penalties import Chain, KernelStein, Penalty, PenaltyContext
 from pyro_wae.traces import Particle, Structure
 
@@ -125,7 +125,8 @@ class Condition(nn.Module):
         )
 
     def _as_condition(self, rows: Tensor) -> Tensor:
-        flat = rows.detach().flatten(1) if rows.ndim > 1 else rows.detach()[:, None]
+        rows = at_least_float32(rows.detach())
+        flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
         is_labels = not flat.is_floating_point() and not flat.is_complex()
         if flat.is_complex() or flat.shape[1] == 0 or (is_labels and flat.shape[1] > 1):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_wae._repr import CallRepr
 from pyro_wae.codes import Layout
+from pyro_wae.numerics import at_least_float32
 
 __all__ = [
     "AbsoluteError",
@@ -83,7 +85,8 @@ class Cost(CallRepr, nn.Module):
             value: The data, shape ``batch_shape + event_shape``.
 
         Returns:
-            Shape ``batch_shape``: event dimensions summed, batch dimensions kept.
+            Shape ``batch_shape``: event dimensions summed, batch dimensions kept. The costs here take half precision
+            up to float32 before they compute anything.
         """
         raise NotImplementedError
 
@@ -109,7 +112,7 @@ class Cost(CallRepr, nn.Module):
         if mask is not None:
             kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if observation.event_dim else mask
             costs = costs.where(kept, 0.0)
-        rows = observation.layout.rows(costs * observation.scale, 0)
+        rows = observation.layout.rows(at_least_float32(costs) * observation.scale, 0)
         return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ class OutputCost(Cost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         output = _checked_output(self.output(distribution), value)
-        return _sum_event(self.difference(value, output), distribution.event_dim)
+        return _sum_event(self.difference(at_least_float32(value), output), distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         # A masked element equals the output: it costs nothing and passes no gradient, NaN data included.
@@ -191,7 +194,7 @@ class ExpectedSquaredError(SquaredError):
     @staticmethod
     def _variance(distribution: Any, value: Tensor) -> Tensor:
         try:
-            return distribution.variance.expand(value.shape)
+            return at_least_float32(distribution.variance.expand(value.shape))
         except NotImplementedError as error:
             raise ValueError(
                 f"{_name(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
@@ -203,7 +206,8 @@ class NegativeLogLikelihood(Cost):
     """The cost of a random decoder, c(x, z) = -log p_G(x | z), in nats."""
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        return -distribution.log_prob(value)
+        with torch.autocast(value.device.type, enabled=False):
+            return -_widened(distribution).log_prob(at_least_float32(value))
 
 
 class FunctionCost(OutputCost):
@@ -211,7 +215,8 @@ class FunctionCost(OutputCost):
 
     Args:
         function: Called with x and g of shape (n, ...), the data dimension first and inner plates after it; returns
-            shape (n,), one cost for each datum. A masked element reaches it with x equal to g.
+            shape (n,), one cost for each datum. A masked element reaches it with x equal to g. Half precision is cast
+            up to float32 first.
         decode: Gives G(z) from the site's distribution; None takes its mean.
 
     Raises:
@@ -223,7 +228,7 @@ class FunctionCost(OutputCost):
         self.function = function
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        return self.function(value, _checked_output(self.output(distribution), value))
+        return self.function(at_least_float32(value), _checked_output(self.output(distribution), value))
 
     def per_datum(self, observation: Observation) -> Tensor:
         site, value, layout = observation.distribution, observation.value, observation.layout
@@ -236,12 +241,12 @@ class FunctionCost(OutputCost):
                 output = torch.where(observation.mask, output, output.detach())
         except ValueError as error:
             raise ValueError(f"At observed site '{observation.name}': {error}") from error
-        x, g = layout.rows(value, site.event_dim), layout.rows(output, site.event_dim)
+        x, g = layout.rows(at_least_float32(value), site.event_dim), layout.rows(output, site.event_dim)
         particles, n = x.shape[:2]
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
         if not isinstance(costs, Tensor) or costs.shape != (particles * n,):
             raise ValueError(_wrong_shape(self.function, observation.name, costs, (particles * n,)))
-        return costs.unflatten(0, (particles, n)) * self._scale(observation)
+        return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(observation)
 
     @staticmethod
     def _scale(observation: Observation) -> float | Tensor:
@@ -297,13 +302,28 @@ def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:
     )
 
 
+def _widened(value: Any) -> Any:
+    """A distribution, or a part of one, with tensors of half precision cast up to float32."""
+    if isinstance(value, Tensor):
+        return at_least_float32(value)
+    if not isinstance(value, torch.distributions.Distribution):
+        return value
+    parts = vars(value)
+    wide = {name: _widened(part) for name, part in parts.items()}
+    if all(wide[name] is part for name, part in parts.items()):
+        return value
+    widened = copy.copy(value)
+    vars(widened).update(wide)
+    return widened
+
+
 def _sum_event(costs: Tensor, event_dim: int) -> Tensor:
     return costs.flatten(-event_dim).sum(-1) if event_dim else costs
 
 
 def _checked_output(output: Tensor, value: Tensor) -> Tensor:
     try:
-        return output.expand(value.shape)
+        return at_least_float32(output.expand(value.shape))
     except RuntimeError as error:
         raise ValueError(
             f"the generator's output has shape {tuple(output.shape)}, the data {tuple(value.shape)}. "

@@ -258,7 +258,9 @@ class WAELoss(CallRepr, ELBO):
             if gradients is not None:
                 gradients.add()
             elif step.loss.requires_grad:
-                step.loss.backward(retain_graph=self.retain_graph)
+                # Autocast around the whole step would round the slopes of what was computed in full precision.
+                with torch.autocast(step.loss.device.type, enabled=False):
+                    step.loss.backward(retain_graph=self.retain_graph)
         self._observe(step)
         return value
 

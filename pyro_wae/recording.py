@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -316,7 +316,7 @@ class Recorder:
             if changes:
                 entry.is_settled = False  # and may be once it has counted, or fitted, what it does now
                 return
-            with torch.no_grad():
+            with torch.no_grad(), _without_autocast(inputs):
                 recording.run = self.backend(module, inputs)
             entry.recording = recording
             self._recordings += 1
@@ -442,7 +442,8 @@ def _record(
         gradients: list[tuple[Tensor, Tensor]] = []
         if value.requires_grad:
             names = list(leaves(value))
-            grads = torch.autograd.grad(value, names, allow_unused=True)
+            with _without_autocast([value]):
+                grads = torch.autograd.grad(value, names, allow_unused=True)
             gradients = [(leaf, grad) for leaf, grad in zip(names, grads, strict=True) if grad is not None]
         found["leaves"] = [leaf for leaf, _ in gradients]
         found["updates"] = [
@@ -586,7 +587,7 @@ def _replay(recording: _Recording, call: _Call, keep: bool) -> tuple[Any, Gradie
         return None
     inputs = [*call.inputs, *cast(list[Tensor], captured)]
     undo = _Undo(captured, recording.mutated) if recording.assumes else None
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(inputs):
         outputs = list(recording.run(*[tensor.detach() for tensor in inputs]))
     parts, rest = outputs[: recording.parts], outputs[recording.parts :]
     if undo is not None and not bool(rest.pop(0)):
@@ -600,6 +601,18 @@ def _replay(recording: _Recording, call: _Call, keep: bool) -> tuple[Any, Gradie
     )
     _show_params(recording.params)
     return tree, Gradients([inputs[index] for index in recording.leaves], rest, keep)
+
+
+@contextmanager
+def _without_autocast(inputs: Iterable[Tensor]) -> Iterator[None]:
+    """Switches autocast off, whose casts would reach what the step itself computes in full precision.
+
+    A backward pass has its casts from the forward pass, and a recording holds them.
+    """
+    with ExitStack() as stack:
+        for device in {tensor.device.type for tensor in inputs}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class _Undo:

@@ -250,6 +250,11 @@ def plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, torch.dtype | torch.device):
         return value
     if isinstance(value, Tensor):
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"A checkpoint holds whole tensors, and {where} is a part of one that other processes share (DTensor). "
+                "Write torch.distributed.checkpoint.save(wae.state_dict(), checkpoint_id=folder)."
+            )
         return value.detach()
     if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return value.item()

@@ -189,6 +189,24 @@ def test_a_prior_that_learns_gets_its_gradient(case):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_compared_as_the_same_numbers_in_float32(case, dtype):
+    codes, prior = case.elsewhere(40).to(dtype), case.rows(50).to(dtype)
+    values = []
+    for autocast, given in ((True, dtype), (False, torch.float32)):
+        penalty = case.fitted().float()
+        pyro.set_rng_seed(5)
+        rows = codes.detach().to(given, copy=True).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = penalty(rows, prior.to(given))
+        value.backward()
+        values.append(value.detach())
+        assert rows.grad.dtype == given
+    assert values[0].dtype == torch.float32
+    assert torch.equal(*values)
+
+
+@every_case
 def test_a_step_down_the_gradient_lowers_it(case):
     penalty, codes, prior = case.fitted(), case.elsewhere(40).requires_grad_(), case.rows(40)
     if isinstance(penalty, JensenShannon):

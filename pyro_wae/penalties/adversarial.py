@@ -130,6 +130,8 @@ class JensenShannon(Penalty):
             self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
             with torch.no_grad():
                 self.discriminator(codes.detach().reshape(-1, codes.shape[-1])[:2].to(at_least_float32(codes).dtype))
+        elif any(parameter.device != codes.device for parameter in self.discriminator.parameters()):
+            self.discriminator.to(codes.device)  # SVI moves no loss: a checkpoint may come from another device
         if self.optimizer is not None:
             self._learn(False)
 

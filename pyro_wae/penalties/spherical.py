@@ -14,7 +14,8 @@ from pyro_wae.penalties.sliced import check_count, check_order, match_quantiles,
 
 __all__ = ["SphericalSlicedWasserstein"]
 
-NORM_TOLERANCE = 1e-3
+NORM_TOLERANCE = 2.0**-7
+"""What a code may be off the sphere: one that was brought there in bfloat16 is off by half of it."""
 
 
 class SphericalSlicedWasserstein(Penalty):

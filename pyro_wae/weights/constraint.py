@@ -119,6 +119,13 @@ class Constraint(SteppedWeight):
     @torch.no_grad()
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
         assert prior is not None  # needs_prior_draws
+        # A step may stand under autocast as a whole; phases of half precision would be off by more than the slack.
+        with torch.autocast(codes.device.type, enabled=False):
+            self._measure(cost, codes, prior)
+        super().observe(cost, codes, prior)
+        self._ascend()
+
+    def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> None:
         if self.step == 0:
             self._begin(cost, prior)
         if self.frequencies.device != prior.device:
@@ -133,8 +140,6 @@ class Constraint(SteppedWeight):
         if len(prior) >= LEAST_TRACE_ROWS:
             share = max(1 / (self.step + 1), TRACE_SHARE)
             self.trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior[:TRACE_ROWS]), share)
-        super().observe(cost, codes, prior)
-        self._ascend()
 
     def _begin(self, cost: Tensor, prior: Tensor) -> None:
         features = RandomFeatures.draw(prior, FREQUENCIES, seed=0)

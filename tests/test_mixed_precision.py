@@ -1,0 +1,449 @@
+"""Nets in half precision, and everything that is summed over data in float32."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.costs import AbsoluteError, ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import (
+    MMD,
+    JensenShannon,
+    LogVarianceL1,
+    MaxSlicedWasserstein,
+    SlicedWasserstein,
+    UnitVarianceKL,
+)
+from pyro_wae.recording import graph
+from pyro_wae.weights import Constraint
+
+N, X, D = 100, 20, 2
+UNIT_ROUNDOFF = 2.0**-8
+"""Of bfloat16, which keeps 8 bits: the largest relative error of rounding to the nearest."""
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+def bf16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+class Net(nn.Module):
+    """A deterministic encoder and a decoder, without layers that look at other data."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(X, 16), nn.ReLU(), nn.Linear(16, D))
+        self.decoder = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, X))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+
+
+class Random(Net):
+    """A random encoder, whose scale stays in float32 under autocast, where its mean does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.spread = nn.Linear(X, D)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), self.spread(x).exp()).to_event(1))
+
+
+class TwoSites(Net):
+    """One site that autocast makes half precision, and one that it does not."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x.new_zeros(1), 1).to_event(1))
+            z2 = pyro.sample("z2", dist.Normal(x.new_zeros(1), 1).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(torch.cat([z1, z2], -1)), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        codes = self.encoder(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Delta(codes[:, :1]).to_event(1))
+            pyro.sample("z2", dist.Delta(codes[:, 1:].float()).to_event(1))
+
+
+def data(n=N):
+    generator = torch.Generator().manual_seed(3)
+    signal = torch.randn(n, D, generator=generator) @ torch.randn(D, X, generator=generator)
+    return signal + 0.5 * torch.randn(n, X, generator=generator)
+
+
+# Costs
+
+
+def half(*shape, dtype=torch.bfloat16):
+    return (3 * torch.randn(*shape)).to(dtype)
+
+
+COSTS = {
+    "squared": (SquaredError(), lambda g: dist.Normal(g, 1).to_event(1), lambda x, g: (x - g).square().sum(-1)),
+    "absolute": (AbsoluteError(), lambda g: dist.Normal(g, 1).to_event(1), lambda x, g: (x - g).abs().sum(-1)),
+    "expected": (
+        ExpectedSquaredError(),
+        lambda g: dist.Laplace(g, g.abs() + 1).to_event(1),
+        lambda x, g: (x - g).square().sum(-1) + 2 * (g.abs() + 1).square().sum(-1),
+    ),
+    "function": (
+        FunctionCost(lambda x, g: (x - g).square().sum(-1)),
+        lambda g: dist.Normal(g, 1).to_event(1),
+        lambda x, g: (x - g).square().sum(-1),
+    ),
+    "likelihood": (
+        NegativeLogLikelihood(),
+        lambda g: dist.Laplace(g, 1).to_event(1),
+        lambda x, g: (x - g).abs().sum(-1) + g.shape[-1] * torch.tensor(2.0).double().log(),
+    ),
+}
+
+
+@pytest.mark.parametrize("autocast", [contextlib.nullcontext, bf16], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", COSTS)
+def test_a_cost_of_half_precision_is_that_of_the_same_numbers_in_float64(name, dtype, autocast):
+    """700 squares of sums near 10 000: in bfloat16 the last digit of a sum is 64, and float16 ends at 65 504."""
+    cost, make, formula = COSTS[name]
+    x, g = half(5, 700, dtype=dtype), half(5, 700, dtype=dtype)
+    with autocast():
+        value = cost(make(g), x)
+    # The Laplace scale |g| + 1 is the distribution's own, rounded before the cost sees it.
+    own = (g.abs() + 1).double() if name == "expected" else None
+    expected = formula(x.double(), g.double())
+    if own is not None:
+        expected = (x.double() - g.double()).square().sum(-1) + 2 * own.square().sum(-1)
+    tolerance = 4 * torch.finfo(dtype).eps if name == "expected" else 1e-6  # its variance is the distribution's own
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_likelihood_of_labels_is_summed_in_float32(dtype):
+    logits, labels = half(5, 700, 4, dtype=dtype), torch.randint(4, (5, 700))
+    site = dist.Categorical(logits=logits).to_event(1)
+    log_probs = site.base_dist.logits.double()  # as the distribution has rounded them
+    expected = -log_probs.gather(2, labels[..., None]).sum((1, 2))
+    value = NegativeLogLikelihood()(site, labels)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_likelihood_with_a_matrix_product_is_not_rounded_by_autocast():
+    loc, factor, x = torch.randn(5, X), torch.randn(5, X, 3), torch.randn(5, X)
+    site = dist.LowRankMultivariateNormal(loc, factor, torch.ones(5, X))
+    covariance = factor.double() @ factor.double().mT + torch.eye(X)
+    expected = -torch.distributions.MultivariateNormal(loc.double(), covariance).log_prob(x.double())
+    with bf16():
+        value = NegativeLogLikelihood()(site, x)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_distribution_of_a_likelihood_stays_as_it_was():
+    site = dist.Laplace(half(5, 3), 1).to_event(1).mask(torch.ones(5).bool())
+    NegativeLogLikelihood()(site, torch.zeros(5, 3))
+    assert site.base_dist.base_dist.loc.dtype == torch.bfloat16
+
+
+class HalfCost(SquaredError):
+    def forward(self, distribution, value):
+        return super().forward(distribution, value).bfloat16()
+
+
+@pytest.mark.parametrize("cost", [None, HalfCost(), lambda x, g: (x - g).square().flatten(1).sum(1)])
+def test_inner_plates_and_the_mean_over_data_are_summed_in_float32(cost):
+    """700 costs of 1 and 1/256 in each of 50 data, all of which bfloat16 can say, and their sum it cannot."""
+
+    def model(x):
+        with pyro.plate("data", 50, dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, D), 1).to_event(1))
+            with pyro.plate("inner", 700, dim=-1):
+                pyro.sample("x", dist.Normal(x * 0 + z.sum(-1) * 0, 1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 50, dim=-2):
+            pyro.sample("z", dist.Normal(torch.zeros(1, D), 1).to_event(1))
+
+    x = torch.where(torch.rand(50, 700) < 0.5, 1.0, 1 / 16).bfloat16()
+    loss = WAELoss(cost=cost, penalty_weight=0.0)
+    found = loss.loss(model, guide, x)
+    assert loss.terms.cost.dtype == torch.float32
+    assert found == pytest.approx(x.double().square().sum(1).mean().item(), rel=1e-6)
+
+
+# A step
+
+
+PENALTIES = {
+    "MMD": lambda: MMD(),
+    "standardised": lambda: MMD(standardize=True),
+    "sliced": lambda: SlicedWasserstein(20),
+    "max-sliced": lambda: MaxSlicedWasserstein(),
+    "adversary": lambda: JensenShannon(nn.Linear(D, 1)),
+    "adversary of the caller": lambda: JensenShannon(nn.Linear(D, 1), optimizer=None),
+    "guard": lambda: MMD() + LogVarianceL1(),
+    "other guard": lambda: MMD() + UnitVarianceKL(),
+    "function": lambda: lambda codes, prior: (codes.mean(0) - prior.mean(0)).square().sum(),
+}
+
+
+@pytest.mark.parametrize("make", PENALTIES.values(), ids=PENALTIES)
+def test_every_part_of_a_step_under_autocast_is_float32(make):
+    net = Random()
+    x = data()
+    wae = WAELoss(make(), penalty_weight=10.0)(net.model, net.guide)
+    with bf16():
+        loss = wae(x)
+    loss.backward()
+    terms = wae.terms
+    assert {part.dtype for part in (loss, terms.cost, terms.penalty, *terms.costs.values())} == {torch.float32}
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_the_penalty_gets_codes_and_prior_draws_of_float32():
+    net, x, seen = Net(), data(), []
+
+    def look(codes, prior):
+        seen.extend([codes, prior])
+        return (codes @ prior.mT).mean()
+
+    with bf16():
+        WAELoss(look, penalty_weight=1.0).differentiable_loss(net.model, net.guide, x)
+    codes, prior = seen
+    assert codes.dtype == prior.dtype == torch.float32
+    assert torch.equal(codes, codes.bfloat16().float())
+    assert not torch.equal(prior, prior.bfloat16().float())
+
+
+def test_sites_that_autocast_leaves_in_two_precisions_make_one_code():
+    net, x = TwoSites(), data()
+    wae = WAELoss(MMD(), penalty_weight=10.0)(net.model, net.guide)
+    with bf16():
+        assert wae(x).isfinite()
+
+
+def test_a_constraint_measures_the_same_under_autocast():
+    states = []
+    for context in (contextlib.nullcontext, bf16):
+        weight = Constraint(codes=50)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            codes, prior = (torch.randn(1, N, D, generator=generator), torch.randn(N, D, generator=generator))
+            with context():
+                weight.observe(torch.tensor(3.0), codes + 0.3, prior)
+        states.append(weight.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("weight", "differences", "trace"))
+
+
+def test_a_condition_of_half_precision_stands_beside_codes_of_float32():
+    def model(x, y):
+        net.model(x)
+
+    def guide(x, y):
+        net.guide(x)
+
+    net, x = Net(), data()
+    for penalty in (MMD(), SlicedWasserstein(20)):
+        loss = WAELoss(penalty, penalty_weight=1.0, condition="y")
+        assert loss.loss(model, guide, x, x[:, :1].bfloat16()) > 0
+
+
+# bfloat16 against float32
+
+
+@pytest.mark.parametrize("penalty", [MMD(Gaussian(bandwidth=1.5)), SlicedWasserstein(20)], ids=["MMD", "sliced"])
+def test_over_200_steps_the_loss_in_bfloat16_is_within_its_rounding_of_that_in_float32(penalty):
+    """At every step of a training in bfloat16: |loss - float32's| <= u |loss|, what rounding the loss alone would do.
+
+    A net rounds its inputs, weights and outputs by up to u each, three times a layer; 2000 squared differences and the
+    pairs of 100 codes average such errors out, and nothing that sums them may add its own.
+    """
+    net, x = Net(), data(400)
+    wae = WAELoss(penalty, penalty_weight=10.0)(net.model, net.guide)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    errors, values = [], []
+    for step in range(200):
+        rows = x[torch.randperm(len(x))[:N]]
+        pyro.set_rng_seed(step)
+        with torch.no_grad():
+            plain = wae(rows)
+        pyro.set_rng_seed(step)
+        with bf16():
+            mixed = wae(rows)
+        optimizer.zero_grad()
+        mixed.backward()
+        optimizer.step()
+        errors.append(abs(mixed.item() / plain.item() - 1))
+        values.append(plain.item())
+    assert values[-1] < 0.3 * values[0]
+    assert 0 < max(errors) <= UNIT_ROUNDOFF
+
+
+def train(context, steps=200):
+    """A training with bfloat16 inside model and guide, or without; the mean loss of its last 20 steps."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    net, x = Net(), data(400)
+
+    def model(x):
+        pyro.module("decoder", net.decoder)
+        with context():
+            net.model(x)
+
+    def guide(x):
+        pyro.module("encoder", net.encoder)
+        with context():
+            net.guide(x)
+
+    loss = WAELoss(MMD(Gaussian(bandwidth=1.5)), penalty_weight=10.0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=loss)
+    losses = [svi.step(x[torch.randperm(len(x))[:N]]) for _ in range(steps)]
+    return torch.tensor(losses)
+
+
+def test_a_training_in_bfloat16_ends_where_one_in_float32_ends():
+    """One seed, so the same data and prior draws in each step; the last 20 losses differ by less than their noise."""
+    plain, mixed = train(contextlib.nullcontext), train(bf16)
+    assert plain[-20:].mean() < 0.3 * plain[0]
+    assert (plain[-20:] - mixed[-20:]).abs().mean() < plain[-20:].std()
+    assert not torch.equal(plain, mixed)
+
+
+# With everything else
+
+
+def gradients(net):
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+
+RECORDED = {
+    "MMD": lambda: MMD(),
+    "sliced": lambda: SlicedWasserstein(20),
+    "max-sliced": lambda: MaxSlicedWasserstein(),
+    "adversary": lambda: JensenShannon(nn.Linear(D, 1)),
+    "adversary of the caller": lambda: JensenShannon(nn.Linear(D, 1), optimizer=None),
+}
+
+
+@pytest.mark.parametrize("make", RECORDED.values(), ids=RECORDED)
+def test_a_recorded_step_under_autocast_is_the_step_bit_for_bit(make):
+    found = []
+    for compiles in (False, graph):
+        pyro.set_rng_seed(0)
+        net, x = Random(), data()
+        wae = WAELoss(make(), penalty_weight=10.0, compile=compiles)(net.model, net.guide)
+        optimizer = torch.optim.SGD([p for p in wae.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for _ in range(5):
+            with bf16():
+                loss = wae(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found.append([torch.stack(losses), gradients(net)])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("make", RECORDED.values(), ids=RECORDED)
+def test_svi_under_autocast_goes_backward_without_it(make):
+    found = []
+    for with_svi in (False, True):
+        pyro.set_rng_seed(0)
+        net, x, loss = Random(), data(), WAELoss(make(), penalty_weight=10.0)
+        with bf16():
+            if with_svi:
+                loss.loss_and_grads(net.model, net.guide, x)
+            else:
+                value = loss.differentiable_loss(net.model, net.guide, x)
+        if not with_svi:
+            value.backward()
+        found.append(gradients(net))
+    assert torch.equal(*found)
+
+
+def test_micro_batches_under_autocast_give_the_gradient_of_the_whole_batch():
+    """Sums over data are taken in another order, of numbers rounded to bfloat16: u times a few."""
+    net, x = Net(), data()
+    found = []
+    for rows in (None, 32):
+        pyro.set_rng_seed(4)
+        net.zero_grad()
+        wae = WAELoss(MMD(Gaussian(bandwidth=1.5)), penalty_weight=10.0, micro_batch=rows)(net.model, net.guide)
+        with bf16():
+            loss = wae(x)
+        loss.backward()
+        found.append((loss.item(), gradients(net)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-2)
+    assert (found[0][1] - found[1][1]).norm() <= 4 * UNIT_ROUNDOFF * found[0][1].norm()
+
+
+# A GradScaler, on the CPU with float16 as on CUDA
+
+
+@pytest.mark.parametrize("compiles", [False, graph], ids=["plain", "recorded"])
+def test_a_grad_scaler_scales_and_unscales_the_gradient(compiles):
+    net, x = Net(), data()
+    wae = WAELoss(MMD(Gaussian(bandwidth=1.5)), penalty_weight=10.0, compile=compiles)(net.model, net.guide)
+    optimizer = torch.optim.SGD(wae.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(4):
+        found = []
+        for scale in (False, True):
+            pyro.set_rng_seed(step)
+            optimizer.zero_grad()
+            loss = wae(x)
+            (scaler.scale(loss) if scale else loss).backward()
+            if scale:
+                scaler.unscale_(optimizer)
+            found.append(gradients(net))
+        assert torch.equal(*found)  # a power of two changes no digit
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("compiles", [False, graph], ids=["plain", "recorded"])
+def test_fp16_with_a_grad_scaler_trains_through_an_overflow(compiles):
+    net, x = Net(), data(400)
+    wae = WAELoss(MMD(), penalty_weight=10.0, compile=compiles)(net.model, net.guide)
+    optimizer = torch.optim.Adam(wae.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    before = [parameter.clone() for parameter in net.parameters()]
+    losses, scales = [], []
+    for _ in range(100):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = wae(x[torch.randperm(len(x))[:N]])
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        scales.append(scaler.get_scale())
+        if len(scales) == 1:
+            assert scales[0] < 2.0**24
+            assert all(map(torch.equal, before, net.parameters()))
+    assert scales[-1] == scales[-50] > 0
+    assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
