@@ -22,12 +22,13 @@ report: $(VENV)/.tutorials
 notebooks: $(VENV)/.notebooks
 	$(RUN) tutorials/run_notebooks.py $(ARGS)
 
-# A process for each core, and one thread in each: small tensors gain nothing from more.
+# A process for each core, and one thread in each: small tensors gain nothing from more. A file stays in one process, where its
+# tests share their runs.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
 # Writes the table of docs/_generated/penalties.md anew; ARGS=--smoke runs in seconds and leaves it alone.
 bench-penalties: $(VENV)/.bench

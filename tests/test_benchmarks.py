@@ -57,7 +57,6 @@ def bench():
     yield from load("penalties")
 
 
-@pytest.mark.xdist_group("penalties benchmark")
 def test_every_penalty_trains_and_has_a_row_of_finite_numbers(penalties_run):
     report, markdown, _ = penalties_run
     names = [result["penalty"] for result in report["results"]]
@@ -68,14 +67,12 @@ def test_every_penalty_trains_and_has_a_row_of_finite_numbers(penalties_run):
         assert f"| {result['penalty']} | `{report['penalties'][result['penalty']]['line']}` |" in markdown
 
 
-@pytest.mark.xdist_group("penalties benchmark")
 def test_table_is_printed_and_written_with_the_command_that_made_it(penalties_run):
     _, markdown, printed = penalties_run
     assert markdown in printed
     assert "    python benchmarks/penalties.py --smoke --out " in markdown
 
 
-@pytest.mark.xdist_group("penalties benchmark")
 def test_weights_make_all_gradients_as_large_as_that_of_mmd(penalties_run):
     report, _, _ = penalties_run
     for name in MATCHED:
@@ -84,7 +81,6 @@ def test_weights_make_all_gradients_as_large_as_that_of_mmd(penalties_run):
         assert 0.66 < settings["weight"] * settings["gradient"] / 100 < 1.51, name
 
 
-@pytest.mark.xdist_group("penalties benchmark")
 def test_times_are_given_as_a_ratio_to_mmd(penalties_run):
     report, _, _ = penalties_run
     (mmd,) = (result for result in report["results"] if result["penalty"] == "mmd")
@@ -93,7 +89,6 @@ def test_times_are_given_as_a_ratio_to_mmd(penalties_run):
         assert result["ratio"] == pytest.approx(result["seconds"] / mmd["seconds"])
 
 
-@pytest.mark.xdist_group("variance benchmark")
 def test_closed_form_has_no_noise_given_the_codes(variance_run):
     report, _, _ = variance_run
     exact = [row for row in report["results"] if row["closed_form"] == "True"]
@@ -103,7 +98,6 @@ def test_closed_form_has_no_noise_given_the_codes(variance_run):
     assert all(row["given_codes"] == 0 for row in exact)
 
 
-@pytest.mark.xdist_group("variance benchmark")
 def test_noise_given_the_codes_falls_as_one_over_the_number_of_prior_draws(variance_run):
     # The gradient by a fixed code is a mean over the prior draws. Ten repeats (seed 0) give the variance of one
     # within about 15 percent, because its hundreds of numbers are not independent.
@@ -114,7 +108,6 @@ def test_noise_given_the_codes_falls_as_one_over_the_number_of_prior_draws(varia
         assert 2.5 < one / four < 6.5, (kernel, d)
 
 
-@pytest.mark.xdist_group("variance benchmark")
 def test_variance_table_is_printed_and_written(variance_run):
     report, markdown, printed = variance_run
     assert markdown in printed
@@ -212,7 +205,6 @@ def test_unknown_penalty_in_weight_is_named(bench, capsys):
     assert bench.parse_args(["--weight", "sinkhorn=3"]).weight == [("sinkhorn", 3.0)]
 
 
-@pytest.mark.xdist_group("penalties benchmark")
 def test_table_tells_how_many_trainings_diverged(bench, penalties_run):
     report, _, _ = penalties_run
     results = [
@@ -245,7 +237,6 @@ def step_run(tmp_path_factory):
     return *run_smoke("step", out), out
 
 
-@pytest.mark.xdist_group("kernel benchmark")
 def test_kernel_penalties_are_measured_at_all_sizes_and_drawn(kernel_run):
     report, markdown, printed, out = kernel_run
     skipped = {row["way"] for row in report["skipped"]}
@@ -260,7 +251,6 @@ def test_kernel_penalties_are_measured_at_all_sizes_and_drawn(kernel_run):
     assert 0 < (out / "kernel_penalty.png").stat().st_size < 80_000
 
 
-@pytest.mark.xdist_group("step benchmark")
 def test_steps_are_measured_beside_the_hand_written_one_and_drawn(step_run):
     report, markdown, printed, out = step_run
     rows = {row["contender"]: row for row in report["results"]}

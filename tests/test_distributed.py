@@ -18,9 +18,6 @@ from pyro_wae.distributed import average_gradients
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD
 
-# In parallel runs, one worker starts the processes for all of them.
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SCRIPT = Path(steps.__file__)
 PAGE = SCRIPT.parents[1] / "docs" / "distributed.md"
 SIZES = {"2": [9, 5], "4": [5, 1, 4, 4]}

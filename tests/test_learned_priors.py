@@ -572,7 +572,6 @@ def smoke(tmp_path_factory):
     return json.loads((out / "learned_priors.json").read_text()), (out / "learned_priors.md").read_text()
 
 
-@pytest.mark.xdist_group("learned priors")
 @pytest.mark.slow
 def test_every_prior_of_the_benchmark_has_a_row_of_finite_numbers(smoke):
     report, markdown = smoke

@@ -106,7 +106,6 @@ def built(tmp_path_factory):
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
-@pytest.mark.xdist_group("wheel")
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(built):
     with zipfile.ZipFile(built[0]) as wheel:
@@ -121,7 +120,6 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert sorted(required) == ["pyro-ppl>=1.9.1", "torch>=2.4"]
 
 
-@pytest.mark.xdist_group("wheel")
 @pytest.mark.slow
 def test_source_distribution_holds_the_package_with_its_tests(built):
     with tarfile.open(built[1]) as archive:
@@ -131,7 +129,6 @@ def test_source_distribution_holds_the_package_with_its_tests(built):
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"} <= names
 
 
-@pytest.mark.xdist_group("wheel")
 @pytest.mark.slow
 def test_wheel_alone_imports_and_runs_the_ten_lines_without_any_extra(built, tmp_path):
     """In a new environment, which sees the packages of this one but not this repository."""

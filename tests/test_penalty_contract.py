@@ -394,7 +394,6 @@ def one_rank(tmp_path_factory):
         pytest.param(CASES["JensenShannon"], CASES["JensenShannon"].make, id="JensenShannon, one optimiser"),
     ],
 )
-@pytest.mark.xdist_group("one rank")
 def test_distributed_data_parallel_trains_as_the_module_alone(case, make, one_rank):
     penalty = make()
     net = AutoEncoder(sphere=case.sphere)

@@ -23,7 +23,6 @@ def smoke(tmp_path_factory):
     return out, finished.stdout
 
 
-@pytest.mark.xdist_group("quickstart")
 @pytest.mark.parametrize("name", ["overview", "samples", "reconstructions", "codes", "losses"])
 def test_quickstart_draws_every_picture(smoke, name):
     image = pytest.importorskip("matplotlib.image")
@@ -33,7 +32,6 @@ def test_quickstart_draws_every_picture(smoke, name):
     assert pixels.std() > 0
 
 
-@pytest.mark.xdist_group("quickstart")
 def test_quickstart_writes_what_it_reached(smoke):
     out, _ = smoke
     metrics = json.loads((out / "metrics.json").read_text())
@@ -43,7 +41,6 @@ def test_quickstart_writes_what_it_reached(smoke):
     assert metrics["options"]["smoke"] is True
 
 
-@pytest.mark.xdist_group("quickstart")
 def test_quickstart_says_what_it_reached_and_where_it_is(smoke):
     out, printed = smoke
     for text in ("squared error", "MMD^2", "seconds", str(out)):

@@ -48,7 +48,6 @@ def smoke(tmp_path_factory):
     return out
 
 
-@pytest.mark.xdist_group("zoo")
 def test_every_prior_trains_and_has_a_row_of_finite_numbers(smoke):
     report = json.loads((smoke / "zoo.json").read_text())
     markdown = (smoke / "zoo.md").read_text()
@@ -59,7 +58,6 @@ def test_every_prior_trains_and_has_a_row_of_finite_numbers(smoke):
     assert f"    python benchmarks/zoo.py --smoke --out {smoke}" in markdown
 
 
-@pytest.mark.xdist_group("zoo")
 def test_picture_is_drawn(smoke):
     image = pytest.importorskip("matplotlib.image")
     pixels = image.imread(smoke / "zoo.png")
