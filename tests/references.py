@@ -7,7 +7,7 @@ import torch
 from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, RationalQuadratic
 
 # Each kernel with every length left to the prior, beside its value at distance r where the prior draws have
-# half a mean squared distance of h. Read from the list of formulas.
+# half a mean squared distance of h. The formulas are written out here once more.
 KERNELS = {
     "gaussian": (lambda: Gaussian(), lambda r, h: torch.exp(-(r**2) / (2 * h))),
     "imq": (lambda: InverseMultiquadratic(), lambda r, h: 2 * h / (2 * h + r**2)),
