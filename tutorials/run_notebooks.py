@@ -52,8 +52,8 @@ def execute(notebook: Any, *, smoke: bool = False, timeout: float | None = None)
         "PYTHONWARNINGS": "ignore:IProgress not found",
     }
     client = NotebookClient(
-        notebook, timeout=timeout, startup_timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
-        coalesce_streams=True, record_timing=False,
+        notebook, timeout=timeout, startup_timeout=300, kernel_name="python3",
+        resources={"metadata": {"path": str(FOLDER)}}, coalesce_streams=True, record_timing=False,
     )  # fmt: skip
     return tidy(client.execute(env=environment))
 
