@@ -159,6 +159,18 @@ def test_codes_off_the_sphere_are_refused_at_every_call():
         penalty(codes, prior * 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_code_in_bfloat16_alone_may_be_off_by_what_that_rounds(dtype):
+    penalty, (codes, prior) = SphericalSlicedWasserstein(), pair(dtype=dtype)
+    coarse = codes.bfloat16().to(dtype)
+    assert (coarse.norm(dim=-1) - 1).abs().max() > 1e-3
+    penalty(coarse, prior)
+    with pytest.raises(ValueError, match=r"found codes of norm 1\.004 "):
+        penalty(1.004 * codes, prior)
+    with pytest.raises(ValueError, match="found codes of norm"):
+        penalty((1.01 * codes).bfloat16().to(dtype), prior)
+
+
 def test_where_norms_are_not_read_back_a_code_off_the_sphere_gives_nan(monkeypatch):
     # An accelerator's second call, played on the CPU: the check finds the codes off the sphere and does not raise.
     penalty = SphericalSlicedWasserstein()

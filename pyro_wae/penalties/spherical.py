@@ -14,8 +14,8 @@ from pyro_wae.penalties.sliced import check_count, check_order, match_quantiles,
 
 __all__ = ["SphericalSlicedWasserstein"]
 
-NORM_TOLERANCE = 2.0**-7
-"""What a code may be off the sphere: one that was brought there in bfloat16 is off by half of it."""
+NORM_TOLERANCE, COARSE_TOLERANCE = 1e-3, 2.0**-7
+"""What a code may be off the sphere, and the same of one in bfloat16, which is brought there to half of it at best."""
 
 
 class SphericalSlicedWasserstein(Penalty):
@@ -82,7 +82,7 @@ class SphericalSlicedWasserstein(Penalty):
         """Whether all norms are 1, as a scalar tensor; raises where reading it costs no synchronisation, and once."""
         norms = [rows.detach().norm(dim=-1) for rows in (codes, prior)]
         # NaN passes here, so that the loss can name the site that it comes from.
-        off = [(norm - 1).abs() > NORM_TOLERANCE for norm in norms]
+        off = [(norm - 1).abs() > _tolerance(rows.detach()) for norm, rows in zip(norms, (codes, prior), strict=True)]
         on_sphere = ~(off[0].any() | off[1].any())
         if codes.device.type == "cpu" or not self._was_read_back:
             self._was_read_back = True
@@ -133,3 +133,9 @@ def _shifted_cost(x: Tensor, y: Tensor, p: float, shift: Tensor) -> Tensor:
     rows, columns, lengths = match_quantiles(x.shape[-1], m, shift)
     difference = x.gather(-1, rows) - y.gather(-1, columns % m) - columns // m
     return (power(difference, p) * lengths.to(x)).sum(-1)
+
+
+def _tolerance(rows: Tensor) -> Tensor:
+    """What each row may be off the sphere; rows that were cast up from bfloat16 are told by their digits."""
+    is_coarse = (rows == rows.bfloat16()).all(-1)
+    return torch.where(is_coarse, COARSE_TOLERANCE, NORM_TOLERANCE)
