@@ -17,7 +17,7 @@ from references import mean_is_zero
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale, Scaled
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, kernel_mean, kernel_means, register_kernel_mean
 
 N = 12
@@ -771,6 +771,13 @@ def test_a_mean_follows_the_kernel():
     last, prior = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2))
     for kernel in (Gaussian(0.5), Gaussian(2.0)):
         torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
+
+
+def test_a_mean_follows_the_factors_of_a_kernel():
+    last, prior, kernel = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2)), Scaled(Gaussian(1.0), 2)
+    before = last.of(kernel, prior).norm()
+    kernel.factor = 3
+    torch.testing.assert_close(last.of(kernel, prior).norm(), 1.5 * before)
 
 
 def test_a_mean_follows_the_length_of_a_kernel():

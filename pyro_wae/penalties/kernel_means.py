@@ -189,6 +189,7 @@ class LastKernelMean:
     def __init__(self) -> None:
         self._made_of: list[Tensor] = []
         self._kernel: Kernel | None = None
+        self._numbers: list[Any] = []
         self._found: _Fixed | None = None
 
     def of(self, kernel: Kernel, prior: Any) -> KernelMean | None:
@@ -196,12 +197,15 @@ class LastKernelMean:
         made_of = _tensors(kernel, prior)
         if made_of is None or is_recording() or torch.is_inference_mode_enabled():
             return kernel_mean(kernel, prior)
-        if self._found is not None and self._kernel is kernel and _equal(made_of, self._made_of):
+        numbers = _numbers(kernel)
+        is_same = self._kernel is kernel and self._numbers == numbers
+        if self._found is not None and is_same and _equal(made_of, self._made_of):
             return self._found
         found = kernel_mean(kernel, prior)
         if not isinstance(found, NormalMixtureMean):
             return found
-        self._made_of, self._kernel, self._found = [part.clone() for part in made_of], kernel, _Fixed(found)
+        self._made_of, self._kernel, self._numbers = [part.clone() for part in made_of], kernel, numbers
+        self._found = _Fixed(found)
         return self._found
 
 
@@ -220,6 +224,13 @@ def _tensors(kernel: Kernel, prior: Any) -> list[Tensor] | None:
         else:
             return None
     return None if any(part.requires_grad or part.device.type != "cpu" for part in tensors) else tensors
+
+
+def _numbers(kernel: Kernel) -> list[Any]:
+    """The plain numbers of a kernel and its parts: lengths that were given, factors."""
+    return [
+        value for part in kernel.modules() for value in vars(part).values() if isinstance(value, int | float | tuple)
+    ]
 
 
 def _equal(parts: list[Tensor], others: list[Tensor]) -> bool:
