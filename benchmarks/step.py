@@ -28,6 +28,7 @@ from devices import add_options, describe, in_bfloat16, present, seconds
 from pictures import save
 from pyro.contrib.gp.kernels import RBF
 from pyro.infer import SVI, Trace_ELBO, Trace_MMD
+from pyro_wae.recording import graph
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -35,7 +36,6 @@ import pyro_wae.optim
 from pyro_wae import WAELoss
 from pyro_wae.penalties import JensenShannon
 from pyro_wae.plotting import PALETTE, styled_figure
-from pyro_wae.recording import graph
 from pyro_wae.weights import Constraint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))

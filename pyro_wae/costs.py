@@ -11,10 +11,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._repr import CallRepr
-from pyro_wae.codes import Layout
-from pyro_wae.numerics import at_least_float32
-from pyro_wae.wrappers import innermost, is_a
+from pyro_wae._core.distributions import innermost, is_a
+from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.repr import CallRepr
+from pyro_wae.step.records import Layout
 
 __all__ = [
     "AbsoluteError",

@@ -15,12 +15,12 @@ from pyro import poutine
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_wae.batch_norm import batch_norm_at_rest
-from pyro_wae.codes import Codes
-from pyro_wae.condition import Given
-from pyro_wae.context import penalty_context
-from pyro_wae.micro_batches import Runs, check_guide, of_size, prior_values
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.penalties import PenaltyContext
+from pyro_wae.runners.micro_batches import Runs, check_guide, of_size, prior_values
+from pyro_wae.step.condition import Given
+from pyro_wae.step.context import penalty_context
+from pyro_wae.step.records import Codes
 
 __all__ = ["GroupLike", "Ranks", "average_gradients", "check_group"]
 

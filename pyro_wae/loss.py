@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -15,19 +16,13 @@ from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pyro_wae._repr import CallRepr
-from pyro_wae.batch_norm import batch_norm_at_rest
-from pyro_wae.codes import Codes
-from pyro_wae.condition import Condition, Given
-from pyro_wae.context import penalty_context
+from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.numerics import joined, total
+from pyro_wae._core.repr import CallRepr
 from pyro_wae.costs import Cost, Observation, SquaredError, as_cost
-from pyro_wae.decisions import is_recording
 from pyro_wae.distributed import GroupLike, Ranks, check_group
-from pyro_wae.micro_batches import MicroBatches, Runs
-from pyro_wae.numerics import joined, total
-from pyro_wae.prior import draw_prior, warn_of_lost_gradient
-from pyro_wae.recording import Backend, Gradients, Recorder, inductor
-from pyro_wae.site_penalties import (
+from pyro_wae.runners.micro_batches import MicroBatches, Runs
+from pyro_wae.step.compare import (
     PenaltyLike,
     as_option,
     check_names,
@@ -37,11 +32,20 @@ from pyro_wae.site_penalties import (
     prepare,
     site_label,
 )
-from pyro_wae.terms import Terms
-from pyro_wae.traces import Particle, Structure, gather_codes, gather_observations, read_structure, run
+from pyro_wae.step.condition import Condition, Given
+from pyro_wae.step.context import penalty_context
+from pyro_wae.step.prior import draw_prior, warn_of_lost_gradient
+from pyro_wae.step.program import Particle, Structure, gather_codes, gather_observations, read_structure, run
+from pyro_wae.step.records import Codes
+from pyro_wae.step.terms import Terms
 from pyro_wae.weights import Constant, Constraint, Weight, as_weight
 
 __all__ = ["WAELoss", "WAEModule"]
+
+_NO_RECORDING = (
+    "WAELoss(compile=...) has no effect: recorded steps were taken out, because a recording could return wrong values "
+    "without notice. Leave the argument out, and compile the nets: encoder = torch.compile(encoder)."
+)
 
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
 
@@ -98,17 +102,13 @@ class WAELoss(CallRepr, ELBO):
         micro_batch: The most data that model and guide run on at once. A larger batch is split: the gradient is that of
             the whole batch, the memory that of one micro-batch, and the nets run twice. Split are the tensor arguments
             whose length is that of the first tensor argument; others are passed whole.
-        compile: Whether steps are recorded and compiled. The first step with arguments of some shapes runs as usual,
-            the second is recorded, and from then on the recording runs, without Python, Pyro's handlers and validation.
-            Instead of True a function of a recording: :func:`~pyro_wae.recording.graph` records and does not compile.
-            What cannot be recorded runs as usual, after one warning.
         process_group: The processes of ``torch.distributed`` whose batches are compared as one: "world" for all of
             them, or a process group. Loss and terms are then those of all data on every rank, and the mean over ranks
             of the gradients, which DDP takes, is that of one process with all data. Default: each rank compares its
             own codes.
 
     Attributes:
-        terms: The :class:`~pyro_wae.terms.Terms` of the last step, or None before the first.
+        terms: The :class:`~pyro_wae.step.terms.Terms` of the last step, or None before the first.
 
     Raises:
         ValueError: If an argument is out of range, or, in a step, if model and guide do not fit; the message names
@@ -151,16 +151,18 @@ class WAELoss(CallRepr, ELBO):
         prior_draws: int = 1,
         condition: str | None = None,
         micro_batch: int | None = None,
-        compile: bool | Backend = False,
         process_group: GroupLike | None = None,
+        compile: Any = False,
     ) -> None:
         _check_count("num_particles", num_particles)
         _check_count("prior_draws", prior_draws)
         if micro_batch is not None:
             _check_count("micro_batch", micro_batch)
-        _check_compile(compile, micro_batch, process_group)
         if process_group is not None:
             check_group(process_group)
+        if compile is not False:
+            warnings.warn(_NO_RECORDING, DeprecationWarning, stacklevel=2)
+        self.compile = compile
         if data_plate is not None and not isinstance(data_plate, str):
             raise TypeError(f"data_plate must be a plate's name, found {data_plate!r}. Write data_plate='data'.")
         if condition is not None and not isinstance(condition, str):
@@ -184,8 +186,6 @@ class WAELoss(CallRepr, ELBO):
         self._condition = None if condition is None else Condition(condition, entries)
         self.micro_batch = micro_batch
         self._micro_batches = None if micro_batch is None else MicroBatches(micro_batch)
-        self.compile = compile
-        self._recorder = None if compile is False else Recorder(inductor if compile is True else compile)
         self.process_group = process_group
         self._ranks = None if process_group is None else Ranks(process_group)
         self.terms = None
@@ -221,7 +221,7 @@ class WAELoss(CallRepr, ELBO):
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
         with torch.no_grad():
-            step, _ = self._run(model, guide, args, kwargs)
+            step = self._run(model, guide, args, kwargs)
         return self._value(step)
 
     def differentiable_loss(
@@ -235,12 +235,12 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is NaN.
         """
-        step, gradients = self._run(model, guide, args, kwargs)
+        step = self._run(model, guide, args, kwargs)
         if step.loss.device.type == "cpu" or is_validation_enabled():
             self._value(step)
         if torch.is_grad_enabled():
             self._observe(step)
-        return step.loss if gradients is None else gradients.attach(step.loss)
+        return step.loss
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Estimates the loss and adds its gradients to the parameters'.
@@ -254,11 +254,9 @@ class WAELoss(CallRepr, ELBO):
         if self._ranks is not None:
             self._ranks.start_as_one(functools.partial(self._runs, model, guide, args, kwargs))
         with nullcontext() if self._ranks is None else self._ranks.averaging():
-            step, gradients = self._run(model, guide, args, kwargs, register=True)
+            step = self._run(model, guide, args, kwargs, register=True)
             value = self._value(step)
-            if gradients is not None:
-                gradients.add()
-            elif step.loss.requires_grad:
+            if step.loss.requires_grad:
                 # Autocast around the whole step would round the slopes of what was computed in full precision.
                 with torch.autocast(step.loss.device.type, enabled=False):
                     step.loss.backward(retain_graph=self.retain_graph)
@@ -267,15 +265,12 @@ class WAELoss(CallRepr, ELBO):
 
     def _run(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, register: bool = False
-    ) -> tuple[_Step, Gradients | None]:
-        """A step, and its gradients where a recording has given them; else its loss has a graph.
+    ) -> _Step:
+        """A step, whose loss has a graph.
 
         With `register`, the parameters of penalties and costs are shown to Pyro, so that SVI trains them.
         """
-        if self._recorder is None:
-            step, gradients = self._step((None, args, kwargs), model, guide, register), None
-        else:
-            step, gradients = self._run_recorded(self._recorder, model, guide, args, kwargs, register)
+        step = self._step((args, kwargs), model, guide, register)
         self.terms = Terms(
             cost=step.cost.detach(),
             penalty=step.penalty.detach(),
@@ -283,33 +278,7 @@ class WAELoss(CallRepr, ELBO):
             costs={site: value.detach() for site, value in step.costs.items()},
             penalties={site: value.detach() for site, value in step.penalties.items() if site},
         )
-        return step, gradients
-
-    def _run_recorded(
-        self,
-        recorder: Recorder,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        register: bool,
-    ) -> tuple[_Step, Gradients | None]:
-        weight = self.penalty_weight(torch.ones(()) if self.terms is None else self.terms.cost)
-        # A weight that is a number is none that the cost of this step decides, and enters from outside.
-        number = None if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
-        owners = [self, *(module for name, module in self.modules() if name != "weight"), *_owners(model, guide)]
-        if number is None and not isinstance(self.penalty_weight, Constraint):
-            owners.append(self.penalty_weight)
-        step, gradients = recorder(
-            functools.partial(self._step, model=model, guide=guide, register=register),
-            (number, args, kwargs),
-            key=(model, guide, register),
-            owners=owners,
-            holders=[self.penalty_weight],
-            loss=lambda step: step.loss,
-            keep=bool(self.retain_graph),
-        )
-        return (step if number is None else step._replace(weight=weight)), gradients
+        return step
 
     def _value(self, step: _Step) -> float:
         """The loss as a number.
@@ -332,13 +301,13 @@ class WAELoss(CallRepr, ELBO):
 
     def _step(
         self,
-        arguments: tuple[Tensor | None, Any, Any],
+        arguments: tuple[Any, Any],
         model: Callable[..., Any],
         guide: Callable[..., Any],
         register: bool,
     ) -> _Step:
         """One step, from the weight if known before, and the arguments and keyword arguments of model and guide."""
-        number, args, kwargs = arguments
+        args, kwargs = arguments
         run = functools.partial(self._runs, model, guide, args, kwargs)
         runs = run() if self._ranks is None else self._ranks.gather(run, guide)
         mean_costs = _mean_costs(runs.costs, runs.kept)
@@ -352,9 +321,8 @@ class WAELoss(CallRepr, ELBO):
         if runs.prior:
             warn_of_lost_gradient(runs.particles[0], runs.structure, penalty)
         weight = self.penalty_weight(cost.detach())
-        factor = number.to(penalty) if number is not None and is_recording() else weight
         return _Step(
-            loss=cost + factor * penalty,
+            loss=cost + weight * penalty,
             cost=cost,
             penalty=penalty,
             weight=weight,
@@ -557,33 +525,6 @@ def _mean_costs(costs: Sequence[Mapping[str, Tensor]], kept: Sequence[Tensor | N
 def _check_count(argument: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}=1.")
-
-
-def _check_compile(compile: object, micro_batch: int | None, process_group: object) -> None:
-    if not isinstance(compile, bool) and not callable(compile):
-        raise TypeError(
-            f"compile must be True, False or a function of a recording and its inputs, found {compile!r}. "
-            "Write compile=True."
-        )
-    if compile is not False and micro_batch is not None:
-        raise ValueError(
-            "compile records one run of model and guide on the whole batch, and micro_batch repeats them on its parts. "
-            "Leave one of them out."
-        )
-    if compile is not False and process_group is not None:
-        raise ValueError(
-            "compile records what one process computes, and process_group lets processes exchange their codes in the "
-            "middle of a step. Leave one of them out."
-        )
-
-
-def _owners(*programs: Callable[..., Any]) -> Iterator[object]:
-    """The objects that models and guides belong to."""
-    for program in programs:
-        if isinstance(program, nn.Module):
-            yield program
-        elif (owner := getattr(program, "__self__", None)) is not None:
-            yield owner
 
 
 def _nan_message(step: _Step, condition: str | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_wae._repr import CallRepr
+from pyro_wae._core.repr import CallRepr
 
 __all__ = ["SGD", "Adam", "AdamW", "SharedOptim", "all_states", "kinds_of", "names_of", "restore_states"]
 

@@ -15,11 +15,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_wae.batch_norm import batch_norm_at_rest
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.costs import generator_output
-from pyro_wae.plates import find_data_plate, site_layout
-from pyro_wae.prior import draw_prior
-from pyro_wae.traces import (
+from pyro_wae.step.plates import find_data_plate, site_layout
+from pyro_wae.step.prior import draw_prior
+from pyro_wae.step.program import (
     Particle,
     Program,
     ReplaySubsamples,

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_wae.batch_norm import batch_norm_at_rest
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 
 __all__ = ["MixturePrior", "NormalMixture", "VampPrior"]
 

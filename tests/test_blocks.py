@@ -9,12 +9,11 @@ import pyro.contrib.gp.kernels as pyro_kernels
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro_wae.decisions import answered
 from references import KERNELS, distances, half_mean_square
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_wae.adapters import as_kernel
-from pyro_wae.decisions import answered
 from pyro_wae.kernels import (
     Energy,
     Gaussian,
@@ -26,6 +25,7 @@ from pyro_wae.kernels import (
     RadialKernel,
     RationalQuadratic,
 )
+from pyro_wae.kernels.given import as_kernel
 from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, blocks
 from pyro_wae.penalties.null import NullVariance, centred_square
 from pyro_wae.penalties.pairs import within

@@ -7,7 +7,6 @@ import torch
 from torch import distributions as torch_dist
 
 from pyro_wae import WAELoss
-from pyro_wae.codes import Layout
 from pyro_wae.costs import (
     AbsoluteError,
     ExpectedSquaredError,
@@ -18,6 +17,7 @@ from pyro_wae.costs import (
     as_cost,
     generator_output,
 )
+from pyro_wae.step.records import Layout
 
 X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 G = torch.tensor([[1.5, 2.0, 1.0], [3.0, 9.0, 6.0]])

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro_wae.recording import graph
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -25,7 +26,6 @@ from pyro_wae.penalties import (
     SlicedWasserstein,
     UnitVarianceKL,
 )
-from pyro_wae.recording import graph
 from pyro_wae.weights import Constraint
 
 pytestmark = pytest.mark.gpu

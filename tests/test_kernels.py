@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_wae import WAELoss
-from pyro_wae.adapters import ModuleKernel, as_kernel
 from pyro_wae.kernels import (
     Energy,
     FunctionKernel,
@@ -34,6 +33,7 @@ from pyro_wae.kernels import (
     Sum,
     UnitMean,
 )
+from pyro_wae.kernels.given import ModuleKernel, as_kernel
 from pyro_wae.penalties import MMD
 
 LENGTHS = [

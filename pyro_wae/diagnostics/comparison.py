@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_wae._core.numerics import squared_distances
 from pyro_wae.diagnostics.samples import isolated_seed
-from pyro_wae.numerics import squared_distances
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, transport_along
 
 __all__ = ["Coverage", "Moments", "WorstDirection", "Yardstick", "coverage", "moments", "worst_direction"]

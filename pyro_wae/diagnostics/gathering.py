@@ -14,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from pyro_wae.batch_norm import batch_norm_at_rest
-from pyro_wae.codes import Codes
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.costs import Cost
 from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.penalties import MMD
-from pyro_wae.prior import draw_prior
-from pyro_wae.site_penalties import check_names
-from pyro_wae.traces import Particle, Program, Structure, gather_codes, gather_observations, read_structure, run
+from pyro_wae.step.compare import check_names
+from pyro_wae.step.prior import draw_prior
+from pyro_wae.step.program import Particle, Program, Structure, gather_codes, gather_observations, read_structure, run
+from pyro_wae.step.records import Codes
 
 __all__ = ["BatchNormComparison", "CostSummary", "Gathered", "gather"]
 

@@ -14,7 +14,7 @@ from pyro_wae.costs import generator_output
 from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.predict import decode, sample
-from pyro_wae.traces import Program, gather_observations
+from pyro_wae.step.program import Program, gather_observations
 
 __all__ = ["Pictures", "collect_pictures"]
 

@@ -16,7 +16,7 @@ from pyro_wae.diagnostics.pictures import Pictures, collect_pictures
 from pyro_wae.diagnostics.samples import new_generator
 from pyro_wae.diagnostics.site_comparison import Comparison, compare_site
 from pyro_wae.diagnostics.table import report_lines
-from pyro_wae.traces import Program
+from pyro_wae.step.program import Program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._repr import CallRepr
-from pyro_wae.numerics import at_least_float32, squared_distances, working_precision
+from pyro_wae._core.numerics import at_least_float32, squared_distances, working_precision
+from pyro_wae._core.repr import CallRepr
 
 __all__ = [
     "Composite",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels.base import Kernel
-from pyro_wae.numerics import working_precision
 
 __all__ = ["Conditional", "SameLabel", "UnitMean"]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_wae._core.numerics import squared_distances, working_precision
 from pyro_wae.kernels.base import Kernel, RadialKernel, Scratch, check_positive, scratch_like
-from pyro_wae.numerics import squared_distances, working_precision
 
 __all__ = [
     "AUTHORS_FACTORS",

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_wae.decisions import NotRecordable, is_recording
-from pyro_wae.numerics import at_least_float32
+from pyro_wae._core.numerics import at_least_float32
 from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.own_training import train_when_replayed
 
 __all__ = ["JensenShannon", "adam"]
 
@@ -140,7 +138,7 @@ class JensenShannon(Penalty):
         log_prob = functools.partial(_log_prob, n=codes.shape[1], context=context) if self.prior_log_prob else None
         training = torch.is_grad_enabled()
         if training and self.optimizer is not None and self._learning:
-            self._train_or_record(q, p, log_prob, self.optimizer)
+            self._train(q, p, log_prob, self.optimizer)
         parameters = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         adversary = functools.partial(torch.func.functional_call, self.discriminator, parameters)
         logits_q, logits_p = self._logits(adversary, q, log_prob), self._logits(adversary, p, log_prob)
@@ -191,27 +189,6 @@ class JensenShannon(Penalty):
         if is_lazy and isinstance(saved, Tensor) and not nn.parameter.is_lazy(saved):
             self.discriminator.to(saved.device, saved.dtype if saved.is_floating_point() else None)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def train_on(self, codes: Tensor, prior: Tensor) -> None:
-        """Lets the discriminator's own optimiser take its steps.
-
-        Args:
-            codes: Shape (n, d), detached.
-            prior: Prior draws, shape (m, d), detached.
-        """
-        if self.optimizer is not None:
-            self._train(codes, prior, None, self.optimizer)
-
-    def _train_or_record(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
-        if not is_recording():
-            self._train(q, p, log_prob, optimizer)
-        elif log_prob is None:
-            train_when_replayed(self, self.discriminator, q, p)
-        else:
-            raise NotRecordable(
-                "JensenShannon(prior_log_prob=True) gives its own optimiser densities of this very step. Write "
-                "JensenShannon(prior_log_prob=True, optimizer=None)"
-            )
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
         if q.device.type == "cpu" and not bool(q.isfinite().all()):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._repr import CallRepr
-from pyro_wae.numerics import at_least_float32
+from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.repr import CallRepr
 from pyro_wae.penalties.joint import beside, join, scaled_columns
 
 __all__ = ["FunctionPenalty", "Penalty", "PenaltyContext", "ScaledPenalty", "SumPenalty", "as_penalty"]

@@ -4,23 +4,22 @@ Few pairs are summed as a whole matrix, by automatic differentiation. Of many th
 time is made, small enough to stay in a processor's cache, summed, and turned into its part of the gradient while it is
 still there. Backward then only multiplies.
 
-All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae.numerics.working_precision`.
+All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae._core.numerics.working_precision`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from pyro_wae.decisions import is_compiling, is_recording
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import FunctionKernel, Kernel
 from pyro_wae.kernels.base import Scratch
-from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.pairs import PairWeights
 
 __all__ = ["PairTerm", "centred_squares", "holds_function", "pair_total", "row_total"]
@@ -30,9 +29,6 @@ MOST_PAIRS = 512**2
 
 MOST_RADIAL_PAIRS = 64**2
 """The same for a kernel of the distance alone, whose derivative by hand is the faster from here on."""
-
-MOST_COMPILED_PAIRS = 256**2
-"""The same where torch compiles the step: of a small matrix it makes loops of its own."""
 
 MOST_ROWS_AT_ONCE = 256
 """The largest number of rows whose matrix, that of one set, is made as a whole without automatic differentiation."""
@@ -78,12 +74,12 @@ def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, 
         A scalar in the working precision, differentiable in the sets.
     """
     most = max(len(sets[term.left]) * len(sets[term.right]) for term in terms)
-    few = MOST_COMPILED_PAIRS if is_compiling() else MOST_RADIAL_PAIRS if kernel.is_radial else MOST_PAIRS
+    few = MOST_RADIAL_PAIRS if kernel.is_radial else MOST_PAIRS
     if most <= few or _learns(kernel, sets):
         return _dense(kernel, sets, terms)
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in sets):
         return cast(Tensor, _PairTotal.apply(kernel, terms, *sets))
-    return _summed(kernel, sets, terms, (False,) * len(sets))[0]
+    return _blockwise(kernel, sets, terms, (False,) * len(sets))[0]
 
 
 def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
@@ -166,7 +162,7 @@ class _PairTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, terms: tuple[PairTerm, ...], *sets: Tensor) -> Tensor:
-        total, gradients = _summed(kernel, sets, terms, ctx.needs_input_grad[2:])
+        total, gradients = _blockwise(kernel, sets, terms, ctx.needs_input_grad[2:])
         ctx.kernel, ctx.terms = kernel, terms
         ctx.save_for_backward(*sets, *gradients)
         return total
@@ -194,63 +190,17 @@ def _dense(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]
     return functools.reduce(torch.add, totals)
 
 
-def _summed(
-    kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...], wanted: tuple[bool, ...]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """What _blockwise gives; in a step that is to be compiled, as one operation that a compiler leaves as it is."""
-    if not is_compiling():
-        return _blockwise(kernel, sets, terms, wanted)
-    _KERNELS[id(kernel)] = kernel
-    ends = [end for term in terms for end in (term.left, term.right, term.weights.data or 0)]
-    weights = [w for term in terms for w in (term.weights.between, term.weights.same, term.weights.own)]
-    total, *found = _operation([rows.detach() for rows in sets], ends, weights, list(wanted), id(kernel))
-    left = iter(found)
-    return total, [next(left) if want else None for want in wanted]
-
-
-_KERNELS: dict[int, Kernel] = {}
-"""The kernels of recorded steps. They are held, because a penalty may make its kernel anew for each step."""
-
-
-@torch.library.custom_op("pyro_wae::pair_total", mutates_args=())
-def _operation(
-    sets: Sequence[Tensor], ends: Sequence[int], weights: Sequence[float], wanted: Sequence[bool], kernel: int
-) -> list[Tensor]:
-    terms = tuple(
-        PairTerm(left, right, PairWeights(between, same, own, data or None))
-        for left, right, data, between, same, own in zip(
-            ends[::3], ends[1::3], ends[2::3], weights[::3], weights[1::3], weights[2::3], strict=True
-        )
-    )
-    compiles = not is_recording()
-    total, gradients = _blockwise(_KERNELS[kernel], tuple(sets), terms, tuple(wanted), compiles=compiles)
-    return [total, *(gradient for gradient in gradients if gradient is not None)]
-
-
-@_operation.register_fake
-def _(
-    sets: Sequence[Tensor], ends: Sequence[int], weights: Sequence[float], wanted: Sequence[bool], kernel: int
-) -> list[Tensor]:
-    return [_zeros(sets[0]), *(torch.empty_like(rows) for rows, want in zip(sets, wanted, strict=True) if want)]
-
-
 def _blockwise(
     kernel: Kernel,
     sets: tuple[Tensor, ...],
     terms: tuple[PairTerm, ...],
     wanted: tuple[bool, ...],
-    *,
-    compiles: bool = False,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sum, and its gradient by each set where that is wanted, in the set's precision and without a graph."""
     with torch.no_grad():
         if kernel.is_radial and len(sets) == len(terms) == 1 and len(sets[0]) <= MOST_ROWS_AT_ONCE:
             return _at_once(kernel, sets[0], terms[0].weights, wanted[0])
-        pairs = (
-            _RadialPairs(kernel, sets, wanted, compiles or kernel.compiles)
-            if kernel.is_radial
-            else _AnyPairs(kernel, sets, wanted)
-        )
+        pairs = _RadialPairs(kernel, sets, wanted) if kernel.is_radial else _AnyPairs(kernel, sets, wanted)
         total = _zeros(sets[0])
         for term in terms:
             sizes = len(sets[term.left]), len(sets[term.right])
@@ -326,8 +276,7 @@ class _RadialPairs:
     and terms before X comes in.
     """
 
-    def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...], compiles: bool) -> None:
-        self.compiles = compiles
+    def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self.kernel, self.dtypes, self.d = kernel, [rows.dtype for rows in sets], sets[0].shape[1]
         # |x|^2 + |y|^2 - 2 x.y loses the digits by which |x| exceeds |x - y|, and distances stay when all rows move.
         centre = torch.stack([rows.mean(0, dtype=_zeros(rows).dtype) for rows in sets]).mean(0)
@@ -387,7 +336,7 @@ class _RadialPairs:
         return columns
 
     def _profile_and_slope(self, u: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        if self.compiles:
+        if self.kernel.compiles:
             return _compiled()(self.kernel, u)
         return self.kernel.profile_and_slope(u, scratch)
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_wae.decisions import decide
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import RadialKernel
-from pyro_wae.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.kernel_means import register_kernel_mean
 from pyro_wae.penalties.mmd import MMD
@@ -240,6 +239,6 @@ def _isotropic_normal(prior: Any) -> tuple[Tensor, Tensor] | None:
         return None
     loc, scale = working_precision(prior.loc), working_precision(prior.scale)
     # A scale that was expanded from one number needs no look at its values, which on an accelerator would wait.
-    if scale.stride(-1) != 0 and decide((scale != scale[..., :1]).any()):
+    if scale.stride(-1) != 0 and bool((scale != scale[..., :1]).any()):
         return None
     return loc, scale[..., 0].square()

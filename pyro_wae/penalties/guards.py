@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_wae.decisions import decide
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 __all__ = ["LogVarianceL1", "UnitVarianceKL"]
@@ -42,7 +41,7 @@ class _VarianceGuard(Penalty):
         variance = context.encoder_variance()
         usable = (variance > 0) & torch.isfinite(variance)
         # On an accelerator a look at the values would wait for it: there the NaN tells.
-        if variance.device.type == "cpu" and not decide(usable.all()):
+        if variance.device.type == "cpu" and not bool(usable.all()):
             raise ValueError(
                 f"{name} takes the logarithm of the encoder's variance, found a variance of "
                 f"{variance[~usable][0].item():g}. A deterministic encoder has none to guard: leave {name} out. If the "

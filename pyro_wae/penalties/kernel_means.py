@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributions as dist
 
-from pyro_wae.decisions import is_recording
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, MultiScale, Scaled, Sum
-from pyro_wae.numerics import working_precision
 
 __all__ = ["KernelMean", "LastKernelMean", "NormalMixtureMean", "kernel_mean", "register_kernel_mean"]
 
@@ -195,7 +194,7 @@ class LastKernelMean:
     def of(self, kernel: Kernel, prior: Any) -> KernelMean | None:
         """The mean of a kernel against a prior, or None; see :func:`kernel_mean`."""
         made_of = _tensors(kernel, prior)
-        if made_of is None or is_recording() or torch.is_inference_mode_enabled():
+        if made_of is None or torch.is_inference_mode_enabled():
             return kernel_mean(kernel, prior)
         numbers = _numbers(kernel)
         is_same = self._kernel is kernel and self._numbers == numbers

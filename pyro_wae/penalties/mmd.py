@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pyro_wae.adapters import as_kernel
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Conditional, InverseMultiquadratic, Kernel
-from pyro_wae.numerics import working_precision
+from pyro_wae.kernels.given import as_kernel
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.blocks import PairTerm, holds_function, pair_total, row_total
 from pyro_wae.penalties.joint import DefaultConditionKernels, join, label_columns

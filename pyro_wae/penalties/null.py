@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Kernel
-from pyro_wae.numerics import working_precision
 from pyro_wae.penalties import blocks
 from pyro_wae.penalties.kernel_means import KernelMean
 

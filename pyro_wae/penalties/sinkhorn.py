@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_wae.numerics import working_precision
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 __all__ = ["Sinkhorn"]

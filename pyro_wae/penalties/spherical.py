@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_wae.decisions import decide
-from pyro_wae.numerics import working_precision
+from pyro_wae._core.numerics import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.sliced import check_count, check_order, match_quantiles, power
 
@@ -87,7 +86,7 @@ class SphericalSlicedWasserstein(Penalty):
         if codes.device.type == "cpu" or not self._was_read_back:
             self._was_read_back = True
             for name, norm, is_off in zip(("codes", "prior draws"), norms, off, strict=True):
-                if decide(is_off.any()):
+                if bool(is_off.any()):
                     worst = norm.flatten()[(norm - 1).abs().nan_to_num().argmax()].item()
                     remedy = (
                         "codes / codes.norm(dim=-1, keepdim=True)"

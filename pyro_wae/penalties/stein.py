@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_wae.decisions import decide
+from pyro_wae._core.numerics import squared_distances, working_precision
 from pyro_wae.kernels import Kernel, Laplace, Matern, MultiScale, Product, RadialKernel, RationalQuadratic, Scaled, Sum
-from pyro_wae.numerics import squared_distances, working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.blocks import PairTerm, pair_total
 from pyro_wae.penalties.pairs import within
@@ -124,7 +123,7 @@ class KernelStein(Penalty):
             raise ValueError(f"{_SUBJECT} must be differentiable, found one that is constant or detached. {_FIX}")
         usable = torch.isfinite(log_prob) & torch.isfinite(score).all(-1)
         # On an accelerator a look at the values would wait for it: there the NaN tells.
-        if score.device.type == "cpu" and not decide(usable.all()):
+        if score.device.type == "cpu" and not bool(usable.all()):
             first = tuple((~usable).nonzero()[0].tolist())
             raise ValueError(
                 f"{_SUBJECT} and its gradient must be finite on all of R^d, found {log_prob[first].item():g} "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_wae._repr import CallRepr
+from pyro_wae._core.repr import CallRepr
 
 __all__ = ["Constant", "Linear", "Schedule", "SteppedWeight", "Weight", "as_weight", "check_weight"]
 

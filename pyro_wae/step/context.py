@@ -9,11 +9,11 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_wae.codes import Codes
+from pyro_wae._core.distributions import innermost
 from pyro_wae.penalties import PenaltyContext
-from pyro_wae.prior import prior_log_prob, prior_of_one_code
-from pyro_wae.traces import Particle, Structure
-from pyro_wae.wrappers import innermost
+from pyro_wae.step.prior import prior_log_prob, prior_of_one_code
+from pyro_wae.step.program import Particle, Structure
+from pyro_wae.step.records import Codes
 
 __all__ = ["penalty_context"]
 

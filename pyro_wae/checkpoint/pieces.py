@@ -16,13 +16,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from pyro_wae._repr import CallRepr
+from pyro_wae._core.repr import CallRepr
 from pyro_wae.optim import all_states, kinds_of, names_of, restore_states
 from pyro_wae.penalties import Penalty
 
 __all__ = ["ModulePiece", "Piece", "describe", "pieces_of", "plain"]
 
-LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "compile", "process_group")
+LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group")
 """Arguments of a loss that change how and where it is computed, and not what it is."""
 
 ARGUMENTS = "arguments of "

@@ -17,11 +17,10 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
 
-from pyro_wae.codes import Codes, Layout
+from pyro_wae._core.distributions import is_a, layers
 from pyro_wae.costs import Observation
-from pyro_wae.decisions import decide
-from pyro_wae.plates import data_size, find_data_plate, plate_scale, site_layout
-from pyro_wae.wrappers import is_a, layers
+from pyro_wae.step.plates import data_size, find_data_plate, plate_scale, site_layout
+from pyro_wae.step.records import Codes, Layout
 
 __all__ = [
     "Particle",
@@ -338,7 +337,7 @@ def _varies(value: Any, n: int, depth: int = 5) -> bool:
         dims = [dim for dim, size in enumerate(value.shape) if size == n and value.stride(dim)]
         if value.requires_grad or value.device.type != "cpu":  # where looking at the values would wait, or miss a graph
             return bool(dims)
-        return any(decide((value != value.narrow(dim, 0, 1)).any()) for dim in dims)
+        return any(bool((value != value.narrow(dim, 0, 1)).any()) for dim in dims)
     if isinstance(value, list | tuple):
         return depth == 0 or any(_varies(item, n, depth - 1) for item in value)
     if is_a(type(value), dist.Distribution, torch.distributions.Distribution, torch.distributions.Transform):

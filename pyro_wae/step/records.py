@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_wae.decisions import decide
-from pyro_wae.numerics import at_least_float32, joined
+from pyro_wae._core.numerics import at_least_float32, joined
 
 __all__ = ["Codes", "Layout"]
 
@@ -200,4 +199,4 @@ class Codes:
         if self.kept is None:
             return None
         whole = self.kept.any(2).any(0)
-        return None if decide(whole.all()) else whole
+        return None if bool(whole.all()) else whole

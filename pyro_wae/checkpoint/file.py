@@ -15,8 +15,8 @@ import pyro
 import torch
 
 import pyro_wae
-from pyro_wae.param_store import differing_parameters, restore_store, store_state
-from pyro_wae.stateful import ModulePiece, Piece, pieces_of, plain
+from pyro_wae.checkpoint.pieces import ModulePiece, Piece, pieces_of, plain
+from pyro_wae.checkpoint.store import differing_parameters, restore_store, store_state
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

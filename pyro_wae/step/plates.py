@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyro_wae.codes import Layout
+from pyro_wae.step.records import Layout
 
 __all__ = ["PARTICLE_PLATE", "data_size", "find_data_plate", "plate_scale", "site_layout"]
 

@@ -21,13 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from pyro_wae.batch_norm import batch_norm_at_rest
-from pyro_wae.codes import Codes, Layout
-from pyro_wae.condition import Given
-from pyro_wae.context import penalty_context
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.penalties import PenaltyContext
-from pyro_wae.prior import distribution_tensors
-from pyro_wae.traces import Particle, Structure
+from pyro_wae.step.condition import Given
+from pyro_wae.step.context import penalty_context
+from pyro_wae.step.prior import distribution_tensors
+from pyro_wae.step.program import Particle, Structure
+from pyro_wae.step.records import Codes, Layout
 
 __all__ = ["MicroBatches", "Runs", "check_guide", "of_size", "prior_values"]
 
@@ -279,7 +279,7 @@ def _generators(state: dict[str, Any]) -> list[Tensor]:
 def _running_statistics_kept() -> Iterator[None]:
     """Keeps BatchNorm's running statistics through a run that saves for its gradient just what the first run saved.
 
-    A layer that does not track them, as in :func:`~pyro_wae.batch_norm.batch_norm_at_rest`, saves less.
+    A layer that does not track them, as in :func:`~pyro_wae._core.batch_norm.batch_norm_at_rest`, saves less.
     """
     resting: dict[_BatchNorm, tuple[float | None, Tensor | None]] = {}
 

@@ -12,10 +12,10 @@ import torch
 from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor, nn
 
-from pyro_wae.batch_norm import batch_norm_at_rest
-from pyro_wae.codes import Codes, Layout
-from pyro_wae.traces import Particle, ReplaySubsamples, Structure
-from pyro_wae.wrappers import innermost, is_a
+from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.distributions import innermost, is_a
+from pyro_wae.step.program import Particle, ReplaySubsamples, Structure
+from pyro_wae.step.records import Codes, Layout
 
 __all__ = [
     "distribution_tensors",
@@ -41,7 +41,7 @@ def draw_prior(particle: Particle, structure: Structure) -> Tensor:
     have a graph only if the prior has parameters to learn.
 
     Returns:
-        Shape (K, n, d), laid out as :func:`pyro_wae.traces.gather_codes` lays out the codes.
+        Shape (K, n, d), laid out as :func:`pyro_wae.step.program.gather_codes` lays out the codes.
 
     Raises:
         ValueError: If the model does not reach a latent site when it runs again.

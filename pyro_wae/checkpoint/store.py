@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import constraints as torch_constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_wae.stateful import ModulePiece, Piece, plain
+from pyro_wae.checkpoint.pieces import ModulePiece, Piece, plain
 
 __all__ = ["differing_parameters", "restore_store", "store_state"]
 

@@ -14,11 +14,11 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_wae.codes import Codes
+from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae.costs import Observation
-from pyro_wae.numerics import at_least_float32, working_precision
 from pyro_wae.penalties import Chain, KernelStein, Penalty, PenaltyContext
-from pyro_wae.traces import Particle, Structure
+from pyro_wae.step.program import Particle, Structure
+from pyro_wae.step.records import Codes
 
 __all__ = ["Condition", "Given"]
 

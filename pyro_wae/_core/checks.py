@@ -1,0 +1,153 @@
+"""One check for each kind of argument, with one form of error: what was found, what is accepted, what to write."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+__all__ = ["choice", "flag", "function", "number", "text", "whole"]
+
+T = TypeVar("T")
+
+
+def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, write: str | None = None) -> int:
+    """A whole number within bounds, as an ``int``: Python's, numpy's, or a tensor with one whole number.
+
+    Args:
+        name: What the message calls it, such as ``"num_particles"``.
+        value: What the user gave.
+        least: Smallest number that is accepted.
+        most: Largest number that is accepted, or None.
+        write: The line to write instead. Default: ``name=least``.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is out of bounds.
+    """
+    accepted = f"a whole number >= {least}" if most is None else f"a whole number from {least} to {most}"
+    write = f"{name}={least}" if write is None else write
+    try:
+        if _is_bool(value):
+            raise TypeError
+        found = operator.index(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.") from None
+    if found < least or (most is not None and found > most):
+        raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
+    return found
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    write: str,
+) -> float:
+    """A finite number within bounds, as a ``float``: Python's, numpy's, or a tensor with one number.
+
+    Args:
+        name: What the message calls it, such as ``"Gaussian's bandwidth"``.
+        value: What the user gave.
+        least: Smallest number that is accepted, or None.
+        above: Bound that it must exceed, or None.
+        most: Largest number that is accepted, or None.
+        below: Bound that it must stay below, or None.
+        write: The line to write instead.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite or out of bounds.
+    """
+    bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
+    accepted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    accepted = f"a finite number {accepted}".rstrip()
+    found = _as_float(value)
+    if found is None:
+        raise TypeError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
+    within = (
+        math.isfinite(found)
+        and (least is None or found >= least)
+        and (above is None or found > above)
+        and (most is None or found <= most)
+        and (below is None or found < below)
+    )
+    if not within:
+        raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
+    return found
+
+
+def flag(name: str, value: Any, *, write: str | None = None) -> bool:
+    """True or False, and nothing that only counts as one.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not _is_bool(value):
+        write = f"{name}=True" if write is None else write
+        raise TypeError(f"{name} must be True or False, found {_shown(value)}. Write {write}.")
+    return bool(value)
+
+
+def choice(name: str, value: T, options: Iterable[T], *, write: str | None = None) -> T:
+    """One of some values.
+
+    Raises:
+        ValueError: If it is another value.
+    """
+    options = tuple(options)
+    # 1 == True, and an array compares elementwise.
+    if not any(type(value) is type(option) and value == option for option in options):
+        accepted = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
+        write = f"{name}={options[0]!r}" if write is None else write
+        raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
+    return value
+
+
+def text(name: str, value: Any, what: str, *, write: str) -> str:
+    """A string, such as the name of a plate.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
+    return value
+
+
+def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., Any]:
+    """Something that can be called and is no class.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
+    return value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _as_float(value: Any) -> float | None:
+    """The value as a float; None if it is a text, a truth value, complex, or several numbers."""
+    if isinstance(value, str | bytes) or _is_bool(value) or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    """The value as a message shows it: tensors and arrays by their shape, long texts cut off."""
+    if getattr(value, "ndim", 0):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{type(value).__name__} {shown[:70]}..."

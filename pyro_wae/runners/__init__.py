@@ -1,0 +1,1 @@
+"""How a step is run: as it is, in micro-batches, over ranks."""
