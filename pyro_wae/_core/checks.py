@@ -103,7 +103,7 @@ def choice(name: str, value: T, options: Iterable[T], *, write: str | None = Non
     options = tuple(options)
     # 1 == True, and an array compares elementwise.
     if not any(type(value) is type(option) and value == option for option in options):
-        accepted = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
+        accepted = ", ".join(map(repr, options[:-1])) + (" or " if options[1:] else "") + repr(options[-1])
         write = f"{name}={options[0]!r}" if write is None else write
         raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
     return value

@@ -276,7 +276,7 @@ def plain(value: Any, where: str) -> Any:
 def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
     if not isinstance(loss, ELBO):
         return {}
-    modules = loss.modules() if isinstance(loss, CallRepr) and hasattr(loss, "modules") else ()
+    modules = loss.named_children() if isinstance(loss, CallRepr) and hasattr(loss, "named_children") else ()
     return {name: LossPiece(loss), **{f"{name}.{key}": ModulePiece(module) for key, module in modules}}
 
 

@@ -70,8 +70,15 @@ class Penalty(CallRepr, nn.Module):
     """Whether :meth:`estimate` reads the context's condition itself. All others that read prior draws see the condition
     beside codes and prior draws, as further columns, and no condition in the context."""
 
+    accepts_condition = True
+    """Whether codes can be compared given a condition."""
+
     def prepare(self, codes: Tensor) -> None:
         """Makes what depends on the size d of a code, such as a discriminator; called before :meth:`estimate`."""
+
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice]) -> None:
+        """The same for codes whose latent sites are known, by their columns."""
+        self.prepare(codes)
 
     def forward(self, codes: Tensor, prior: Tensor | None = None, context: PenaltyContext | None = None) -> Tensor:
         """Estimates the divergence.
@@ -138,6 +145,10 @@ class SumPenalty(Penalty):
         for penalty in self.parts():
             penalty.prepare(codes)
 
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice]) -> None:
+        for penalty in self.parts():
+            penalty.prepare_sites(codes, sites)
+
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         return functools.reduce(operator.add, (part.estimate_joint(codes, prior, context) for part in self.parts()))
 
@@ -168,6 +179,9 @@ class ScaledPenalty(Penalty):
 
     def prepare(self, codes: Tensor) -> None:
         self.penalty.prepare(codes)
+
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice]) -> None:
+        self.penalty.prepare_sites(codes, sites)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         return self.factor * self.penalty.estimate_joint(codes, prior, context)

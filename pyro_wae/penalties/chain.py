@@ -61,6 +61,8 @@ class Chain(Penalty):
         >>> loss = WAELoss({"z_*": Chain(MMD()), "style": MMD()})
     """
 
+    accepts_condition = False
+
     def __init__(
         self,
         penalty: Penalty | Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -81,11 +83,14 @@ class Chain(Penalty):
         self.runs = runs
         self.needs_prior_draws = self.penalty.needs_prior_draws
 
-    def prepare(self, codes: Tensor, sites: Mapping[str, slice] | None = None) -> None:
-        if sites is not None or self.step_size is not None:
-            size = self._size(codes.shape[-1], sites)
-            # Fewer steps than a run has are filled up, so that this is the size of every run.
-            self.penalty.prepare(codes.new_zeros(1, 2, self.order * size))
+    def prepare(self, codes: Tensor) -> None:
+        if self.step_size is not None:
+            self.prepare_sites(codes, {})
+
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice]) -> None:
+        size = self._size(codes.shape[-1], sites)
+        # Fewer steps than a run has are filled up: this is the size of every run.
+        self.penalty.prepare(codes.new_zeros(1, 2, self.order * size))
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         runs = list(self._runs(codes, prior, context))

@@ -65,6 +65,7 @@ class KernelStein(Penalty):
     """
 
     needs_prior_draws = False
+    accepts_condition = False
 
     def __init__(self, kernel: Kernel | None = None, *, log_prob: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
