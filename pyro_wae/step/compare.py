@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_wae.penalties import MMD, Chain, Penalty, PenaltyContext, as_penalty
-from pyro_wae.penalties.joint import beside
+from pyro_wae.penalties.condition_columns import beside
 from pyro_wae.step.condition import Given
 from pyro_wae.step.program import Structure
 from pyro_wae.step.records import Codes
