@@ -12,7 +12,11 @@ from pyro_wae._core import checks
 
 __all__ = ["PenaltyContext"]
 
-_FUNCTIONS = ("prior", "prior_log_prob", "encoder_variance", "kept")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "kept"), (Callable, "a function")),
+    "sites": (Mapping, "a dict of slices, the columns of each site,"),
+    **dict.fromkeys(("condition", "condition_scale"), (Tensor, "a tensor")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +56,11 @@ class PenaltyContext:
     condition_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        write = "PenaltyContext({}=...)".format
         if self.data_size is not None:
             size = checks.whole("PenaltyContext's data_size", self.data_size, write="PenaltyContext(data_size=60000)")
             object.__setattr__(self, "data_size", size)
         checks.flag("PenaltyContext's shared_data", self.shared_data, write="PenaltyContext(shared_data=True)")
-        for name in _FUNCTIONS:
-            if getattr(self, name) is not None:
-                what = "a function, called by a penalty that needs it, or None"
-                checks.function(
-                    f"PenaltyContext's {name}", getattr(self, name), what, write=f"PenaltyContext({name}=lambda ...)"
-                )
-        if self.sites is not None:
-            what = "a dict of slices, the columns of each site, or None"
-            checks.instance("PenaltyContext's sites", self.sites, Mapping, what, write=write("sites"))
-        for name in ("condition", "condition_scale"):
-            if getattr(self, name) is not None:
-                checks.instance(
-                    f"PenaltyContext's {name}", getattr(self, name), Tensor, "a tensor or None", write=write(name)
-                )
+        for name, (kind, what) in _KINDS.items():
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                write = f"PenaltyContext({name}=None)"
+                checks.instance(f"PenaltyContext's {name}", getattr(self, name), kind, f"{what} or None", write=write)

@@ -118,14 +118,15 @@ class NormalMixtureMean:
     def at(self, x: Tensor) -> Tensor:
         x = working_precision(x)
         values = []
-        for prob, loc, variance in zip(self.probs, self.locs, self.variances, strict=True):
+        for index, (loc, variance) in enumerate(zip(self.locs, self.variances, strict=True)):
             heights, rates = self._widen(variance)
-            values.append(((x - loc).square() @ -rates.mT).exp() @ (prob * heights))
+            heights = heights if len(self.probs) == 1 else self.probs[index] * heights
+            values.append(((x - loc).square() @ -rates.mT).exp() @ heights)
         return functools.reduce(torch.add, values)
 
     def norm(self) -> Tensor:
         if len(self.probs) == 1:
-            return self.probs[0].square() * self._widen(2 * self.variances[0])[0].sum()
+            return self._widen(2 * self.variances[0])[0].sum()
         rows = []
         # A row of the pairs of components at a time: all pairs at once would take c times its memory.
         for prob, loc, variance in zip(self.probs, self.locs, self.variances, strict=True):
@@ -148,8 +149,9 @@ class NormalMixtureMean:
 
     def _widen(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Heights (..., a) and rates (..., a, d) of E k(o + e) for e ~ N(0, diag variance (..., d)), by o^2."""
-        spread = 2 * self.rates[:, None] * variance[..., None, :]
-        return self.weights * spread.log1p().sum(-1).mul(-0.5).exp(), self.rates[:, None] / (1 + spread)
+        rates = self.rates[:, None]
+        spread = 1 + 2 * rates * variance[..., None, :]
+        return self.weights * spread.log().sum(-1).mul(-0.5).exp(), rates / spread
 
 
 def row_total(function: Callable[[Tensor], Tensor], rows: Tensor, most_rows: int) -> Tensor:
