@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["choice", "flag", "function", "number", "text", "whole"]
+__all__ = ["choice", "flag", "function", "instance", "is_number", "number", "text", "whole"]
 
 T = TypeVar("T")
 
@@ -129,6 +129,22 @@ def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., A
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
     return value
+
+
+def instance(name: str, value: T, kind: Any, what: str, *, write: str) -> T:
+    """An object of a class, which may be an abstract one.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether :func:`number` takes it, but for its bounds; for operators, which then return ``NotImplemented``."""
+    return _as_float(value) is not None
 
 
 def _is_bool(value: Any) -> bool:

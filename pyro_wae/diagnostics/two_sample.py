@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae.diagnostics.samples import as_rows, check_level, new_generator, prior_rows
 from pyro_wae.kernels import FunctionKernel, Gaussian, InverseMultiquadratic, Kernel, Laplace
-from pyro_wae.kernels.given import as_kernel
+from pyro_wae.kernels.function import as_kernel
 
 __all__ = ["TwoSampleTest", "two_sample_test"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_wae.penalties import MMD, Penalty, as_penalty
-from pyro_wae.penalties.joint import beside
+from pyro_wae.penalties.condition_columns import beside
 from pyro_wae.step.condition import Condition, with_condition
 from pyro_wae.step.observe import check_names
 from pyro_wae.step.records import Step

@@ -13,6 +13,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae.penalties import Penalty, PenaltyContext
 from pyro_wae.step.program import Program, Run
@@ -26,7 +27,7 @@ alone is slow to tell conditions apart that lie closer than codes do, and has fe
 far apart."""
 
 
-class Condition(nn.Module):
+class Condition(FittedBuffers):
     """The y that a model is conditional on, and the unit that it has beside the codes of each penalty.
 
     A unit is taken at the first step, so that y has :data:`SPREAD` times the standard deviation of the prior draws in
@@ -43,8 +44,8 @@ class Condition(nn.Module):
     def __init__(self, name: str, entries: int) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("scales", torch.full((entries,), math.nan))
-        self._is_fitted = [False] * entries
+        self.register_fitted("scales", torch.full((entries,), math.nan))
+        self._is_known = [False] * entries
 
     def fit(self, entry: int, condition: Tensor, prior: Tensor) -> Tensor:
         """The unit of the penalty number `entry`, from conditions (n, c) and prior draws (m, d).
@@ -52,7 +53,7 @@ class Condition(nn.Module):
         Raises:
             ValueError: At the first step, if the conditions or the prior draws do not vary.
         """
-        if not self._is_fitted[entry]:
+        if not self._is_known[entry]:
             spread = working_precision(condition).var(0).sum()
             scale = SPREAD * (working_precision(prior.detach()).var(0).sum() / spread).sqrt()
             if not (torch.isfinite(scale) and scale > 0):
@@ -60,19 +61,14 @@ class Condition(nn.Module):
                     f"condition='{self.name}' has a total variance of {spread.item():g} over the first batch, from "
                     "which its unit beside a code cannot be taken. Shuffle the data, or take MMD(condition_kernel=...)."
                 )
-            with torch.inference_mode(False):
-                self.scales = self.scales.to(scale).clone()
-                self.scales[entry] = scale
-            self._is_fitted[entry] = True
+            scales = self.scales.to(scale).clone()
+            scales[entry] = scale
+            self.set_fitted("scales", scales)
+            self._is_known[entry] = True
         return self.scales[entry]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "scales")
-        if value is not None and value.shape == self.scales.shape:
-            # Assigned and not copied, so that a float64 unit is not rounded to an unset float32 one.
-            self.scales = value.detach().clone().to(self.scales.device)
-            self._is_fitted = [not number for number in value.isnan().tolist()]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def after_loading(self) -> None:
+        self._is_known = [not number for number in self.scales.isnan().tolist()]
 
 
 def read_condition(
