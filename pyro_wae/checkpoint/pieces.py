@@ -16,6 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from pyro_wae._core.programs import wrapped_module
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.optim import all_states, kinds_of, names_of, restore_states
 from pyro_wae.penalties import Penalty
@@ -183,7 +184,7 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
     for name, part in parts.items():
         if isinstance(part, SVI):
             for role in ("model", "guide"):
-                owner = _owner(getattr(part, role))
+                owner = wrapped_module(getattr(part, role))
                 if owner is not None:
                     pieces[f"{name}.{role}"] = ModulePiece(owner)
             pieces |= _pieces_of_loss(f"{name}.loss", getattr(part.loss_and_grads, "__self__", None))
@@ -276,20 +277,9 @@ def plain(value: Any, where: str) -> Any:
 def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
     if not isinstance(loss, ELBO):
         return {}
-    modules = loss.modules() if isinstance(loss, CallRepr) and hasattr(loss, "modules") else ()
+    children = getattr(loss, "named_children", getattr(loss, "modules", None)) if isinstance(loss, CallRepr) else None
+    modules = () if children is None else children()
     return {name: LossPiece(loss), **{f"{name}.{key}": ModulePiece(module) for key, module in modules}}
-
-
-def _owner(program: Any) -> nn.Module | None:
-    """The module that a program is, or is a method of, or is wrapped around."""
-    if isinstance(program, nn.Module):
-        return program
-    if isinstance(owner := getattr(program, "__self__", None), nn.Module):
-        return owner
-    # Pyro's handlers keep what they are around as an argument.
-    around = [getattr(program, name, None) for name in ("func", "__wrapped__")]
-    around += program.args if isinstance(program, functools.partial) else []
-    return next((found for inner in around if callable(inner) and (found := _owner(inner)) is not None), None)
 
 
 def _shape(value: Tensor) -> str:
