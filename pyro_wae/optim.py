@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_wae._core.repr import CallRepr
 
-__all__ = ["SGD", "Adam", "AdamW", "SharedOptim", "all_states", "kinds_of", "names_of", "restore_states"]
+__all__ = ["SGD", "Adam", "AdamW", "SharedOptim"]
 
 OptimArgs = dict[str, Any] | Callable[..., dict[str, Any]]
 Scheduler = Callable[[Optimizer], LRScheduler]
@@ -210,6 +210,21 @@ class SharedOptim(CallRepr, PyroOptim):
         for p in [p for p, name in self._names.items() if name in state_dict]:
             self._remove(p)
 
+    def restart(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over these states and no others, those of parameters in Pyro's store at once.
+
+        A state that waits for its parameter's next step misses what schedulers do meanwhile.
+
+        Args:
+            state_dict: As for :meth:`set_state`.
+        """
+        for known in (self.optim_objs, self.grad_clip, self._names, self._shared, self._state_waiting_to_be_consumed):
+            known.clear()
+        self.set_state(state_dict)
+        for name, p in pyro.get_param_store().named_parameters():
+            if name in state_dict:
+                self._add(p)
+
     def load(self, filename: str, map_location: Any = None) -> None:
         """Takes over a state from a file that ``save(filename)`` wrote, as :meth:`set_state` does.
 
@@ -333,89 +348,6 @@ def SGD(
 ) -> SharedOptim:
     """:class:`torch.optim.SGD` for SVI, in the place of ``pyro.optim.SGD``; arguments as for :func:`Adam`."""
     return SharedOptim(torch.optim.SGD, optim_args, clip_args, scheduler=scheduler)
-
-
-def names_of(optim: PyroOptim) -> list[str | None]:
-    """The names in Pyro's store of the parameters that have a state, or one that waits for them.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-    """
-    store = pyro.get_param_store()
-    return list(dict.fromkeys([*optim._state_waiting_to_be_consumed, *map(store.param_name, optim.optim_objs)]))
-
-
-def all_states(optim: PyroOptim) -> dict[str, Any]:
-    """The state of each parameter by its name in Pyro's store, those included that wait for their parameter.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-
-    Raises:
-        ValueError: If a parameter has no name.
-    """
-    if None in names_of(optim):
-        raise ValueError(
-            "States are kept by the names of parameters in Pyro's store, found parameters that are not in it. Write "
-            "pyro.clear_param_store() only before an SVI is made, and leave module_local_params off."
-        )
-    return {**optim._state_waiting_to_be_consumed, **optim.get_state()}
-
-
-def kinds_of(optim: PyroOptim, names: Iterable[str | None]) -> dict[str, str]:
-    """The classes of torch optimiser and scheduler that parameters of these names get; nothing is changed.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-        names: As in Pyro's store.
-    """
-    store = pyro.get_param_store()
-    with store.scope():
-        made = {
-            name: optim._get_optim(store.setdefault(name, torch.zeros(())).unconstrained())
-            for name in names
-            if name is not None
-        }
-    # Leaving a scope cuts the link by which SVI finds the parameters, and reading restores it.
-    list(store.values())
-    return {
-        name: f"{type(own.optimizer).__name__} with {type(own).__name__}" if is_scheduler(own) else type(own).__name__
-        for name, own in made.items()
-    }
-
-
-def restore_states(optim: PyroOptim, states: Mapping[str, Any]) -> None:
-    """Gives an optimiser these states and no others, to parameters in Pyro's store at once.
-
-    Pyro's ``set_state`` is without effect on parameters that have been stepped, and lets the schedulers of parameters
-    that have not appeared yet miss their steps.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-        states: From :func:`all_states`.
-    """
-    shared = optim if isinstance(optim, SharedOptim) else None
-    for p in list(optim.optim_objs):
-        if shared is not None:
-            shared._remove(p)
-    optim.optim_objs.clear()
-    optim.grad_clip.clear()
-    optim._state_waiting_to_be_consumed.clear()
-    optim.set_state(deepcopy(dict(states)))
-    parameters = dict(pyro.get_param_store().named_parameters())
-    for name in states:
-        if name not in parameters:
-            continue
-        p = parameters[name]
-        if shared is not None:
-            shared._add(p)
-            continue
-        own = optim.optim_objs[p] = optim._get_optim(p)
-        optim.grad_clip[p] = optim._get_grad_clip(p)
-        state = optim._state_waiting_to_be_consumed.pop(name)
-        if is_scheduler(own):
-            own.load_state_dict(state["scheduler"])
-        _optimizer(own).load_state_dict(state["optimizer"] if is_scheduler(own) else state)
 
 
 def _optimizer(shared: Any) -> Optimizer:
