@@ -15,8 +15,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import Cost
-from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.penalties import MMD
 from pyro_wae.step.compare import check_names
 from pyro_wae.step.prior import draw_prior
