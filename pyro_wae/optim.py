@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_wae._core.checks import accepted
 from pyro_wae._core.repr import CallRepr
 
 __all__ = ["SGD", "Adam", "AdamW", "SharedOptim"]
 
 OptimArgs = dict[str, Any] | Callable[..., dict[str, Any]]
 Scheduler = Callable[[Optimizer], LRScheduler]
+
+CONSTRUCTORS = "a class of torch optimisers that treat each parameter for itself (LBFGS does not)"
+ARGUMENTS = "a dict, or a function that returns one for the name of a parameter"
+SCHEDULERS = "a function that makes a scheduler for a torch optimiser"
 
 # Adagrad's fused kernel for CUDA is younger than the oldest torch that this package runs with.
 _FUSED_ON: dict[Any, tuple[str, ...]] = {
@@ -51,11 +56,11 @@ class SharedOptim(CallRepr, PyroOptim):
     Args:
         optim_constructor: A class of torch optimisers, such as :class:`torch.optim.Adam`. Others may be given if they
             read ``param_groups`` anew at each step and treat each parameter for itself.
-        optim_args: The optimiser's arguments, or a function that gives them for the name of a parameter, as it stands
+        optim_args: The optimiser's arguments, or a function that returns them for the name of a parameter, as it stands
             in Pyro's store with a dot for every ``$$$``: ``"decoder.weight"``. A ``"fused"`` or ``"foreach"`` in
             them is obeyed; ``{"fused": False}`` serves sparse gradients.
         clip_args: ``{"clip_norm": ...}`` or ``{"clip_value": ...}`` or both, applied to each parameter's gradient by
-            itself; or a function that gives them for two names, that of the module and that of its parameter.
+            itself; or a function that returns them for two names, that of the module and that of its parameter.
         scheduler: A function that makes a learning rate scheduler for a torch optimiser. :meth:`step` advances it.
 
     Attributes:
@@ -89,31 +94,16 @@ class SharedOptim(CallRepr, PyroOptim):
         *,
         scheduler: Scheduler | None = None,
     ) -> None:
-        if not callable(optim_constructor):
-            raise TypeError(
-                f"optim_constructor must be a class of torch optimisers, found {optim_constructor!r}. "
-                'Write SharedOptim(torch.optim.Adam, {"lr": 1e-3}).'
-            )
-        if optim_constructor is torch.optim.LBFGS:
-            raise TypeError(
-                "optim_constructor must treat each parameter for itself, found LBFGS, whose state mixes them. "
-                'Write SharedOptim(torch.optim.Adam, {"lr": 1e-3}).'
-            )
-        if not (isinstance(optim_args, dict) or callable(optim_args)):
-            raise TypeError(
-                "optim_args must be a dict or a function that gives one for the name of a parameter, "
-                f'found {optim_args!r}. Write {{"lr": 1e-3}}.'
-            )
-        if not (clip_args is None or isinstance(clip_args, dict) or callable(clip_args)):
-            raise TypeError(
-                "clip_args must be a dict or a function that gives one for the names of a module and its parameter, "
-                f'found {clip_args!r}. Write {{"clip_norm": 10.0}}.'
-            )
-        if not (scheduler is None or callable(scheduler)) or isinstance(scheduler, LRScheduler):
-            raise TypeError(
-                "scheduler must be a function that makes a scheduler for a torch optimiser, "
-                f"found {scheduler!r}. Write lambda optimizer: ExponentialLR(optimizer, gamma=0.99)."
-            )
+        is_class = callable(optim_constructor) and optim_constructor is not torch.optim.LBFGS
+        write = 'SharedOptim(torch.optim.Adam, {"lr": 1e-3})'
+        accepted("optim_constructor", optim_constructor, is_class, CONSTRUCTORS, write=write)
+        is_args = isinstance(optim_args, dict) or callable(optim_args)
+        accepted("optim_args", optim_args, is_args, ARGUMENTS, write='{"lr": 1e-3}')
+        is_clip = clip_args is None or isinstance(clip_args, dict) or callable(clip_args)
+        accepted("clip_args", clip_args, is_clip, ARGUMENTS, write='{"clip_norm": 10.0}')
+        is_maker = scheduler is None or (callable(scheduler) and not isinstance(scheduler, LRScheduler))
+        write = "lambda optimizer: ExponentialLR(optimizer, gamma=0.99)"
+        accepted("scheduler", scheduler, is_maker, SCHEDULERS, write=write)
         super().__init__(optim_constructor, optim_args, clip_args)
         self.optim_constructor = optim_constructor
         self.optim_args = optim_args
@@ -180,7 +170,7 @@ class SharedOptim(CallRepr, PyroOptim):
             scheduler.step(*args, **kwargs)
 
     def get_state(self) -> dict[str, Any]:
-        """Gives a copy of each parameter's state by its name in Pyro's store, states that still wait for it included.
+        """Returns a copy of each parameter's state by its name in Pyro's store, states that still wait for it included.
 
         Raises:
             ValueError: If a parameter had no name when it was first moved.
@@ -206,6 +196,8 @@ class SharedOptim(CallRepr, PyroOptim):
         Args:
             state_dict: From :meth:`get_state`, or from that of one of Pyro's own optimisers of the same class.
         """
+        is_state = isinstance(state_dict, Mapping) and all(isinstance(own, Mapping) for own in state_dict.values())
+        accepted("state_dict", state_dict, is_state, "a state by the name of each parameter", write="optim.get_state()")
         self._state_waiting_to_be_consumed.update(deepcopy(dict(state_dict)))
         for p in [p for p, name in self._names.items() if name in state_dict]:
             self._remove(p)
@@ -257,7 +249,7 @@ class SharedOptim(CallRepr, PyroOptim):
             return get_args(param)
         except AssertionError as error:
             raise TypeError(
-                f"{argument} as a function must give a dict for every parameter, found something else for {name!r}. "
+                f"{argument} as a function must return a dict for every parameter, found something else for {name!r}. "
                 'End it with a line such as return {"lr": 1e-3}, or return {} for clip_args.'
             ) from error
 

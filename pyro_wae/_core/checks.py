@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["choice", "flag", "function", "number", "text", "whole"]
+__all__ = ["accepted", "choice", "flag", "function", "number", "text", "whole"]
 
 T = TypeVar("T")
 
@@ -115,9 +115,7 @@ def text(name: str, value: Any, what: str, *, write: str) -> str:
     Raises:
         TypeError: If it is anything else.
     """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
-    return value
+    return accepted(name, value, isinstance(value, str), what, write=write)
 
 
 def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., Any]:
@@ -126,7 +124,16 @@ def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., A
     Raises:
         TypeError: If it is anything else.
     """
-    if not callable(value) or isinstance(value, type):
+    return accepted(name, value, callable(value) and not isinstance(value, type), what, write=write)
+
+
+def accepted(name: str, value: T, is_right: bool, what: str, *, write: str) -> T:
+    """A value of any kind, which the caller has looked at.
+
+    Raises:
+        TypeError: If it is not right.
+    """
+    if not is_right:
         raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
     return value
 

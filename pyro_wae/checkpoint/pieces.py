@@ -300,7 +300,7 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
         else:
             raise TypeError(
                 f"A checkpoint holds SVIs, modules, optimisers, schedulers, generators and what has state_dict and "
-                f"load_state_dict; found {name}={type(part).__name__}. Numbers and texts go into extra: "
+                f"load_state_dict; found {name}={type(part).__name__}. Numbers and texts go into extra: write "
                 f"extra={{{name!r}: {name}}}."
             )
     seen: set[int] = set()

@@ -50,6 +50,11 @@ def as_rows(codes: Tensor, name: str) -> Tensor:
     """
     if not isinstance(codes, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (n, d), found {codes!r}. Write torch.as_tensor({name}).")
+    if codes.layout != torch.strided or codes.device.type == "meta":
+        raise ValueError(
+            f"{name} must be a dense tensor with values, found layout {codes.layout} on {codes.device}. Write "
+            f"{name}.to_dense()."
+        )
     if codes.ndim != 2:
         particles = f" Take one particle of each datum, as in {name}[0]: those of one datum are not independent."
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyro_wae._core.checks import number, whole
+from pyro_wae._core.checks import number, text, whole
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
 from pyro_wae.diagnostics.example_images import Pictures, collect_pictures
@@ -151,6 +151,9 @@ def report(
     """
     max_codes = whole("max_codes", max_codes, least=2, write="max_codes=2000")
     test_codes = whole("test_codes", test_codes, least=2, write="test_codes=500")
+    permutations = whole("permutations", permutations, write="permutations=199")
+    if data_plate is not None:
+        data_plate = text("data_plate", data_plate, "the name of a plate", write="data_plate='data'")
     level = number("level", level, above=0, below=1, write="level=0.05")
     if batches is not None and args:
         raise TypeError("Data are given twice. Write report(model, guide, x) or report(model, guide, batches=loader).")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_wae._core.checks import whole
+from pyro_wae._core.checks import accepted, whole
 from pyro_wae.plotting.style import WIDTH, Rows, as_array, styled_figure
 
 if TYPE_CHECKING:
@@ -138,12 +138,11 @@ def mosaic_size(mosaic: np.ndarray, title: str | None, *, margin: float = 0.0) -
 
 def show_mosaic(axes: Axes, mosaic: np.ndarray, cmap: str) -> None:
     """Shows a mosaic without a frame."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.colors import Colormap
 
-    if isinstance(cmap, str) and cmap not in matplotlib.colormaps:
-        raise ValueError(
-            f"cmap must be the name of one of matplotlib's colour maps, found {cmap!r}. Write cmap='gray'."
-        )
+    is_map = isinstance(cmap, Colormap) or (isinstance(cmap, str) and cmap in colormaps)
+    accepted("cmap", cmap, is_map, "the name of one of matplotlib's colour maps", write='cmap="gray"')
     # Grey pixels that are NaN stay unpainted; in colour, where that does not hold, the gaps are made white.
     colour = mosaic.ndim == 3
     axes.imshow(np.where(np.isnan(mosaic), 1, mosaic) if colour else mosaic, cmap=cmap, vmin=0, vmax=1)
