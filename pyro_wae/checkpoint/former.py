@@ -11,7 +11,7 @@ __all__ = ["agreed_in_format_1"]
 FORMER_TEXTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # The argument was the square of a length.
     (
-        r"\bInverseMultiquadratic\(scale=([^,()]+)\)",
+        r"\bInverseMultiquadratic\(scale=(None|[\d.e+-]+)\)",
         lambda found: f"InverseMultiquadratic(bandwidth={_root(found[1])})",
     ),
     (r"\bLinear\(start=", "LinearSchedule(start="),
