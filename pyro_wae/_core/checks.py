@@ -7,18 +7,18 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["choice", "flag", "function", "instance", "is_number", "number", "text", "whole"]
+__all__ = ["accepted", "choice", "flag", "function", "instance", "is_number", "number", "text", "whole"]
 
 T = TypeVar("T")
 
 
-def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, write: str | None = None) -> int:
+def whole(name: str, value: Any, *, least: int | None = 1, most: int | None = None, write: str | None = None) -> int:
     """A whole number within bounds, as an ``int``: Python's, numpy's, or a tensor with one whole number.
 
     Args:
         name: What the message calls it, such as ``"num_particles"``.
         value: What the user gave.
-        least: Smallest number that is accepted.
+        least: Smallest number that is accepted, or None.
         most: Largest number that is accepted, or None.
         write: The line to write instead. Default: ``name=least``.
 
@@ -26,7 +26,7 @@ def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, wri
         TypeError: If it is no whole number.
         ValueError: If it is out of bounds.
     """
-    accepted = f"a whole number >= {least}" if most is None else f"a whole number from {least} to {most}"
+    accepted = "a whole number" + (f" >= {least}" if most is None else f" from {least} to {most}") * (least is not None)
     write = f"{name}={least}" if write is None else write
     try:
         if _is_bool(value):
@@ -34,7 +34,7 @@ def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, wri
         found = operator.index(value)
     except (TypeError, RuntimeError):
         raise TypeError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.") from None
-    if found < least or (most is not None and found > most):
+    if (least is not None and found < least) or (most is not None and found > most):
         raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
     return found
 
@@ -115,9 +115,7 @@ def text(name: str, value: Any, what: str, *, write: str) -> str:
     Raises:
         TypeError: If it is anything else.
     """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
-    return value
+    return accepted(name, value, isinstance(value, str), what, write=write)
 
 
 def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., Any]:
@@ -126,7 +124,16 @@ def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., A
     Raises:
         TypeError: If it is anything else.
     """
-    if not callable(value) or isinstance(value, type):
+    return accepted(name, value, callable(value) and not isinstance(value, type), what, write=write)
+
+
+def accepted(name: str, value: T, is_right: bool, what: str, *, write: str) -> T:
+    """A value of any kind, which the caller has looked at.
+
+    Raises:
+        TypeError: If it is not right.
+    """
+    if not is_right:
         raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
     return value
 

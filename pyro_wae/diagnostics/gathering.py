@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest, batch_norm_layers
 from pyro_wae._core.private import BatchNorm
+from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import Cost
-from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.penalties import MMD
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.program import Program, Run

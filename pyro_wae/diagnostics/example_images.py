@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import generator_output
 from pyro_wae.diagnostics.gathering import Gathered
-from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.predict import decode, sample
 from pyro_wae.step.program import Program
 
