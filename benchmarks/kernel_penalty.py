@@ -11,12 +11,10 @@ turns with them: a product of matrices and a division for each pair. Where there
 import argparse
 import json
 import math
-import shlex
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from devices import add_options, describe, in_bfloat16, peak_mebibytes, present, seconds
-from pictures import save
+from harness import Benchmark, Report, in_bfloat16, in_turns, made_by, peak_mebibytes, table
 from pyro.contrib.gp import kernels as pyro_kernels
 from torch import Tensor
 
@@ -64,20 +61,6 @@ def closed_form(penalty: MMD, d: int) -> Loss:
     def run(q: Tensor, p: Tensor) -> Tensor:
         own = prior if q.device.type == "cpu" else dist.Normal(q.new_zeros(d), 1.0).to_event(1)
         return penalty(q, p, PenaltyContext(prior=lambda: own))
-
-    return run
-
-
-def in_cuda_graph(loss: Loss) -> Loss:
-    """The loss with its gradient, captured once for each shape and replayed; it runs as usual before."""
-    captured: dict[torch.Size, Loss] = {}
-
-    def run(q: Tensor, p: Tensor) -> Tensor:
-        if q.shape not in captured:
-            examples = (q.detach().clone().requires_grad_(), p.clone())
-            loss(*examples).backward()
-            captured[q.shape] = torch.cuda.make_graphed_callables(lambda x, y: loss(x, y), examples)
-        return captured[q.shape](q, p)
 
     return run
 
@@ -210,10 +193,8 @@ WAYS: dict[str, Way] = {
     "MMD(), compiled": Way(IMQ, lambda d: compiled(MMD(authors_kernel(d))), True),
     "MMD(), closed form": Way(IMQ, lambda d: closed_form(MMD(authors_kernel(d)), d)),
     "MMD(), closed form, compiled": Way(IMQ, lambda d: closed_form(compiled(MMD(authors_kernel(d))), d)),
-    "MMD(), CUDA graph": Way(IMQ, lambda d: in_cuda_graph(MMD(authors_kernel(d))), True, CUDA),
     "MMD(), bf16 autocast": Way(IMQ, lambda d: in_bfloat16(MMD(authors_kernel(d))), True, CUDA),
     "authors' formula": Way(IMQ, lambda d: authors, True),
-    "authors' formula, CUDA graph": Way(IMQ, lambda d: in_cuda_graph(authors), True, CUDA),
     "authors' formula, bf16 autocast": Way(IMQ, lambda d: in_bfloat16(authors), True, CUDA),
     "one matrix of both": Way(IMQ, lambda d: stacked, True),
     "direct differences": Way(IMQ, lambda d: direct_differences, True),
@@ -287,17 +268,14 @@ def measure(name: str, n: int, d: int, device: str, args: argparse.Namespace, lo
         "fresh unit": lambda: 1 / (q[:some] @ p.mT),
     }
     runs["unit"]()
-    times: dict[str, list[float]] = {key: [] for key in runs}
-    if first > ONCE:
-        times["seconds"].append(first)
-        del runs["seconds"]
-    spent = 0.0
-    while len(times["unit"]) < args.repeats or spent < LEAST_SECONDS:
-        for key, run in runs.items():
-            taken = seconds(run, device, time.process_time)
-            times[key].append(taken if key == "seconds" else taken * n / some)
-            spent += taken
-    middle = {key: statistics.median(values) for key, values in times.items()}
+    once = {"seconds": [first]} if first > ONCE else {}
+    runs = {key: run for key, run in runs.items() if key not in once}
+
+    def enough(rounds: int, spent: float) -> bool:
+        return rounds >= args.repeats and spent >= LEAST_SECONDS
+
+    times = once | in_turns(runs, device, time.process_time, enough)
+    middle = {key: statistics.median(t) * (1 if key == "seconds" else n / some) for key, t in times.items()}
     return {
         "way": name, "device": device, "n": n, "d": d, **middle, "passes": len(times["seconds"]),
         "units": middle["seconds"] / middle["unit"],
@@ -382,12 +360,6 @@ def growth(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def number(value: float | None, factor: float = 1.0) -> str:
     """Two or three digits, without an exponent."""
     if value is None:
@@ -410,7 +382,12 @@ def cost_table(results: list[dict[str, Any]], key: str, factor: float) -> str:
     return table(["n =", *(str(n) for n in sizes)], rows)
 
 
-def summary(report: dict[str, Any]) -> str:
+def named(row: dict[str, Any]) -> str:
+    """The way of a row, and where it ran if not on the CPU."""
+    return row["way"] if row["device"] == "cpu" else f"{row['way']} (CUDA)"
+
+
+def page(report: Report) -> str:
     """The tables, what is in them, and the command."""
     results, options, parts = report["results"], report["options"], []
     for device in report["devices"]:
@@ -421,7 +398,7 @@ def summary(report: dict[str, Any]) -> str:
                 parts.append(f"**{where}: {title}**\n\n{cost_table(some, key, factor)}")
     grown = [
         [
-            r["way"] if r["device"] == "cpu" else f"{r['way']} (CUDA)", str(r["d"]), f"{r['time']:.2f}",
+            named(r), r["d"], f"{r['time']:.2f}",
             "-" if r["memory"] is None else f"{r['memory']:.2f}",
             number(r["seconds per code"], 1e6), number(r["seconds per pair"], 1e9),
         ]
@@ -429,13 +406,12 @@ def summary(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     digits = [
         [
-            r["way"] if r["device"] == "cpu" else f"{r['way']} (CUDA)",
-            str(r["d"]),
+            named(r), r["d"],
             *(f"{r[f'{case} {what}']:.0e}" for case in ("near", "noise") for what in ("value", "gradient")),
         ]
         for r in results
         if "near value" in r and r["n"] == max(s["n"] for s in results if "near value" in s)
-    ]
+    ]  # fmt: skip
     skipped = "".join(f"- {line}\n" for line in sorted({reason(r) for r in report["skipped"]}))
     tables = "\n\n".join(parts)
     return f"""{tables}
@@ -460,12 +436,8 @@ def summary(report: dict[str, Any]) -> str:
 
 {table(["way", "d", "near: value", "gradient", "noise: value", "gradient"], digits)}
 
-Made by
-
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}; as many prior draws as codes, a forward and a backward pass, a
-process for each row.{f" Left out, from the n named on:{chr(10)}{chr(10)}{skipped}" if skipped else chr(10)}"""
+{made_by(report)}
+As many prior draws as codes, a forward and a backward pass, a process for each row.{f" Left out, from the n named on:{chr(10)}{chr(10)}{skipped}" if skipped else chr(10)}"""
 
 
 def reason(skipped: dict[str, Any]) -> str:
@@ -504,43 +476,9 @@ def draw(results: list[dict[str, Any]], d: int) -> Any:
     return figure
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[512, 2048, 8192, 16384, 65536], help="numbers of codes"
-    )
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[8, 64], help="numbers in a code")
-    parser.add_argument("--exact", type=int, default=512, help="most codes whose errors are measured")
-    parser.add_argument("--gibibytes", type=float, default=8.0, help="skips what would take more")
-    parser.add_argument("--seconds", type=float, default=50.0, help="skips passes that would take more")
-    parser.add_argument("--repeats", type=int, default=3, help="least number of passes")
-    add_options(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument(
-        "--picture", type=Path, help="by default docs/images/kernel_penalty.png, or in a quick run a file in OUT"
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "DEVICE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.sizes, args.dimensions, args.exact, args.repeats, args.devices = [100, 300], [4], 100, 1, ["cpu"]
-        args.ways = ["MMD()", "authors' formula", "pythae", "geomloss, energy", "EnergyDistance()"]
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    args.picture = args.picture or (
-        args.out / "kernel_penalty.png" if args.smoke else Path("docs/images/kernel_penalty.png")
-    )
-    return args
-
-
 def in_a_process(name: str, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measures one way at all sizes in a fresh process."""
-    command = [sys.executable, __file__, "--one", name, device]
+    command = [sys.executable, __file__, "--one", name, device, "--devices", device]
     for key in ("sizes", "dimensions", "exact", "gibibytes", "seconds", "repeats"):
         value = getattr(args, key)
         command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
@@ -551,19 +489,36 @@ def in_a_process(name: str, device: str, args: argparse.Namespace) -> Iterator[d
         raise RuntimeError(f"{name} on {device} ended with {process.returncode}.")
 
 
+BENCH = Benchmark(
+    __file__,
+    page,
+    devices=True,
+    picture=True,
+    smoke={
+        "sizes": [100, 300], "dimensions": [4], "exact": 100, "repeats": 1, "devices": ["cpu"],
+        "ways": ["MMD()", "authors' formula", "pythae", "geomloss, energy", "EnergyDistance()"],
+    },
+)  # fmt: skip
+BENCH.option("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+BENCH.option("--sizes", type=int, nargs="+", default=[256, 512, 2048, 8192, 16384, 65536], help="numbers of codes")
+BENCH.option("--dimensions", type=int, nargs="+", default=[8, 64], help="numbers in a code")
+BENCH.option("--exact", type=int, default=512, help="most codes whose errors are measured")
+BENCH.option("--gibibytes", type=float, default=8.0, help="skips what would take more")
+BENCH.option("--seconds", type=float, default=50.0, help="skips passes that would take more")
+BENCH.option("--repeats", type=int, default=3, help="least number of passes")
+BENCH.option("--one", nargs=2, metavar=("WAY", "DEVICE"), help=argparse.SUPPRESS)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
-    args = parse_args(argv)
-    warnings.filterwarnings("ignore", module="torch|pyro|ot|pythae|pydantic")
-    torch.set_num_threads(1)
+    args = BENCH.start(argv)
     if args.one:
         for result in measure_all(*args.one, args):
             print(json.dumps(result), flush=True)
         return
     results: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    devices = present(args.devices)
-    for device in devices:
+    for device in args.devices:
         for name in (name for name in args.ways if device in WAYS[name].is_for):
             for found in measure_all(name, device, args) if args.smoke else in_a_process(name, device, args):
                 if "skipped" in found:
@@ -571,26 +526,10 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"No row for {reason(found)}", flush=True)
                 else:
                     results.append(found)
-                    print(
-                        f"{name}, d = {found['d']}, n = {found['n']} ({device}): {found['units']:.3g} units, "
-                        f"{found['mebibytes']:.0f} MiB",
-                        flush=True,
-                    )
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/kernel_penalty.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": describe(devices, 1),
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key in ("out", "picture") else value for key, value in vars(args).items()},
-        "devices": devices,
-        "results": results,
-        "skipped": skipped,
-        "growth": growth(results),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kernel_penalty.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "kernel_penalty.md").write_text(summary(report))
-    save(draw(results, max(args.dimensions)), args.picture)
-    print(summary(report))
+                    where = f"{name}, d = {found['d']}, n = {found['n']} ({device})"
+                    print(f"{where}: {found['units']:.3g} units, {found['mebibytes']:.0f} MiB", flush=True)
+    parts = {"devices": args.devices, "results": results, "skipped": skipped, "growth": growth(results)}
+    BENCH.finish(BENCH.report(args, **parts), draw(results, max(args.dimensions)))
 
 
 if __name__ == "__main__":
