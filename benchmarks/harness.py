@@ -160,7 +160,7 @@ def save(figure: Any, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = io.BytesIO()
-    figure.savefig(whole, format="png", dpi=120)
+    figure.savefig(whole, format="png")
     Image.open(whole).convert("RGB").quantize(64).save(path, optimize=True)
 
 

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
@@ -413,6 +412,7 @@ def page(report: Report) -> str:
         if "near value" in r and r["n"] == max(s["n"] for s in results if "near value" in s)
     ]  # fmt: skip
     skipped = "".join(f"- {line}\n" for line in sorted({reason(r) for r in report["skipped"]}))
+    left_out = f"Left out, from the n named on:\n\n{skipped}" if skipped else ""
     tables = "\n\n".join(parts)
     return f"""{tables}
 
@@ -437,7 +437,8 @@ def page(report: Report) -> str:
 {table(["way", "d", "near: value", "gradient", "noise: value", "gradient"], digits)}
 
 {made_by(report)}
-As many prior draws as codes, a forward and a backward pass, a process for each row.{f" Left out, from the n named on:{chr(10)}{chr(10)}{skipped}" if skipped else chr(10)}"""
+As many prior draws as codes, a forward and a backward pass, a process for each row.
+{left_out}"""
 
 
 def reason(skipped: dict[str, Any]) -> str:

@@ -241,9 +241,8 @@ def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> li
 
 def import_seconds() -> float:
     """How long ``import pyro_wae`` takes after torch and Pyro, in fresh processes."""
-    program = (
-        "import time, torch, pyro, pyro.infer; t = time.perf_counter(); import pyro_wae; print(time.perf_counter() - t)"
-    )
+    setup = "import time, torch, pyro, pyro.infer; begin = time.perf_counter()"
+    program = f"{setup}; import pyro_wae; print(time.perf_counter() - begin)"
     runs = (subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(IMPORTS))
     return statistics.median(float(run.stdout) for run in runs)
 

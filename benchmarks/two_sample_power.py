@@ -92,7 +92,8 @@ def page(report: Report) -> str:
     options, tables = report["options"], {name: table_of(rows) for name, rows in report["tables"].items()}
     return f"""{made_by(report)}
 Share of tests that reject at level {options["level"]:g}: {options["n"]} codes against the prior N(0, I),
-{options["permutations"]} permutations. Over {options["runs"]} runs a share of 0.5 has a standard error of {0.5 / math.sqrt(options["runs"]):.2f}.
+{options["permutations"]} permutations. Over {options["runs"]} runs a share of 0.5 has a
+standard error of {0.5 / math.sqrt(options["runs"]):.2f}.
 
 {tables["power"]}
 
