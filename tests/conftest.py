@@ -1,8 +1,8 @@
 """Which tests this machine can run, and what they find as torch's defaults.
 
 PYRO_WAE_TEST_DTYPE=float64 makes float64 the default dtype. PYRO_WAE_TEST_DEVICE=meta puts each tensor that the package
-makes without naming a device on the meta device, where it has no values; a default device other than the data's does the
-like.
+makes without naming a device on the meta device, where it has no values, as a default device does that is not the
+data's.
 """
 
 import os
