@@ -82,7 +82,7 @@ class WAELoss(CallRepr, ELBO):
             of the gradients, which DDP takes, is that of one process with all data. Default: each rank compares its
             own codes.
         reduction: ``"mean"``: the loss per datum. ``"sum"``: that times the number of data, N where the data plate
-            takes a part of N, which is the unit of Pyro's own losses; ``weight_decay``, ``clip_norm`` and the rate of SGD
+            takes a part of N. It is the unit of Pyro's own losses; ``weight_decay``, ``clip_norm`` and the rate of SGD
             then mean what they mean there. ``terms`` are per datum in both.
         others: Arguments of ``Trace_ELBO`` that ask for silence about enumeration and ``torch.jit``; they have no
             effect.
