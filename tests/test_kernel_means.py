@@ -17,7 +17,7 @@ from references import mean_is_zero
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale, Scaled
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, kernel_mean, kernel_means, register_kernel_mean
 
 N = 12
@@ -721,74 +721,29 @@ def test_the_gradients_variance_is_lower_over_fresh_codes_and_draws(d):
     assert totals[0] < 0.7 * totals[1]
 
 
-# The last mean
+# From one step to the next
+
+
+def test_the_value_follows_a_prior_and_a_kernel_that_change():
+    loc, kernel, codes = torch.zeros(2), 2.0 * InverseMultiquadratic(1.0), torch.ones(4, 2)
+    mmd, context = MMD(kernel), PenaltyContext(prior=lambda: of_two(loc, torch.ones(2)))
+
+    def change_factor():
+        kernel.factor = 3.0
+
+    def change_length():
+        kernel.kernel = InverseMultiquadratic(2.0)
+
+    for change in (lambda: loc.fill_(1.0), change_factor, change_length):
+        before = mmd(codes, torch.zeros(4, 2), context)
+        change()
+        after = mmd(codes, torch.zeros(4, 2), context)
+        assert after != before
+        assert after == MMD(eval(repr(kernel)))(codes, torch.zeros(4, 2), context)
 
 
 def of_two(loc, scale):
     return dist.Normal(loc, scale).to_event(1)
-
-
-def changed_in_place(loc, scale):
-    loc += 1.0
-    return of_two(loc, scale)
-
-
-def test_a_mean_is_given_again_while_its_prior_is_the_same():
-    last, kernel = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0**0.5)
-    first = last.of(kernel, of_two(torch.zeros(2), torch.ones(2)))
-    assert last.of(kernel, of_two(torch.zeros(2), torch.ones(2))) is first
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda loc, scale: of_two(loc + 1, scale),
-        lambda loc, scale: of_two(loc, 2 * scale),
-        lambda loc, scale: of_two(loc.double(), scale.double()),
-        lambda loc, scale: dist.MixtureSameFamily(
-            dist.Categorical(torch.ones(2)), of_two(torch.stack([loc, loc + 1]), torch.stack([scale, scale]))
-        ),
-        changed_in_place,
-    ],
-    ids=["loc", "scale", "precision", "mixture", "in place"],
-)
-def test_a_mean_follows_a_prior_that_changes(change):
-    last, kernel, x = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0**0.5), rows(5, 2)
-    loc, scale = torch.zeros(2), torch.ones(2)
-    last.of(kernel, of_two(loc, scale))
-    prior = change(loc, scale)
-    found, expected = last.of(kernel, prior), kernel_mean(kernel, prior)
-    torch.testing.assert_close(found.at(x), expected.at(x))
-    torch.testing.assert_close(found.norm(), expected.norm())
-
-
-def test_a_mean_follows_the_weights_of_a_mixture():
-    last, kernel, component = kernel_means.LastKernelMean(), Gaussian(1.0), of_two(torch.eye(2), torch.ones(2, 2))
-    for probs in (torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])):
-        prior = dist.MixtureSameFamily(dist.Categorical(probs), component)
-        torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
-
-
-def test_a_mean_follows_the_kernel():
-    last, prior = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2))
-    for kernel in (Gaussian(0.5), Gaussian(2.0)):
-        torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
-
-
-def test_a_mean_follows_the_factors_of_a_kernel():
-    last, prior, kernel = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2)), Scaled(Gaussian(1.0), 2)
-    before = last.of(kernel, prior).norm()
-    kernel.factor = 3
-    torch.testing.assert_close(last.of(kernel, prior).norm(), 1.5 * before)
-
-
-def test_a_mean_follows_the_length_of_a_kernel():
-    last, prior, kernel = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2)), Gaussian()
-    kernel.fit(rows(10, 2))
-    before = last.of(kernel, prior).norm()
-    kernel.load_state_dict({"squared_length": 2 * kernel.squared_length})
-    torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
-    assert last.of(kernel, prior).norm() > before
 
 
 def test_a_prior_that_learns_has_a_gradient_at_every_step():

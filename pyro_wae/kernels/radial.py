@@ -241,8 +241,8 @@ def _quadrature(factors: tuple[float, ...]) -> tuple[list[float], list[float]]:
 
     c / (c + r) is the integral of exp(-t) exp(-t r / c) over t > 0. With t = exp(y) the integrand dies off
     exponentially to both sides, and the trapezoidal rule converges as fast. Gauss-Laguerre nodes are exact near the
-    prior but miss codes at 100 times its mean square: their error is 100 percent there. The integrals of all
-    factors share one grid.
+    prior but miss codes at 100 times its mean square: their error is 100 percent there. The integrals of all factors
+    share one grid.
     """
     first, last = -22.0 - math.log(max(factors)), 4.2 - math.log(min(factors))
     rates = [math.exp(first + index * QUADRATURE_STEP) for index in range(math.ceil((last - first) / QUADRATURE_STEP))]
