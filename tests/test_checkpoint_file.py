@@ -333,15 +333,7 @@ def test_a_checkpoint_holds_nothing_that_has_to_be_run(path):
 
 def test_extra_is_returned(path):
     extra = {"step": 3, "costs": [1.5, np.float64(2.5)], "best": {"name": "a", "at": torch.ones(2)}, "done": False}
-    extra |= {
-        "sets": {1, 2},
-        "bytes": bytes(300),
-        "long": 2**80,
-        "dtype": torch.float64,
-        "none": None,
-        "pair": (1, 1j),
-        "name": "\ud800",
-    }
+    extra |= {"set": {1, 2}, "bytes": bytes(300), "long": 2**80, "none": None, "pair": (1, 1j), "odd": "\ud800"}
     save_checkpoint(path, net=nn.Linear(1, 1), extra=extra)
     found = load_checkpoint(path, net=nn.Linear(1, 1))
     assert torch.equal(found["best"].pop("at"), extra["best"].pop("at"))

@@ -423,10 +423,7 @@ def test_a_report_keeps_its_repr_short():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_codes": 1}, ValueError, "max_codes"),
-        ({"test_codes": True}, ValueError, "test_codes"),
         ({"batches": []}, TypeError, "twice"),
-        ({"level": 2}, ValueError, "level"),
         ({"shape": (5, 5)}, ValueError, r"shape=\(5, 5\).*'x'"),
         ({"shape": {"w": (5, 5)}}, ValueError, "'w'"),
     ],
