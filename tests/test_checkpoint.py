@@ -15,6 +15,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import nn
 from torch.optim import lr_scheduler
+from trainings import D, Net
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
@@ -24,7 +25,6 @@ from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein, SlicedW
 from pyro_wae.weights import Constraint, Linear
 
 STEPS = 16
-D = 4
 
 
 @pytest.fixture(autouse=True)
@@ -35,33 +35,6 @@ def fresh_process():
     yield
     pyro.clear_param_store()
     torch.set_num_threads(threads)
-
-
-class Net(nn.Module):
-    """An auto-encoder with batch statistics, dropout, a parameter outside all modules and one that comes late."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        layers = [nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 4)]
-        self.encoder = nn.Sequential(*layers).to(dtype)
-        self.decoder = nn.Linear(2, D).to(dtype)
-        self.dtype = dtype
-
-    def model(self, x, step=0, y=None):
-        pyro.module("decoder", self.decoder)
-        scale = pyro.param("scale", x.new_ones(()), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            mean = self.decoder(z) * scale
-            if step % 3 == 2:
-                mean = mean + pyro.param("at times", x.new_zeros(D), constraint=constraints.interval(-1.0, 2.0))
-            pyro.sample("x", dist.Normal(mean, 1).to_event(1), obs=x)
-
-    def guide(self, x, step=0, y=None):
-        pyro.module("encoder", self.encoder)
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
 def batch(step, dtype=torch.float32):

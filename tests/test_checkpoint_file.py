@@ -13,10 +13,10 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from former_training import LOSSES, make_training
 from pyro.infer import SVI
 from torch import nn
 from torch.optim import lr_scheduler
+from trainings import LOSSES, make_training
 
 import pyro_wae
 from pyro_wae import WAELoss

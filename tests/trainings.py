@@ -1,8 +1,9 @@
-"""Small trainings by either route, of which tests/data holds checkpoints of format 1."""
+"""A net that is trained and left, and small trainings of it, of which tests/data holds checkpoints of format 1."""
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.infer import SVI
 from torch import nn
 from torch.optim import lr_scheduler
@@ -12,21 +13,29 @@ from pyro_wae.kernels import InverseMultiquadratic
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD, JensenShannon
 
+D = 4
+
 
 class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 4))
-        self.decoder = nn.Linear(2, 4)
+    """An auto-encoder with batch statistics, dropout, a parameter outside all modules and one that comes late."""
 
-    def model(self, x):
+    def __init__(self, dtype=torch.float32, width=6):
+        super().__init__()
+        layers = [nn.Linear(D, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Linear(width, 4)]
+        self.encoder = nn.Sequential(*layers).to(dtype)
+        self.decoder = nn.Linear(2, D).to(dtype)
+
+    def model(self, x, step=0, y=None):
         pyro.module("decoder", self.decoder)
-        scale = pyro.param("scale", x.new_ones(()), constraint=dist.constraints.positive)
+        scale = pyro.param("scale", x.new_ones(()), constraint=constraints.positive)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z) * scale, 1).to_event(1), obs=x)
+            mean = self.decoder(z) * scale
+            if step % 3 == 2:
+                mean = mean + pyro.param("at times", x.new_zeros(D), constraint=constraints.interval(-1.0, 2.0))
+            pyro.sample("x", dist.Normal(mean, 1).to_event(1), obs=x)
 
-    def guide(self, x):
+    def guide(self, x, step=0, y=None):
         pyro.module("encoder", self.encoder)
         loc, log_scale = self.encoder(x).chunk(2, -1)
         with pyro.plate("data", len(x)):
