@@ -6,11 +6,13 @@ import io
 import math
 import pickle
 
-import ot
 import pytest
 import torch
 
 from pyro_wae.penalties.sinkhorn import Sinkhorn
+
+pytest.importorskip("geomloss")
+ot = pytest.importorskip("ot")
 
 
 def pair(n=30, m=41, d=3, dtype=torch.float64, seed=0):
