@@ -18,11 +18,13 @@ release = version = pyro_wae.__version__
 
 extensions = [
     "gallery",
+    "offline_mathjax",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "_generated"]
@@ -85,7 +87,6 @@ PUBLIC_MODULES = (
     "pyro_wae.diagnostics",
     "pyro_wae.optim",
     "pyro_wae.checkpoint",
-    "pyro_wae.recording",
     "pyro_wae.plotting",
 )
 
