@@ -30,7 +30,7 @@ def latent_variable_models() -> None:
     axes[1].set(title="$x = G(z)$")
     u, v = np.meshgrid(np.linspace(-5, 5, 120), np.linspace(-2.2, 2.2, 80))
     density = sum(normal(z[i]) * normal(u, x[i], 0.35) * normal(v, y[i], 0.25) for i in range(0, 400, 4))
-    axes[2].contourf(u, v, density, 7, cmap="Blues")
+    axes[2].contourf(u, v, density / density.max(), [0.02, 0.1, 0.25, 0.45, 0.65, 0.85, 1.01], cmap="Blues")
     axes[2].plot(*curve(np.array(at)), "o", color=INK)
     axes[2].set(title="$x \\sim p_G(x\\,|\\,z)$")
     for panel in axes[1:]:
@@ -59,7 +59,7 @@ def sand_and_hole() -> None:
         axes.annotate("", (end, -0.12), (start, 0.12), arrowprops=arrow)
     axes.text(0.95, 0.9, r"$\mu$", fontsize=22)
     axes.text(5.05, -0.75, r"$\eta$", fontsize=22)
-    axes.text(5.0, 1.02, "$T$", fontsize=20)
+    axes.text(6.3, 0.5, "$T$", fontsize=20)
     axes.text(8.55, -0.85, "$B$", fontsize=18, ha="left")
     axes.text(3.5, 0.62, "$T^{-1}(B)$", fontsize=18)
     axes.set(xlim=(0, 10), ylim=(-1.3, 1.3), xticks=[], yticks=[])
