@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo pictures report notebooks test test-slow bench bench-penalties zoo lint types docs wheel clean
+# What the core tests leave out: benchmarks, documents, notebooks and packages, and what starts processes or trains nets.
+APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging quickstart report scale zoo
+CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
+
+.PHONY: demo pictures report notebooks test test-core test-float64 test-device test-oldest test-slow
+.PHONY: bench bench-compare bench-penalties zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
@@ -27,6 +32,21 @@ notebooks: $(VENV)/.notebooks
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
+# The tests of what `pip install .` brings, in a minute and with few packages beside it; what needs others is skipped.
+test-core: $(if $(INSTALLED),,$(VENV)/.test-core)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+
+# The core tests where torch makes float64 by default, and where what the package makes without naming a device is lost.
+test-float64: $(VENV)/.test-core
+	PYRO_WAE_TEST_DTYPE=float64 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+
+test-device: $(VENV)/.test-core
+	PYRO_WAE_TEST_DEVICE=meta OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+
+# The core tests with the oldest versions that pyproject.toml promises, in an environment of their own.
+test-oldest:
+	tools/oldest.sh
+
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
@@ -42,13 +62,20 @@ bench: $(VENV)/.bench
 	$(RUN) benchmarks/large_batches.py $(ARGS)
 	$(RUN) benchmarks/goals.py $(if $(ARGS),--results results/benchmarks)
 
+# What `make bench` has found slower than the numbers that are committed; ARGS=REVISION, a folder or a file takes others.
+bench-compare: $(VENV)/.bench
+	$(RUN) benchmarks/compare.py $(ARGS)
+
 # Trains with each prior of docs/zoo.md, and writes its table and picture anew; ARGS=--smoke leaves both alone.
 zoo: $(VENV)/.tutorials
 	$(RUN) benchmarks/zoo.py $(ARGS)
 
-lint: $(VENV)/.dev
+lint: spell
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+spell: $(VENV)/.dev
+	$(RUN) -m codespell_lib .
 
 types: $(VENV)/.dev
 	$(RUN) -m mypy
@@ -56,14 +83,20 @@ types: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
 
-# Builds the wheel, and runs the README's ten lines in an environment that holds it and what it requires, and nothing else.
+# Draws the figures of docs/theory.md, docs/bound.md, docs/hyperparameters.md and of the quick start; ARGS=balls draws one.
+figures: $(VENV)/.docs
+	set -e; for script in $(if $(ARGS),$(ARGS:%=docs/figures/%.py),$(filter-out %/common.py,$(wildcard docs/figures/*.py))); do \
+		$(RUN) $$script; \
+	done
+
+# Builds the wheel, and runs the README's quick start in an environment that holds it and what it requires, and nothing else.
 wheel: $(VENV)/.test
 	rm -rf dist build/wheel
 	$(RUN) -m hatchling build
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet dist/*.whl
-	awk '/^```python$$/ { inside = 1; next } /^```$$/ { inside = 0 } inside' README.md > build/wheel/ten_lines.py
-	cd build/wheel && bin/python ten_lines.py
+	awk '/^```python$$/ { inside = 1; next } /^```$$/ { inside = 0 } inside' README.md > build/wheel/quick_start.py
+	build/wheel/bin/python build/wheel/quick_start.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

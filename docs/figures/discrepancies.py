@@ -43,7 +43,7 @@ def profiles() -> None:
     distance = torch.linspace(0, 6, 241)[:, None]
     kernels: list[tuple[str, Kernel, str, str]] = [
         ("Gaussian", Gaussian(bandwidth=1.0), BLUE, "-"),
-        ("inverse multiquadratic", InverseMultiquadratic(scale=1.0), ORANGE, "-"),
+        ("inverse multiquadratic", InverseMultiquadratic(bandwidth=1.0), ORANGE, "-"),
         ("Laplace (Matérn 1/2)", Laplace(bandwidth=1.0), RED, "-"),
         ("Matérn 3/2", Matern(1.5, bandwidth=1.0), GREEN, "--"),
     ]
