@@ -50,8 +50,12 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(bool|dict|float|int|list|None|object|optional|str|tuple|type|[A-Z]\w+Error)"),
 ]
 
-# The type variable of a decorator.
-nitpick_ignore = [("py:class", "pyro_wae.penalties.kernel_means.F"), ("py:class", "os.PathLike")]
+# The type variable of a decorator, and a type alias of images and codes.
+nitpick_ignore = [
+    ("py:class", "pyro_wae.penalties.kernel_means.F"),
+    ("py:class", "Rows"),
+    ("py:class", "os.PathLike"),
+]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -80,7 +80,8 @@ def test_a_page_that_shows_another_number_than_is_printed_is_found():
 
 # Names that other modules of the package import, and users do not.
 INTERNAL = {"all_states", "kinds_of", "names_of", "restore_states", "GroupLike", "Ranks", "check_group"}
-MODULES = "checkpoint costs diagnostics distributed kernels optim penalties plotting predict priors weights".split()
+MODULES = ["checkpoint", "costs", "diagnostics", "distributed", "kernels", "optim"]
+MODULES += ["penalties", "plotting", "predict", "priors", "weights"]
 
 
 @pytest.mark.parametrize("name", ["pyro_wae", *(f"pyro_wae.{module}" for module in MODULES)])

@@ -12,12 +12,13 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD
 
 TABLE = Path(__file__).parents[1] / "_generated" / "bound.md"
 WEIGHTS = (1.0, 10.0, 100.0, 1000.0)
-STEPS, BATCH, JUDGED = 2500, 256, 2000
+STEPS, BATCH, JUDGED = 1500, 512, 2000
 
 
 def data(n: int) -> Tensor:
@@ -55,15 +56,11 @@ def exact_cost(n: int) -> float:
     return float(ot.emd2(np.full(n, 1 / n), np.full(n, 1 / n), ot.dist(x, y), numItermax=10**7))
 
 
-def bound(weight: float) -> tuple[float, float]:
-    """Cost and MMD^2 of the encoder that a penalty weight gives, on fresh data."""
+def bound(encoder: nn.Module, weight: float) -> tuple[float, float]:
+    """Trains the encoder on, with this penalty weight; its cost and the MMD^2 of its codes, on fresh data."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    encoder = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    guide, penalty = make_guide(encoder), MMD()
-    optim = Adam(
-        {"lr": 3e-3}, scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    )
+    guide, penalty = make_guide(encoder), MMD(Gaussian())
+    optim = Adam({"lr": 3e-3}, scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS))
     svi = SVI(model, guide, optim, loss=WAELoss(penalty, penalty_weight=weight))
     for _ in range(STEPS):
         svi.step(data(BATCH))
@@ -80,7 +77,8 @@ def main() -> None:
     torch.manual_seed(0)
     exact = [exact_cost(JUDGED) for _ in range(5)]
     mean, error = np.mean(exact), np.std(exact, ddof=1) / np.sqrt(len(exact))
-    rows = [(weight, *bound(weight)) for weight in WEIGHTS]
+    encoder = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    rows = [(weight, *bound(encoder, weight)) for weight in WEIGHTS]
     lines = ["| penalty weight | cost | MMD² of the codes | cost / W_c |", "|---:|---:|---:|---:|"]
     lines += [f"| {w:g} | {cost:.3f} | {mmd:.4f} | {cost / mean:.2f} |" for w, cost, mmd in rows]
     lines += [
@@ -89,17 +87,18 @@ def main() -> None:
         "",
         "    python docs/figures/bound.py",
         "",
-        f"W_c by POT's network simplex between {JUDGED} draws of P_X and {JUDGED} of P_G, five times. Encoders: two hidden",
-        f"layers of 64, {STEPS} steps of {BATCH} data, MMD() in closed form; cost and MMD² on 8000 fresh data.",
+        f"W_c by POT's network simplex between {JUDGED} draws of P_X and {JUDGED} of P_G, five times.",
+        f"Encoder: two hidden layers of 64, trained for {STEPS} steps of {BATCH} data with each weight in turn,",
+        "MMD(Gaussian()) in closed form; cost and MMD² on 8000 fresh data.",
     ]
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     figure, axes = new_figure(3.6)
     axes.axhline(mean, color=GREY, linestyle="--")
-    axes.text(WEIGHTS[-1], mean * 1.04, "exact $W_c(P_X, P_G)$", color="#555555", ha="right")
+    axes.text(WEIGHTS[0], mean * 1.04, "exact $W_c(P_X, P_G)$", color="#555555")
     axes.semilogx(WEIGHTS, [cost for _, cost, _ in rows], "o-", color=BLUE, label="cost of the encoder")
     axes.semilogx(WEIGHTS, [mmd for *_, mmd in rows], "s-", color=ORANGE, label="MMD$^2$ of its codes")
-    axes.set(xlabel=r"penalty weight $\lambda$", ylim=(-0.02, mean * 1.35))
+    axes.set(xlabel=r"penalty weight $\lambda$", ylim=(-0.02, 1.25 * max(mean, *(cost for _, cost, _ in rows))))
     axes.legend(loc="center left")
     save(figure, "bound")
 

@@ -92,7 +92,7 @@ def pairs() -> None:
     axes[0].grid(which="minor", color="white", linewidth=1)
     axes[0].tick_params(which="both", length=0)
     axes[0].set_yticklabels(["codes", "prior"], rotation=90, va="center")
-    for (x, y), text in {(4, 1): "+", (10, 7): "+", (8.5, 2.5): "−", (2.5, 8.5): "−"}.items():
+    for (x, y), text in {(4, 1): "$+$", (10, 7): "$+$", (8.5, 2.5): "$-$", (2.5, 8.5): "$-$"}.items():
         axes[0].text(x, y, text, ha="center", va="center", fontsize=26)
     torch.manual_seed(0)
     draws = torch.randn(2, 2000, 50, 2)

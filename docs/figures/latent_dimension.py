@@ -59,7 +59,10 @@ def main() -> None:
     train, _, held_out, *_ = load_digits()
     train, held_out = train.flatten(1), held_out.flatten(1)
     rows = []
-    lines = ["| latent dimension | held-out squared error | classifier test | energy distance of samples |", "|---:|---:|---:|---:|"]
+    lines = [
+        "| latent dimension | held-out squared error | classifier test | energy distance of samples |",
+        "|---:|---:|---:|---:|",
+    ]
     for d in DIMENSIONS:
         rows.append(run(d, train, held_out))
         error, accuracy, distance = rows[-1]
@@ -71,7 +74,8 @@ def main() -> None:
         "",
         "    python docs/figures/latent_dimension.py",
         "",
-        f"The quick start's networks, the default loss, {EPOCHS} epochs, one seed; 2000 held-out digits and as many samples.",
+        f"The quick start's networks, the default loss, {EPOCHS} epochs, one seed; 2000 held-out digits and as many",
+        "samples.",
     ]
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure, axes = new_figure(2.9, ncols=3)
