@@ -1,0 +1,60 @@
+"""A small classifier of digits, by which samples are judged: which digit it reads, and how far its features are."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+class DigitClassifier(nn.Module):
+    """A small classifier of digits, whose last hidden layer is the feature space of the Frechet distance."""
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * 7 * 7, self.num_features), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(self.num_features, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (n, 1, 28, 28) to features (n, 64)."""
+        return self.features(x)
+
+    def learn(self, images: Tensor, labels: Tensor, *, epochs: int = 5, batch_size: int = 100) -> "DigitClassifier":
+        """Trains features and head, then freezes them."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(images)).split(batch_size):
+                optimizer.zero_grad()
+                cross_entropy(self.head(self(images[batch])), labels[batch]).backward()
+                optimizer.step()
+        return self.requires_grad_(False).eval()
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """The probability of each class for each image, shape (n, 10)."""
+        return self.head(self(images)).softmax(1)
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """The share of images whose most probable class is their label."""
+        return (self.probabilities(images).argmax(1) == labels).double().mean().item()
+
+    @torch.no_grad()
+    def frechet_distance(self, images: Tensor, others: Tensor) -> float:
+        """The Frechet distance of two sets of images, ``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` of their features.
+
+        Source: Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs Trained by a Two Time-Scale Update Rule
+        Converge to a Local Nash Equilibrium", 2017, arXiv:1706.08500.
+        """
+        (mean, root), (other_mean, other_root) = (_moments(self(part).double()) for part in (images, others))
+        # tr (C C')^(1/2) is the sum of the singular values of C^(1/2) C'^(1/2).
+        overlap = torch.linalg.matrix_norm(root @ other_root, "nuc")
+        return ((mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * overlap).item()
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, and the symmetric root of the covariance."""
+    values, vectors = torch.linalg.eigh(features.T.cov())
+    return features.mean(0), vectors * values.clamp(min=0).sqrt() @ vectors.T
