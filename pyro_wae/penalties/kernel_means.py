@@ -2,7 +2,7 @@
 
 A radial kernel that is a mixture of Gaussians over their width, k = sum_a w_a exp(-g_a |x - y|^2), has every mean
 against a Normal in closed form, one factor for each dimension. The Gaussian kernel is one such term; the inverse
-multiquadratic is an integral over g, taken here by the trapezoidal rule in log g.
+multiquadratic, Laplace and Matern kernels are integrals over g, taken here by the trapezoidal rule in log g.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributions as dist
 
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, MultiScale, Scaled, Sum
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
 __all__ = ["KernelMean", "LastKernelMean", "NormalMixtureMean", "kernel_mean", "register_kernel_mean"]
 
@@ -269,31 +269,50 @@ def _gaussian_terms(kernel: Kernel, like: Tensor) -> tuple[Tensor, Tensor] | Non
     if isinstance(kernel, Scaled):
         scaled = _gaussian_terms(kernel.kernel, like)
         return None if scaled is None else (kernel.factor * scaled[0], scaled[1])
-    if isinstance(kernel, MultiScale):
-        base = _gaussian_terms(kernel.kernel, like)
-        if base is None:
-            return None
-        factors = like.new_tensor(kernel.factors)
-        if type(kernel.kernel) is InverseMultiquadratic:
-            # The integrals of all scales meet in one grid of rates.
-            y = _grid(like, math.log(min(kernel.factors)), math.log(max(kernel.factors)))
-            t = y.exp() * factors[:, None]
-            return (STEP * t * (-t).exp()).sum(0), y.exp() / kernel.kernel.squared_length_like(like)
-        return base[0].repeat(len(factors)), (base[1] / factors[:, None]).flatten()
-    if isinstance(kernel, Gaussian):
-        return like.new_ones(1), 1 / (2 * kernel.squared_length_like(like)).reshape(1)
-    if isinstance(kernel, InverseMultiquadratic):
-        # C / (C + r^2) = integral of exp(-t) exp(-t r^2 / C) dt. With t = exp(y) the integrand dies off
-        # exponentially to both sides, and the trapezoidal rule converges as fast. Gauss-Laguerre nodes are exact near
-        # the prior but see nothing of codes at 100 times its mean square: their error is 100 percent there.
-        t = _grid(like, 0.0, 0.0).exp()
-        return STEP * t * (-t).exp(), t / kernel.squared_length_like(like)
+    base, factors = (kernel.kernel, kernel.factors) if isinstance(kernel, MultiScale) else (kernel, (1.0,))
+    if isinstance(base, Gaussian):
+        found_rates = 1 / (2 * like.new_tensor(factors) * base.squared_length_like(like))
+        return torch.ones_like(found_rates), found_rates
+    integral = _integral(base)
+    if integral is None:
+        return None
+    # The integrals of all lengths meet in one grid of rates.
+    least, largest = integral.limits
+    least, largest = least - math.log(max(factors)), largest - math.log(min(factors))
+    rates = torch.arange(least, largest, STEP, dtype=like.dtype, device=like.device).exp()
+    weights = STEP * integral.density(rates * like.new_tensor(factors)[:, None]).sum(0)
+    return weights, integral.unit * rates / base.squared_length_like(like)
+
+
+@dataclass(frozen=True)
+class _Integral:
+    """A kernel as the integral of ``density(t) exp(-unit t |x - y|^2 / s^2)`` over log t, for s^2 its squared length.
+
+    To both sides the integrand falls off exponentially, and the trapezoidal rule converges as fast. A kernel of f times
+    the squared length is the same integral of ``density(f t)``.
+
+    Args:
+        density: Maps t of any shape to weights.
+        unit: Of the rates.
+        limits: Logarithms of t between which the integral is taken.
+    """
+
+    density: Callable[[Tensor], Tensor]
+    unit: float
+    limits: tuple[float, float]
+
+
+def _integral(kernel: Kernel) -> _Integral | None:
+    if type(kernel) is InverseMultiquadratic:
+        # C / (C + r^2) = integral of exp(-t) exp(-t r^2 / C) dt. Gauss-Laguerre nodes are exact near the prior but see
+        # nothing of codes at 100 times its mean square: their error is 100 percent there.
+        return _Integral(lambda t: t * (-t).exp(), 1.0, (-22.0, 4.2))
+    if type(kernel) is Laplace or type(kernel) is Matern:
+        # A Matern kernel is the mean of exp(-nu r^2 / (2 w s^2)) over w from a Gamma distribution of shape nu and rate 1;
+        # t is 1 / w. The Laplace kernel is that of nu = 1/2. Small t are for codes far away: exp(-6) for 400 lengths.
+        nu = kernel.nu if isinstance(kernel, Matern) else 0.5
+        return _Integral(lambda t: t**-nu * (-1 / t).exp() / math.gamma(nu), nu / 2, (-6.0, 14.5 / nu))
     return None
-
-
-def _grid(like: Tensor, least: float, largest: float) -> Tensor:
-    """Values y for an integral over t = f exp(y), for factors whose logarithms lie between two values."""
-    return torch.arange(-22.0 - largest, 4.2 - least, STEP, dtype=like.dtype, device=like.device)
 
 
 def _normal_mixture_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
@@ -317,6 +336,6 @@ def _normal_mixture_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
     return NormalMixtureMean(*terms, weights, locs, scales.square())
 
 
-for _kernel_type in (Gaussian, InverseMultiquadratic, MultiScale, Sum, Scaled):
+for _kernel_type in (Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, Sum, Scaled):
     for _prior_type in (dist.Normal, dist.MixtureSameFamily):
         register_kernel_mean(_kernel_type, _prior_type)(_normal_mixture_mean)
