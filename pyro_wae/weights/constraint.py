@@ -15,8 +15,17 @@ from pyro_wae.weights.features import RandomFeatures, trace_of_squared_covarianc
 
 __all__ = ["Constraint"]
 
-FREQUENCIES = 192
+FREQUENCIES = 256
 FIRST_SHARE, LEAST_COST, LARGEST_RISE = 0.1, 1e-6, 300.0
+WARM_UP, MEMORY = 200, 0.01
+"""Steps before the first rise is judged, and the share of a step in the running mean of the discrepancy."""
+
+NEAR = 1.5
+"""The discrepancy, in slacks, up to which the constraint counts as met."""
+
+RISE, NEEDED = 2.0, 0.8
+"""A rise of the weight by this factor must lower the discrepancy to this share of it."""
+
 CHECK_EVERY = 100
 LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
 """Prior draws of a step from which the null's variance is estimated, and the step's share in its running mean."""
@@ -28,7 +37,11 @@ class Constraint(SteppedWeight):
     It is the Lagrange multiplier of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum mean
     discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
     estimate between two sets of ``codes`` prior draws. While D is larger, log lambda rises; while it is smaller,
-    log lambda falls.
+    log lambda falls. The kernel has long lengths and short ones, which detect gaps between codes.
+
+    Where a larger weight no longer lowers D, the slack is out of reach of these nets, this penalty or this training,
+    and a larger weight would only raise the cost. Each time that lambda has doubled, D must have fallen by a fifth;
+    otherwise lambda returns to where it was, and rises no more. :attr:`outcome` says which of the two has happened.
 
     D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. So it does not see what
     a layer such as BatchNorm lets the codes of one batch arrange among themselves, and is unbiased for the
@@ -49,6 +62,7 @@ class Constraint(SteppedWeight):
         weight: lambda, a scalar tensor.
         discrepancy: The last D over its slack, a scalar tensor: near 1 where the constraint holds. NaN before the
             second step.
+        smoothed: Its running mean over about a hundred steps, a scalar tensor.
 
     Raises:
         TypeError: If a weight is no number.
@@ -71,6 +85,9 @@ class Constraint(SteppedWeight):
     differences: Tensor
     trace: Tensor
     largest: Tensor
+    smoothed: Tensor
+    earlier: Tensor
+    plateau: Tensor
 
     def __init__(
         self,
@@ -109,6 +126,23 @@ class Constraint(SteppedWeight):
         self.register_buffer("frequencies", torch.empty(0))
         self.register_buffer("differences", torch.empty(0))
         self.register_buffer("trace", torch.zeros(()))
+        self.register_buffer("smoothed", torch.tensor(math.nan))
+        self.register_buffer("earlier", torch.tensor([math.nan, math.nan]))  # a weight, and the discrepancy then
+        self.register_buffer("plateau", torch.tensor(False))
+
+    @property
+    def outcome(self) -> str:
+        """What has happened up to the last step; reading it waits for the device.
+
+        ``"matched"``: the discrepancy is within its slack or near it. ``"plateau"``: it is above, and a larger weight did
+        not lower it. ``"maximum"``: it is above, and the weight is the largest allowed. ``"rising"``: it is above, and
+        the weight still rises.
+        """
+        if bool(self.smoothed <= NEAR):
+            return "matched"
+        if bool(self.plateau):
+            return "plateau"
+        return "maximum" if bool(self.weight >= self.largest) else "rising"
 
     def forward(self, cost: Tensor | None = None) -> Tensor:
         if cost is None:
@@ -148,6 +182,8 @@ class Constraint(SteppedWeight):
         self.weight = self.forward(cost).to(self.frequencies)
         self.largest = torch.where(self.largest.isnan(), LARGEST_RISE * self.weight, self.largest.to(self.weight))
         self.trace = self.trace.to(self.frequencies)
+        self.earlier = torch.stack([self.weight, torch.full_like(self.weight, math.inf)])
+        self.smoothed, self.plateau = self.smoothed.to(self.weight), self.plateau.to(self.weight.device)
 
     def _ascend(self) -> None:
         steps = min(self.step, self.pool)
@@ -160,7 +196,8 @@ class Constraint(SteppedWeight):
         self.discrepancy = across / (steps * (steps - 1)) / slack
         change = (self.rate * (self.discrepancy - 1).clamp(-1, 1)).exp()
         self.weight = torch.minimum(self.weight * change, self.largest)
-        if self.step % CHECK_EVERY == 0 and not self._has_warned and bool(self.weight >= self.largest):
+        self._look_for_plateau()
+        if self.step % CHECK_EVERY == 0 and not self._has_warned and bool((self.weight >= self.largest) & ~self.plateau):
             self._has_warned = True
             warnings.warn(
                 f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
@@ -170,6 +207,22 @@ class Constraint(SteppedWeight):
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _look_for_plateau(self) -> None:
+        """Judges each doubling of the weight; in tensors, because nothing here waits for the device."""
+        share = max(1 / (self.step - 1), MEMORY)
+        self.smoothed = torch.lerp(self.smoothed.nan_to_num(), self.discrepancy, share)
+        if self.step <= WARM_UP:
+            self.earlier = torch.stack([self.weight, self.smoothed])
+            return
+        weight, discrepancy = self.earlier
+        has_risen = self.weight >= RISE * weight
+        is_useless = has_risen & (self.smoothed > NEEDED * discrepancy) & (self.smoothed > NEAR)
+        self.plateau = self.plateau | is_useless
+        self.largest = torch.where(is_useless, weight, self.largest)
+        self.weight = torch.minimum(self.weight, self.largest)
+        now = torch.stack([self.weight, self.smoothed])
+        self.earlier = torch.where(has_risen & ~is_useless, now, self.earlier)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self._buffers:

@@ -10,13 +10,23 @@ from torch import Tensor
 __all__ = ["RandomFeatures", "trace_of_squared_covariance"]
 
 FACTORS = (0.2, 1.0, 5.0)
+"""Squared lengths of the inverse multiquadratic kernels, in the mean squared distance of prior draws."""
+
+LENGTHS = (0.05, 0.15, 0.5)
+"""Lengths of the Laplace kernels, in the root of half that distance."""
+
+LEAST_SQUARE = 1e-4
+"""Bounds the frequencies: phases of float32 have few digits beyond."""
 
 
 class RandomFeatures:
-    """Features phi with ``phi(x) . phi(y)`` near the mean of three inverse multiquadratic kernels, and 1 for x = y.
+    """Features phi with ``phi(x) . phi(y)`` near the mean of six kernels, and 1 for x = y.
 
-    The kernel C / (C + |x - y|^2) is a mixture of Gaussians, so that its frequencies are Normal with a variance
-    drawn from an exponential distribution. C is the mean squared distance of prior draws times 0.2, 1 and 5.
+    Three are inverse multiquadratic, C / (C + |x - y|^2) with C the mean squared distance of prior draws times 0.2, 1 and
+    5, and detect that codes lie elsewhere. Three are Laplace kernels, exp(-|x - y| / s) with s^2 half that distance times
+    the squares of 0.05, 0.15 and 0.5, and detect gaps between codes. Each is a mixture of Gaussians over their rate g, so
+    its frequencies are Normal with the random variance 2 g: g C is exponential, and 1 / (4 g s^2) has a Gamma
+    distribution of shape 1/2.
 
     Args:
         widths: Shape (F,): the standard deviation of each frequency's components.
@@ -39,11 +49,13 @@ class RandomFeatures:
             seed: Of the generator.
         """
         generator = torch.Generator().manual_seed(seed)
-        precision = torch.empty(count).exponential_(generator=generator)
-        factors = torch.tensor(FACTORS).repeat(math.ceil(count / len(FACTORS)))[:count]
-        # Draws that coincide have no spread; any length then tells codes that are elsewhere.
+        coarse = torch.empty(count - count // 2).exponential_(generator=generator) / _cycled(FACTORS, count - count // 2)
+        # The square of a standard Normal is twice such a Gamma variable; s^2 is half of the unit.
+        square = torch.randn(count // 2, generator=generator).square().clamp(min=LEAST_SQUARE)
+        fine = 1 / (square * _cycled(LENGTHS, count // 2).square())
+        # Draws that coincide have no spread; any length then detects codes that are elsewhere.
         mean_square = (2 * prior.float().var(0).sum()).clamp(min=torch.finfo(torch.float32).tiny)
-        widths = (2 * precision / factors).sqrt().to(prior.device) / mean_square.sqrt()
+        widths = (2 * torch.cat([coarse, fine])).sqrt().to(prior.device) / mean_square.sqrt()
         return cls(widths, widths.new_empty(0, count)).extend(prior.shape[1], seed)
 
     def extend(self, size: int, seed: int) -> RandomFeatures:
@@ -61,6 +73,10 @@ class RandomFeatures:
         """Maps rows (n, d) to features (n, 2 F) in float32, where d may be smaller than that of the frequencies."""
         phases = x.float() @ self.frequencies[: x.shape[1]]
         return torch.cat([phases.cos(), phases.sin()], 1) / math.sqrt(self.frequencies.shape[1])
+
+
+def _cycled(values: tuple[float, ...], count: int) -> Tensor:
+    return torch.tensor(values).repeat(math.ceil(count / len(values)))[:count]
 
 
 def trace_of_squared_covariance(features: Tensor) -> Tensor:
