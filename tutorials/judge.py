@@ -43,15 +43,20 @@ class DigitClassifier(nn.Module):
 
     @torch.no_grad()
     def frechet_distance(self, images: Tensor, others: Tensor) -> float:
-        """The Frechet distance of two sets of images, ``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` of their features.
+        """The Frechet distance of the features of two sets of images."""
+        return frechet_distance(self(images), self(others))
 
-        Source: Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs Trained by a Two Time-Scale Update Rule
-        Converge to a Local Nash Equilibrium", 2017, arXiv:1706.08500.
-        """
-        (mean, root), (other_mean, other_root) = (_moments(self(part).double()) for part in (images, others))
-        # tr (C C')^(1/2) is the sum of the singular values of C^(1/2) C'^(1/2).
-        overlap = torch.linalg.matrix_norm(root @ other_root, "nuc")
-        return ((mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * overlap).item()
+
+def frechet_distance(features: Tensor, others: Tensor) -> float:
+    """The Frechet distance of two sets of rows, ``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` of means and covariances.
+
+    Source: Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs Trained by a Two Time-Scale Update Rule
+    Converge to a Local Nash Equilibrium", 2017, arXiv:1706.08500.
+    """
+    (mean, root), (other_mean, other_root) = (_moments(rows.double()) for rows in (features, others))
+    # tr (C C')^(1/2) is the sum of the singular values of C^(1/2) C'^(1/2).
+    overlap = torch.linalg.matrix_norm(root @ other_root, "nuc")
+    return ((mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * overlap).item()
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
