@@ -140,12 +140,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Measures on digits that were not trained on.
 
-    The cost and the Frechet distances are of the test digits. The match of codes and prior is judged on held-out digits
-    of the training set: MNIST's test set is of other writers, whose codes differ for that reason alone.
+    The cost is that of test digits. How well codes match the prior, and samples the digits, is judged on held-out digits of
+    the training set: MNIST's test set is of other writers, and differs from the training set for that reason alone.
     """
     outputs, codes = wae.decoder(wae.encoder(images)), wae.encoder(heldout)
     prior = wae.prior()
-    draws = prior.sample((5 * len(images),))
+    draws = prior.sample((10 * TESTED,))
     mmd = MMD(closed_form=False)
     # The sampling noise of the estimate is its deviation between two sets of prior draws, which do match.
     null = torch.stack([mmd(prior.sample((len(codes),)), prior.sample((len(codes),))) for _ in range(20)])
@@ -156,8 +156,8 @@ def evaluate(
         "heldout_mmd2": mmd(codes, prior.sample((len(codes),))).item(),
         "null_mmd2_std": null.std().item(),
         "heldout_p_value": two_sample_test(tested, prior).p_value,
-        "reconstructions_frechet": classifier.frechet_distance(outputs, images),
-        "samples_frechet": classifier.frechet_distance(wae.decoder(draws), images),
+        "reconstructions_frechet": classifier.frechet_distance(wae.decoder(codes), heldout),
+        "samples_frechet": classifier.frechet_distance(wae.decoder(draws), heldout),
         "samples_read": sure.double().mean().item(),
     }
 
@@ -217,8 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     cost of a test digit (squared error)              {reached["test_cost"]:8.2f}
     MMD^2 of held-out codes and prior                 {reached["heldout_mmd2"]:+8.4f}   p = {reached["heldout_p_value"]:.2f}
     ... of prior draws and prior                      {0:+8.4f} +- {reached["null_mmd2_std"]:.4f}
-    Frechet distance of reconstructions, test digits  {reached["reconstructions_frechet"]:8.1f}
-    Frechet distance of samples, test digits          {reached["samples_frechet"]:8.1f}
+    Frechet distance of held-out reconstructions      {reached["reconstructions_frechet"]:8.1f}
+    Frechet distance of samples                       {reached["samples_frechet"]:8.1f}
     samples that a classifier reads at > 90 %         {100 * reached["samples_read"]:8.0f} of 100
     penalty weight of the last epoch                  {history["weight"][-1]:8.0f}
     seconds of training                               {seconds:8.0f}
