@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo pictures report notebooks test test-slow bench bench-penalties zoo lint types docs wheel clean
+# What the core tests leave out: benchmarks, documents, notebooks and packages, and what starts processes or trains nets.
+APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging quickstart report scale zoo
+CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
+
+.PHONY: demo pictures report notebooks test test-core test-float64 test-device test-oldest test-slow
+.PHONY: bench bench-compare bench-penalties zoo lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
@@ -27,6 +32,21 @@ notebooks: $(VENV)/.notebooks
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
+# The tests of what `pip install .` brings, in a minute and with few packages beside it; what needs others is skipped.
+test-core: $(if $(INSTALLED),,$(VENV)/.test-core)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+
+# The core tests where torch makes float64 by default, and where what the package makes without naming a device is lost.
+test-float64: $(VENV)/.test-core
+	PYRO_WAE_TEST_DTYPE=float64 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+
+test-device: $(VENV)/.test-core
+	PYRO_WAE_TEST_DEVICE=meta OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+
+# The core tests with the oldest versions that pyproject.toml promises, in an environment of their own.
+test-oldest:
+	tools/oldest.sh
+
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
@@ -42,13 +62,20 @@ bench: $(VENV)/.bench
 	$(RUN) benchmarks/large_batches.py $(ARGS)
 	$(RUN) benchmarks/goals.py $(if $(ARGS),--results results/benchmarks)
 
+# What `make bench` has found slower than the numbers that are committed; ARGS=REVISION, a folder or a file takes others.
+bench-compare: $(VENV)/.bench
+	$(RUN) benchmarks/compare.py $(ARGS)
+
 # Trains with each prior of docs/zoo.md, and writes its table and picture anew; ARGS=--smoke leaves both alone.
 zoo: $(VENV)/.tutorials
 	$(RUN) benchmarks/zoo.py $(ARGS)
 
-lint: $(VENV)/.dev
+lint: spell
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+spell: $(VENV)/.dev
+	$(RUN) -m codespell_lib .
 
 types: $(VENV)/.dev
 	$(RUN) -m mypy

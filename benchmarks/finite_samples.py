@@ -7,16 +7,13 @@ penalty, of Sinkhorn's blur, of pooled particles and of ``projected_gaussian`` c
 """
 
 import argparse
-import json
 import math
-import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mpmath
 import torch
+from harness import Benchmark, Report, made_by, table_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -153,20 +150,11 @@ def kummer_row(d: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def summary(report: dict[str, Any]) -> str:
+def page(report: Report) -> str:
     """The tables, what is in them, and the command."""
-    options, tables = report["options"], {name: table(rows) for name, rows in report["tables"].items()}
-    return f"""Made by
-
-    {report["command"]}
-
-with torch {report["torch"]}. Prior N(0, I), on the sphere the uniform law; n codes and n draws; means of
+    options, tables = report["options"], {name: table_of(rows) for name, rows in report["tables"].items()}
+    return f"""{made_by(report)}
+Prior N(0, I), on the sphere the uniform law; n codes and n draws; means of
 {options["batches"]} batches, or of {options["large_batches"]} at n = {options["large"]}.
 
 {tables["transport"]}
@@ -192,46 +180,24 @@ absolute error of (1 + 4 s / (2 d - 3))^(-1/2), the paper's approximation.
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--batches", type=int, default=40)
-    parser.add_argument("--large", type=int, default=1000, help="codes in a large batch")
-    parser.add_argument("--large-batches", type=int, default=10)
-    parser.add_argument("--blurs", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="in spreads")
-    parser.add_argument("--points", type=int, default=200, help="values of s")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.batches, args.large, args.large_batches, args.blurs, args.points = 1, 200, 1, [0.5], 10
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    return args
+BENCH = Benchmark(__file__, page, smoke={"batches": 1, "large": 200, "large_batches": 1, "blurs": [0.5], "points": 10})
+BENCH.option("--batches", type=int, default=40)
+BENCH.option("--large", type=int, default=1000, help="codes in a large batch")
+BENCH.option("--large-batches", type=int, default=10)
+BENCH.option("--blurs", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="in spreads")
+BENCH.option("--points", type=int, default=200, help="values of s")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
-    args = parse_args(argv)
-    torch.set_num_threads(1)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/finite_samples.py", *(sys.argv[1:] if argv is None else argv)]),
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "tables": {
-            "transport": [transport_row(make, d, args) for make in TRANSPORT for d in DIMENSIONS],
-            "blur": [blur_row(fraction, d, args) for d in DIMENSIONS for fraction in args.blurs],
-            "particles": particle_rows(args),
-            "kummer": [kummer_row(d, args) for d in (2, 8, 64, 4096)],
-        },
+    args = BENCH.start(argv)
+    tables = {
+        "transport": [transport_row(make, d, args) for make in TRANSPORT for d in DIMENSIONS],
+        "blur": [blur_row(fraction, d, args) for d in DIMENSIONS for fraction in args.blurs],
+        "particles": particle_rows(args),
+        "kummer": [kummer_row(d, args) for d in (2, 8, 64, 4096)],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "finite_samples.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "finite_samples.md").write_text(summary(report))
-    print(summary(report))
+    BENCH.finish(BENCH.report(args, tables=tables))
 
 
 if __name__ == "__main__":

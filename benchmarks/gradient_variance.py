@@ -8,22 +8,17 @@ variance given the codes, and the total variance, with fresh codes, of the gradi
 """
 
 import argparse
-import json
 import math
-import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from harness import Benchmark, Report, made_by, progress, table
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel
 from pyro_wae.penalties import MMD, PenaltyContext
@@ -63,7 +58,7 @@ def measure(name: str, zdim: int, args: argparse.Namespace) -> list[dict[str, An
     total: dict[str, list[Tensor]] = {key: [] for key in functions}
     seconds: dict[str, list[float]] = {key: [] for key in functions}
     fixed = (SHIFT + SCALE * torch.randn(args.codes, zdim)).requires_grad_()
-    for _ in tqdm(range(args.repeats), desc=f"{name}, d = {zdim}", leave=False, mininterval=2):
+    for _ in progress(range(args.repeats), f"{name}, d = {zdim}"):
         mean = torch.full((zdim,), SHIFT, requires_grad=True)
         fresh = mean + SCALE * torch.randn(args.codes, zdim)
         prior = torch.randn(max(args.prior_draws) * args.codes, zdim)
@@ -91,27 +86,21 @@ def measure(name: str, zdim: int, args: argparse.Namespace) -> list[dict[str, An
     ]
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The table as Markdown, and under it how it came about."""
-    lines = [
-        "| kernel | d | closed_form | given the codes | total | total, over closed form's | ms |",
-        "|---|---:|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['kernel']} | {row['d']} | {row['closed_form']} | {row['given_codes']:.3f} | {row['total']:.3f} "
-        f"| {row['total_over_exact']:.2f} | {1000 * row['seconds']:.1f} |"
+def page(report: Report) -> str:
+    """The table, and how it came about."""
+    header = ["kernel", "d", "closed_form", "given the codes", "total", "total, over closed form's", "ms"]
+    rows = [
+        [
+            row["kernel"], row["d"], row["closed_form"], f"{row['given_codes']:.3f}", f"{row['total']:.3f}",
+            f"{row['total_over_exact']:.2f}", f"{1000 * row['seconds']:.1f}",
+        ]
         for row in report["results"]
-    ]
+    ]  # fmt: skip
     options = report["options"]
-    return (
-        "\n".join(lines)
-        + f"""
+    return f"""{table(header, rows)}
 
-Made by
-
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}. {options["codes"]} codes of {SHIFT} + {SCALE} N(0, I),
+{made_by(report)}
+{options["codes"]} codes of {SHIFT} + {SCALE} N(0, I),
 prior N(0, I), kernels of the default length, {options["repeats"]} repeats.
 
 - *given the codes*: variance of the gradient by the codes, over prior draws, for one set of codes; summed over all
@@ -120,45 +109,20 @@ prior N(0, I), kernels of the default length, {options["repeats"]} repeats.
   mean + {SCALE} N(0, I); summed and divided by the squared norm of its expectation.
 - *ms*: median wall time of a value and its gradient by the codes.
 """
-    )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--codes", type=int, default=100, help="in a batch")
-    parser.add_argument("--zdim", type=int, nargs="+", default=[8, 64], help="numbers in a code")
-    parser.add_argument("--prior-draws", type=int, nargs="+", default=[1, 4, 16], help="for each code")
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.repeats, args.prior_draws = 10, [1, 4]
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    return args
+BENCH = Benchmark(__file__, page, smoke={"repeats": 10, "prior_draws": [1, 4]})
+BENCH.option("--codes", type=int, default=100, help="in a batch")
+BENCH.option("--zdim", type=int, nargs="+", default=[8, 64], help="numbers in a code")
+BENCH.option("--prior-draws", type=int, nargs="+", default=[1, 4, 16], help="for each code")
+BENCH.option("--repeats", type=int, default=200)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/gradient_variance.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": f"{os.cpu_count()} CPU cores, of which {args.threads} used",
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "results": [row for zdim in args.zdim for name in KERNELS for row in measure(name, zdim, args)],
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gradient_variance.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "gradient_variance.md").write_text(summary(report))
-    print(summary(report))
+    args = BENCH.start(argv)
+    results = [row for zdim in args.zdim for name in KERNELS for row in measure(name, zdim, args)]
+    BENCH.finish(BENCH.report(args, results=results))
 
 
 if __name__ == "__main__":

@@ -11,30 +11,20 @@ turns with them: a product of matrices and a division for each pair. Where there
 import argparse
 import json
 import math
-import shlex
 import statistics
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import pyro.distributions as dist
 import torch
-from devices import add_options, describe, in_bfloat16, peak_mebibytes, present, seconds
-from pictures import save
-from pyro.contrib.gp import kernels as pyro_kernels
+from harness import Benchmark, Report, in_turns, made_by, peak_mebibytes, table
 from torch import Tensor
+from ways import PICTURE, WAYS, Loss
 
-from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.kernels.radial import AUTHORS_FACTORS
-from pyro_wae.penalties import MMD, EnergyDistance, PenaltyContext, Sinkhorn, SlicedWasserstein
 from pyro_wae.plotting import PALETTE, styled_figure
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 NOISE = 1e-3
 """How far codes are from the draws that they are compared with where digits are hardest to keep."""
@@ -44,195 +34,6 @@ ONCE = 2.0
 
 LEAST_SECONDS = 0.3
 """Passes are repeated for as long at least."""
-
-
-def authors_kernel(d: int) -> InverseMultiquadratic:
-    """Seven scales around C = 2 d, that of the prior N(0, I)."""
-    return InverseMultiquadratic.multiscale(scale=2.0 * d)
-
-
-def compiled(penalty: MMD) -> MMD:
-    """The penalty with a compiled kernel."""
-    penalty.kernel.compile()
-    return penalty
-
-
-def closed_form(penalty: MMD, d: int) -> Loss:
-    """The penalty with the prior's means in closed form."""
-    prior = dist.Normal(torch.zeros(d), 1.0).to_event(1)
-
-    def run(q: Tensor, p: Tensor) -> Tensor:
-        own = prior if q.device.type == "cpu" else dist.Normal(q.new_zeros(d), 1.0).to_event(1)
-        return penalty(q, p, PenaltyContext(prior=lambda: own))
-
-    return run
-
-
-def in_cuda_graph(loss: Loss) -> Loss:
-    """The loss with its gradient, captured once for each shape and replayed; it runs as usual before."""
-    captured: dict[torch.Size, Loss] = {}
-
-    def run(q: Tensor, p: Tensor) -> Tensor:
-        if q.shape not in captured:
-            examples = (q.detach().clone().requires_grad_(), p.clone())
-            loss(*examples).backward()
-            captured[q.shape] = torch.cuda.make_graphed_callables(lambda x, y: loss(x, y), examples)
-        return captured[q.shape](q, p)
-
-    return run
-
-
-def of_squares(squares: Tensor, d: int) -> Tensor:
-    """The seven kernels of squared distances, one after the other."""
-    return sum(2 * d * c / (2 * d * c + squares) for c in AUTHORS_FACTORS)
-
-
-def by_product(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances by one product of matrices."""
-    return x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT
-
-
-def unbiased(qq: Tensor, pp: Tensor, qp: Tensor) -> Tensor:
-    """The U-statistic of three matrices of a kernel."""
-    n, m = qp.shape
-    within = (qq.sum() - qq.diagonal().sum()) / (n * (n - 1)) + (pp.sum() - pp.diagonal().sum()) / (m * (m - 1))
-    return within - 2 * qp.mean()
-
-
-def direct_differences(q: Tensor, p: Tensor) -> Tensor:
-    """Squared distances by all differences, an (n, m, d) tensor for each pair of sets."""
-    return unbiased(*(of_squares((x[:, None] - y).square().sum(2), q.shape[1]) for x, y in ((q, q), (p, p), (q, p))))
-
-
-def stacked(q: Tensor, p: Tensor) -> Tensor:
-    """One matrix of codes and prior draws together."""
-    n, both = len(q), torch.cat([q, p])
-    gram = of_squares(by_product(both, both), q.shape[1])
-    return unbiased(gram[:n, :n], gram[n:, n:], gram[:n, n:])
-
-
-def authors(q: Tensor, p: Tensor) -> Tensor:
-    """The formula of the authors' code: three matrices of distances, and for each scale a sum without the diagonal."""
-    (n, d), off = q.shape, 1 - torch.eye(len(q), device=q.device)
-    qq, pp, qp = by_product(q, q), by_product(p, p), by_product(q, p)
-    total = q.new_zeros(())
-    for c in AUTHORS_FACTORS:
-        scale = 2 * d * c
-        within = (off * (scale / (scale + qq) + scale / (scale + pp))).sum() / (n * (n - 1))
-        total = total + within - 2 * (scale / (scale + qp)).sum() / n**2
-    return total
-
-
-def trace_mmd(d: int) -> Loss:
-    """The formula of pyro.infer.Trace_MMD, a biased estimate, with seven of Pyro's kernels."""
-    kernel = None
-    for c in AUTHORS_FACTORS:
-        length = torch.tensor(math.sqrt(d * c))
-        part = pyro_kernels.RationalQuadratic(d, lengthscale=length, scale_mixture=torch.tensor(1.0))
-        kernel = part if kernel is None else pyro_kernels.Sum(kernel, part)
-
-    def run(q: Tensor, p: Tensor) -> Tensor:
-        own = kernel.to(q.device)
-        return own(q).mean() + own(p).mean() - 2 * own(q, p).mean()
-
-    return run
-
-
-def pythae(d: int) -> Loss:
-    """The penalty of pythae's WAE_MMD, whose kernel has the authors' seven scales by default."""
-    from pythae.models import WAE_MMD, WAE_MMD_Config
-
-    model = WAE_MMD(WAE_MMD_Config(input_dim=(1,), latent_dim=d))
-
-    def run(q: Tensor, p: Tensor) -> Tensor:
-        nothing = q.new_zeros(len(q), 1)
-        return model.loss_function(nothing, nothing, q, p)[2]
-
-    return run
-
-
-def geomloss(name: str, **options: Any) -> Loss:
-    """A kernel norm of geomloss, half the square of the biased distance, made twice as large."""
-    from geomloss import SamplesLoss
-
-    loss = SamplesLoss(name, backend="tensorized", **options)
-    return lambda q, p: 2 * loss(q, p)
-
-
-def pot_sliced(d: int) -> Loss:
-    """POT's sliced Wasserstein distance, squared."""
-    from ot import sliced_wasserstein_distance
-
-    return lambda q, p: sliced_wasserstein_distance(q, p, n_projections=50) ** 2
-
-
-def pot_sinkhorn(d: int) -> Loss:
-    """POT's transport smoothed by an entropy, less half of that of each set with itself."""
-    from ot import solve_sample
-
-    def transport(x: Tensor, y: Tensor) -> Tensor:
-        # "envelope": the gradient is that of the plan held fixed, and no iteration is kept. In float32 the default
-        # tolerance of 1e-9 is never reached.
-        return solve_sample(x, y, reg=2 * blur(d) ** 2, tol=1e-5, grad="envelope").value
-
-    return lambda q, p: transport(q, p) - transport(q, q) / 2 - transport(p, p) / 2
-
-
-def blur(d: int) -> float:
-    """Half the root mean squared distance of draws from N(0, I), the default of Sinkhorn."""
-    return math.sqrt(d / 2)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to compute a quantity.
-
-    Args:
-        quantity: What is computed; the same in all ways of one name.
-        make: Gives the loss for codes of d numbers.
-        keeps_digits: Whether its errors are measured: those of the unbiased estimate with prior draws.
-        is_for: The devices that it runs on.
-    """
-
-    quantity: str
-    make: Callable[[int], Loss]
-    keeps_digits: bool = False
-    is_for: tuple[str, ...] = ("cpu", "cuda")
-
-
-IMQ, BIASED_IMQ = "MMD, 7 inverse multiquadratic kernels", "MMD, 7 inverse multiquadratic kernels, biased"
-GAUSSIAN, ENERGY = "MMD, Gaussian kernel, biased", "energy distance, biased"
-SLICED, SINKHORN = "sliced Wasserstein, 50 projections", "Sinkhorn divergence"
-CUDA = ("cuda",)
-
-WAYS: dict[str, Way] = {
-    "MMD()": Way(IMQ, lambda d: MMD(authors_kernel(d)), True),
-    "MMD(), compiled": Way(IMQ, lambda d: compiled(MMD(authors_kernel(d))), True),
-    "MMD(), closed form": Way(IMQ, lambda d: closed_form(MMD(authors_kernel(d)), d)),
-    "MMD(), closed form, compiled": Way(IMQ, lambda d: closed_form(compiled(MMD(authors_kernel(d))), d)),
-    "MMD(), CUDA graph": Way(IMQ, lambda d: in_cuda_graph(MMD(authors_kernel(d))), True, CUDA),
-    "MMD(), bf16 autocast": Way(IMQ, lambda d: in_bfloat16(MMD(authors_kernel(d))), True, CUDA),
-    "authors' formula": Way(IMQ, lambda d: authors, True),
-    "authors' formula, CUDA graph": Way(IMQ, lambda d: in_cuda_graph(authors), True, CUDA),
-    "authors' formula, bf16 autocast": Way(IMQ, lambda d: in_bfloat16(authors), True, CUDA),
-    "one matrix of both": Way(IMQ, lambda d: stacked, True),
-    "direct differences": Way(IMQ, lambda d: direct_differences, True),
-    "pythae": Way(IMQ, pythae, True),
-    "Trace_MMD's formula": Way(BIASED_IMQ, trace_mmd),
-    "MMD(Gaussian())": Way(GAUSSIAN, lambda d: MMD(Gaussian(math.sqrt(d)), unbiased=False)),
-    "geomloss, Gaussian": Way(GAUSSIAN, lambda d: geomloss("gaussian", blur=math.sqrt(d))),
-    "EnergyDistance()": Way(ENERGY, lambda d: EnergyDistance(unbiased=False)),
-    "geomloss, energy": Way(ENERGY, lambda d: geomloss("energy")),
-    "SlicedWasserstein()": Way(SLICED, lambda d: SlicedWasserstein()),
-    "POT, sliced": Way(SLICED, pot_sliced),
-    "Sinkhorn(), by geomloss": Way(SINKHORN, lambda d: Sinkhorn(blur=blur(d))),
-    "POT, Sinkhorn": Way(SINKHORN, pot_sinkhorn),
-}
-PICTURE = (
-    "MMD()", "MMD(), compiled", "MMD(), closed form",
-    "authors' formula", "Trace_MMD's formula", "pythae", "geomloss, Gaussian",
-)  # fmt: skip
-"""The ways that are drawn, in as many colours; ours as whole lines."""
 
 
 def gradient(loss: Loss, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,17 +88,14 @@ def measure(name: str, n: int, d: int, device: str, args: argparse.Namespace, lo
         "fresh unit": lambda: 1 / (q[:some] @ p.mT),
     }
     runs["unit"]()
-    times: dict[str, list[float]] = {key: [] for key in runs}
-    if first > ONCE:
-        times["seconds"].append(first)
-        del runs["seconds"]
-    spent = 0.0
-    while len(times["unit"]) < args.repeats or spent < LEAST_SECONDS:
-        for key, run in runs.items():
-            taken = seconds(run, device, time.process_time)
-            times[key].append(taken if key == "seconds" else taken * n / some)
-            spent += taken
-    middle = {key: statistics.median(values) for key, values in times.items()}
+    once = {"seconds": [first]} if first > ONCE else {}
+    runs = {key: run for key, run in runs.items() if key not in once}
+
+    def enough(rounds: int, spent: float) -> bool:
+        return rounds >= args.repeats and spent >= LEAST_SECONDS
+
+    times = once | in_turns(runs, device, time.process_time, enough)
+    middle = {key: statistics.median(t) * (1 if key == "seconds" else n / some) for key, t in times.items()}
     return {
         "way": name, "device": device, "n": n, "d": d, **middle, "passes": len(times["seconds"]),
         "units": middle["seconds"] / middle["unit"],
@@ -382,12 +180,6 @@ def growth(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def number(value: float | None, factor: float = 1.0) -> str:
     """Two or three digits, without an exponent."""
     if value is None:
@@ -410,7 +202,12 @@ def cost_table(results: list[dict[str, Any]], key: str, factor: float) -> str:
     return table(["n =", *(str(n) for n in sizes)], rows)
 
 
-def summary(report: dict[str, Any]) -> str:
+def named(row: dict[str, Any]) -> str:
+    """The way of a row, and where it ran if not on the CPU."""
+    return row["way"] if row["device"] == "cpu" else f"{row['way']} (CUDA)"
+
+
+def page(report: Report) -> str:
     """The tables, what is in them, and the command."""
     results, options, parts = report["results"], report["options"], []
     for device in report["devices"]:
@@ -421,7 +218,7 @@ def summary(report: dict[str, Any]) -> str:
                 parts.append(f"**{where}: {title}**\n\n{cost_table(some, key, factor)}")
     grown = [
         [
-            r["way"] if r["device"] == "cpu" else f"{r['way']} (CUDA)", str(r["d"]), f"{r['time']:.2f}",
+            named(r), r["d"], f"{r['time']:.2f}",
             "-" if r["memory"] is None else f"{r['memory']:.2f}",
             number(r["seconds per code"], 1e6), number(r["seconds per pair"], 1e9),
         ]
@@ -429,14 +226,14 @@ def summary(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     digits = [
         [
-            r["way"] if r["device"] == "cpu" else f"{r['way']} (CUDA)",
-            str(r["d"]),
+            named(r), r["d"],
             *(f"{r[f'{case} {what}']:.0e}" for case in ("near", "noise") for what in ("value", "gradient")),
         ]
         for r in results
         if "near value" in r and r["n"] == max(s["n"] for s in results if "near value" in s)
-    ]
+    ]  # fmt: skip
     skipped = "".join(f"- {line}\n" for line in sorted({reason(r) for r in report["skipped"]}))
+    left_out = f"Left out, from the n named on:\n\n{skipped}" if skipped else ""
     tables = "\n\n".join(parts)
     return f"""{tables}
 
@@ -460,12 +257,9 @@ def summary(report: dict[str, Any]) -> str:
 
 {table(["way", "d", "near: value", "gradient", "noise: value", "gradient"], digits)}
 
-Made by
-
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}; as many prior draws as codes, a forward and a backward pass, a
-process for each row.{f" Left out, from the n named on:{chr(10)}{chr(10)}{skipped}" if skipped else chr(10)}"""
+{made_by(report)}
+As many prior draws as codes, a forward and a backward pass, a process for each row.
+{left_out}"""
 
 
 def reason(skipped: dict[str, Any]) -> str:
@@ -504,43 +298,9 @@ def draw(results: list[dict[str, Any]], d: int) -> Any:
     return figure
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[512, 2048, 8192, 16384, 65536], help="numbers of codes"
-    )
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[8, 64], help="numbers in a code")
-    parser.add_argument("--exact", type=int, default=512, help="most codes whose errors are measured")
-    parser.add_argument("--gibibytes", type=float, default=8.0, help="skips what would take more")
-    parser.add_argument("--seconds", type=float, default=50.0, help="skips passes that would take more")
-    parser.add_argument("--repeats", type=int, default=3, help="least number of passes")
-    add_options(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument(
-        "--picture", type=Path, help="by default docs/images/kernel_penalty.png, or in a quick run a file in OUT"
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "DEVICE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.sizes, args.dimensions, args.exact, args.repeats, args.devices = [100, 300], [4], 100, 1, ["cpu"]
-        args.ways = ["MMD()", "authors' formula", "pythae", "geomloss, energy", "EnergyDistance()"]
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    args.picture = args.picture or (
-        args.out / "kernel_penalty.png" if args.smoke else Path("docs/images/kernel_penalty.png")
-    )
-    return args
-
-
 def in_a_process(name: str, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measures one way at all sizes in a fresh process."""
-    command = [sys.executable, __file__, "--one", name, device]
+    command = [sys.executable, __file__, "--one", name, device, "--devices", device]
     for key in ("sizes", "dimensions", "exact", "gibibytes", "seconds", "repeats"):
         value = getattr(args, key)
         command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
@@ -551,19 +311,36 @@ def in_a_process(name: str, device: str, args: argparse.Namespace) -> Iterator[d
         raise RuntimeError(f"{name} on {device} ended with {process.returncode}.")
 
 
+BENCH = Benchmark(
+    __file__,
+    page,
+    devices=True,
+    picture=True,
+    smoke={
+        "sizes": [100, 300], "dimensions": [4], "exact": 100, "repeats": 1, "devices": ["cpu"],
+        "ways": ["MMD()", "authors' formula", "pythae", "geomloss, energy", "EnergyDistance()"],
+    },
+)  # fmt: skip
+BENCH.option("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+BENCH.option("--sizes", type=int, nargs="+", default=[256, 512, 2048, 8192, 16384, 65536], help="numbers of codes")
+BENCH.option("--dimensions", type=int, nargs="+", default=[8, 64], help="numbers in a code")
+BENCH.option("--exact", type=int, default=512, help="most codes whose errors are measured")
+BENCH.option("--gibibytes", type=float, default=8.0, help="skips what would take more")
+BENCH.option("--seconds", type=float, default=50.0, help="skips passes that would take more")
+BENCH.option("--repeats", type=int, default=3, help="least number of passes")
+BENCH.option("--one", nargs=2, metavar=("WAY", "DEVICE"), help=argparse.SUPPRESS)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
-    args = parse_args(argv)
-    warnings.filterwarnings("ignore", module="torch|pyro|ot|pythae|pydantic")
-    torch.set_num_threads(1)
+    args = BENCH.start(argv)
     if args.one:
         for result in measure_all(*args.one, args):
             print(json.dumps(result), flush=True)
         return
     results: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    devices = present(args.devices)
-    for device in devices:
+    for device in args.devices:
         for name in (name for name in args.ways if device in WAYS[name].is_for):
             for found in measure_all(name, device, args) if args.smoke else in_a_process(name, device, args):
                 if "skipped" in found:
@@ -571,26 +348,10 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"No row for {reason(found)}", flush=True)
                 else:
                     results.append(found)
-                    print(
-                        f"{name}, d = {found['d']}, n = {found['n']} ({device}): {found['units']:.3g} units, "
-                        f"{found['mebibytes']:.0f} MiB",
-                        flush=True,
-                    )
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/kernel_penalty.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": describe(devices, 1),
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key in ("out", "picture") else value for key, value in vars(args).items()},
-        "devices": devices,
-        "results": results,
-        "skipped": skipped,
-        "growth": growth(results),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kernel_penalty.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "kernel_penalty.md").write_text(summary(report))
-    save(draw(results, max(args.dimensions)), args.picture)
-    print(summary(report))
+                    where = f"{name}, d = {found['d']}, n = {found['n']} ({device})"
+                    print(f"{where}: {found['units']:.3g} units, {found['mebibytes']:.0f} MiB", flush=True)
+    parts = {"devices": args.devices, "results": results, "skipped": skipped, "growth": growth(results)}
+    BENCH.finish(BENCH.report(args, **parts), draw(results, max(args.dimensions)))
 
 
 if __name__ == "__main__":

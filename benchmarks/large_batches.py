@@ -8,10 +8,7 @@ noise of the penalty's gradient at each size.
 """
 
 import argparse
-import gc
 import json
-import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +20,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from devices import MIB, add_options, describe, present
+from harness import MIB, AutoEncoder, Benchmark, Report, made_by, peak_mebibytes, seconds, table
 from pyro.infer import SVI
 from torch import Tensor, nn
 
@@ -36,44 +33,29 @@ ZDIM = 8
 SHIFT = 0.2
 
 
-class AutoEncoder(nn.Module):
-    """Convolutions on 28 x 28 pictures; the encoder is deterministic."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(4 * width * 49, ZDIM),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(ZDIM, 4 * width * 49),
-            nn.Unflatten(1, (4 * width, 7, 7)),
-            nn.ReLU(),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 1, 3, padding=1),
-        )
-
-    def model(self, x: Tensor) -> None:
-        """Prior and generator."""
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(ZDIM), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(3), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """Encoder."""
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+def make_net(width: int) -> AutoEncoder:
+    """Convolutions on 28 x 28 pictures."""
+    encoder = nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * width * 49, ZDIM),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(ZDIM, 4 * width * 49),
+        nn.Unflatten(1, (4 * width, 7, 7)),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 1, 3, padding=1),
+    )
+    return AutoEncoder(ZDIM, encoder, decoder)
 
 
 def penalty() -> MMD:
@@ -81,39 +63,24 @@ def penalty() -> MMD:
     return MMD(InverseMultiquadratic(2.0 * ZDIM), closed_form=True)
 
 
-def peak(device: torch.device) -> int:
-    """The most bytes that the process has held so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def run_case(micro_batch: int | None, gradient: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Takes steps in one way, and leaves its gradient in float64 in a file."""
-    device = torch.device(args.device)
     pyro.set_rng_seed(0)
-    net = AutoEncoder(args.width).to(device)
-    x = torch.rand(args.data, 1, 28, 28, device=device)
+    net = make_net(args.width).to(args.device)
+    x = torch.rand(args.data, 1, 28, 28, device=args.device)
     loss = WAELoss(penalty(), penalty_weight=100.0, micro_batch=micro_batch)
     # A few data first, in both ways: what torch loads at its first step is no part of a batch.
     for rows in (None, 16):
         WAELoss(penalty(), micro_batch=rows).loss_and_grads(net.model, net.guide, x[:32])
     net.zero_grad()
-    gc.collect()
-    before = peak(device)
     svi = SVI(net.model, net.guide, SGD({"lr": 0.0}), loss=loss)
+    mebibytes, _ = peak_mebibytes(lambda: svi.step(x), args.device)
     # On a CPU the processor's time, which other processes do not lengthen as they do the clock's.
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    seconds = []
-    for _ in range(1 + args.steps):
-        start = clock()
-        svi.step(x)
-        seconds.append(clock() - start)
-    result = {"micro_batch": micro_batch, "peak": peak(device) - before, "seconds": statistics.median(seconds[1:])}
+    times = [seconds(lambda: svi.step(x), args.device, time.process_time) for _ in range(args.steps)]
     net.double()
-    result["loss"] = loss.loss_and_grads(net.model, net.guide, x.double())
+    value = loss.loss_and_grads(net.model, net.guide, x.double())
     torch.save(torch.cat([p.grad.flatten().cpu() for p in net.parameters() if p.grad is not None]), gradient)
-    return result
+    return {"micro_batch": micro_batch, "peak": MIB * mebibytes, "seconds": statistics.median(times), "loss": value}
 
 
 def compare(device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -124,7 +91,7 @@ def compare(device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for rows in [0, *args.micro_batch]:
             path = Path(folder) / f"{rows}.pt"
             options = {"case": rows, "gradient": path, "data": args.data, "steps": args.steps, "width": args.width}
-            options |= {"threads": args.threads, "device": device}
+            options |= {"threads": args.threads, "device": device, "devices": device}
             command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
             print(f"micro_batch={rows or None} on {device}", file=sys.stderr)
             finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -157,36 +124,31 @@ def measure_noise(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"n": n, "noise": gradient.var(0).sum().sqrt().item() / truth} for n, gradient in gradients.items()]
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The tables as Markdown, and under them how they came about."""
+def page(report: Report) -> str:
+    """The tables, and how they came about."""
     options, results = report["options"], report["results"]
     whole = {row["device"]: row for row in results if row["micro_batch"] is None}
-    lines = [
-        "| `micro_batch` | peak memory, MiB | microseconds per datum | time, over one batch | gradient differs by |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['micro_batch'] or 'None: one batch'}{', CUDA' if row['device'] == 'cuda' else ''} "
-        f"| {row['peak'] / MIB:.0f} "
-        f"| {1e6 * row['seconds'] / options['data']:.0f} | {row['seconds'] / whole[row['device']]['seconds']:.2f} "
-        f"| {row['difference']:.0e} |"
+    header = [
+        "`micro_batch`", "peak memory, MiB", "microseconds per datum", "time, over one batch", "gradient differs by",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{row['micro_batch'] or 'None: one batch'}{', CUDA' if row['device'] == 'cuda' else ''}",
+            f"{row['peak'] / MIB:.0f}", f"{1e6 * row['seconds'] / options['data']:.0f}",
+            f"{row['seconds'] / whole[row['device']]['seconds']:.2f}", f"{row['difference']:.0e}",
+        ]
         for row in results
-    ]
-    lines += ["", "| codes that the penalty sees | noise of its gradient |", "|---:|---:|"]
-    lines += [f"| {row['n']} | {row['noise']:.2f} |" for row in report["noise"]]
-    return (
-        "\n".join(lines)
-        + f"""
+    ]  # fmt: skip
+    noises = [[row["n"], f"{row['noise']:.2f}"] for row in report["noise"]]
+    return f"""{table(header, rows)}
 
-Made by
+{table(["codes that the penalty sees", "noise of its gradient"], noises)}
 
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}.
+{made_by(report)}
 First table: {options["data"]} pictures of 28 x 28 in a step, convolutional nets of width {options["width"]}, codes of
 {ZDIM} numbers, a deterministic encoder, and `MMD` in closed form, so that a step has no random numbers.
 
-- *peak memory*: the most that a process held during its steps, beyond what nets, data and steps of 32 data took.
+- *peak memory*: the most that a process held during a step, beyond what nets and data took.
 - *microseconds per datum*: time of a step of SVI (on a CPU processor time; the median over {options["steps"]}, after a
   first one), divided by the data.
 - *gradient differs by*: norm of the difference from the gradient of one batch, over the norm of that; in float64.
@@ -194,59 +156,30 @@ First table: {options["data"]} pictures of 28 x 28 in a step, convolutional nets
 Second table: standard deviation of the gradient of `MMD` by the mean of an encoder, over {options["repeats"]} batches,
 divided by the norm of its expectation. The codes are N(m, I) with |m| = {SHIFT}, the prior is N(0, I).
 """
-    )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=int, default=8192, help="in a step")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1024, 256], help="sizes to compare")
-    parser.add_argument("--steps", type=int, default=1, help="to take the time of")
-    parser.add_argument("--width", type=int, default=4, help="of the nets")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[128, 512, 2048, 8192], help="of batches, for the noise"
-    )
-    parser.add_argument("--repeats", type=int, default=20, help="batches, for the noise")
-    parser.add_argument("--threads", type=int, default=1)
-    add_options(parser)
-    parser.add_argument("--device", help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--gradient", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.data, args.micro_batch, args.devices = 1024, [64], ["cpu"]
-        args.sizes = [64, 256]
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    return args
+BENCH = Benchmark(
+    __file__, page, devices=True, smoke={"data": 1024, "micro_batch": [64], "devices": ["cpu"], "sizes": [64, 256]}
+)
+BENCH.option("--data", type=int, default=8192, help="in a step")
+BENCH.option("--micro-batch", type=int, nargs="+", default=[1024, 256], help="sizes to compare")
+BENCH.option("--steps", type=int, default=1, help="to take the time of")
+BENCH.option("--width", type=int, default=4, help="of the nets")
+BENCH.option("--sizes", type=int, nargs="+", default=[128, 512, 2048, 8192], help="of batches, for the noise")
+BENCH.option("--repeats", type=int, default=20, help="batches, for the noise")
+BENCH.option("--device", help=argparse.SUPPRESS)
+BENCH.option("--case", type=int, help=argparse.SUPPRESS)
+BENCH.option("--gradient", type=Path, help=argparse.SUPPRESS)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = BENCH.start(argv)
     if args.case is not None:
         print(json.dumps(run_case(args.case or None, args.gradient, args)))
         return
-    devices = present(args.devices)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/large_batches.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": describe(devices, args.threads),
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "results": [row for device in devices for row in compare(device, args)],
-        "noise": measure_noise(args),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "large_batches.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "large_batches.md").write_text(summary(report))
-    print(summary(report))
+    results = [row for device in args.devices for row in compare(device, args)]
+    BENCH.finish(BENCH.report(args, results=results, noise=measure_noise(args)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ to ``--out`` with all its numbers.
 """
 
 import argparse
-import json
-import os
-import shlex
 import statistics
 import sys
 import time
@@ -22,13 +19,13 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from harness import Benchmark, Report, made_by, mean_and_spread, progress, seeds_of, table
 from penalties import DigitClassifier
 from pyro.distributions import transforms
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
 
 from pyro_wae import WAELoss
 from pyro_wae.penalties import MMD, Penalty, PriorLikelihood
@@ -225,7 +222,7 @@ class Training:
     def run(self, images: Tensor, batches: list[Tensor], label: str) -> None:
         """Takes all steps."""
         pyro.clear_param_store()
-        for step, batch in enumerate(tqdm(batches, desc=label, mininterval=10)):
+        for step, batch in enumerate(progress(batches, label)):
             start = time.perf_counter()
             if step == len(batches) // 5 and isinstance(self.wae.prior, MixturePrior):
                 # A fresh encoder's codes are a small heap, on which most of the components lose their weight.
@@ -308,56 +305,48 @@ def fitted_afterwards(wae: PriorWAE, images: Tensor, components: int) -> tuple[C
     return draw, seconds
 
 
-def summary(report: dict[str, Any]) -> str:
+def page(report: Report) -> str:
     """The table as Markdown, and under it how it came about."""
     header = [
         "prior", "what makes it", "penalty", "weight", "rate", "test cost", "samples", "reconstructions",
         "of training digits", "ratio", "test MMD^2", "spread", "ms/step",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * (len(header) - 3)]
+    rows = []
     for name, settings in report["priors"].items():
         results = [result for result in report["results"] if result["prior"] == name]
         if not results:
             continue
 
         def column(key: str, form: str, results: list[dict[str, Any]] = results, factor: float = 1) -> str:
-            values = [factor * result[key] for result in results if key in result]
-            if not values:
-                return "-"
-            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-            return f"{statistics.fmean(values):{form}}{spread}"
+            return mean_and_spread([factor * result[key] for result in results if key in result], form)
 
-        cells = [
-            name,
-            settings["line"],
-            f"`{settings['penalty']}`",
-            f"`{settings['weight']}`",
-            settings["rate"],
-            column("test_cost", ".1f"),
-            column("samples", ".1f"),
-            column("reconstructions", ".1f"),
-            column("unpaired", ".1f"),
-            column("ratio", ".2f"),
-            column("mmd2", ".4f"),
-            column("spread", ".2f"),
-            column("seconds", ".0f", factor=1000),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + caption(report)
+        rows.append(
+            [
+                name,
+                settings["line"],
+                f"`{settings['penalty']}`",
+                f"`{settings['weight']}`",
+                settings["rate"],
+                column("test_cost", ".1f"),
+                column("samples", ".1f"),
+                column("reconstructions", ".1f"),
+                column("unpaired", ".1f"),
+                column("ratio", ".2f"),
+                column("mmd2", ".4f"),
+                column("spread", ".2f"),
+                column("seconds", ".0f", factor=1000),
+            ]
+        )
+    return f"{table(header, rows)}\n\n{caption(report)}"
 
 
 def caption(report: dict[str, Any]) -> str:
     """What the columns are, and the command."""
     options, reference = report["options"], report["reference"]
-    seeds, tests = len({result["seed"] for result in report["results"]}), reference["test_digits"]
-    over = f"{seeds} seeds (mean ± standard deviation over them)" if seeds > 1 else "1 seed"
-    return f"""Made by
-
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}.
-{over}, {options["epochs"]} epochs of {reference["training_digits"]} digits in batches of {options["batch_size"]}, \
-{options["zdim"]} numbers in a code,
+    tests = reference["test_digits"]
+    return f"""{made_by(report)}
+{seeds_of(report["results"])}, {options["epochs"]} epochs of {reference["training_digits"]} digits,
+in batches of {options["batch_size"]}, {options["zdim"]} numbers in a code,
 {options["encoder"].capitalize()}Norm in the encoder, Adam at 0.001 (the prior at *rate*), lowered to 0 along a cosine.
 A `MixturePrior` is put onto the codes after a fifth of the steps.
 
@@ -383,48 +372,26 @@ def fit_seconds(report: dict[str, Any]) -> str:
     return ", ".join(f"{seconds:.0f} s ({name})" for name, seconds in fits.items()) or "no time here: none was"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="12,000 digits, or all 70,000")
-    parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
-    parser.add_argument("--epochs", type=int, default=10, help="of each training")
-    parser.add_argument("--seeds", type=int, default=1, help="number of trainings with each prior")
-    parser.add_argument(
-        "--priors",
-        nargs="+",
-        choices=list(CHOICES),
-        default=DEFAULT_CHOICES,
-        metavar="NAME",
-        help="normal is always trained",
-    )
-    parser.add_argument("--weight", type=float, default=200.0, help="of the penalty")
-    parser.add_argument("--encoder", choices=("group", "batch"), default="group", help="its normalisation")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--repeats", type=int, default=5, help="sets of samples for their mean Frechet distance")
-    parser.add_argument("--compared", type=int, default=2000, help="codes and prior draws for the test MMD^2")
-    parser.add_argument("--name", default="learned_priors", help="of the files that are written")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.epochs, args.seeds, args.compared, args.repeats = 1, 1, 100, 1
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    return args
-
-
-def write(report: dict[str, Any], out: Path) -> None:
-    """Writes what there is so far."""
-    out.mkdir(parents=True, exist_ok=True)
-    name = report["options"]["name"]
-    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / f"{name}.md").write_text(summary(report))
+BENCH = Benchmark(__file__, page, smoke={"epochs": 1, "seeds": 1, "compared": 100, "repeats": 1})
+BENCH.option("--data", choices=("bundled", "mnist"), default="bundled", help="12,000 digits, or all 70,000")
+BENCH.option("--root", default="./mnist", help="folder of the full MNIST")
+BENCH.option("--epochs", type=int, default=10, help="of each training")
+BENCH.option("--seeds", type=int, default=1, help="number of trainings with each prior")
+BENCH.option(
+    "--priors",
+    nargs="+",
+    choices=list(CHOICES),
+    default=DEFAULT_CHOICES,
+    metavar="NAME",
+    help="normal is always trained",
+)
+BENCH.option("--weight", type=float, default=200.0, help="of the penalty")
+BENCH.option("--encoder", choices=("group", "batch"), default="group", help="its normalisation")
+BENCH.option("--batch-size", type=int, default=100)
+BENCH.option("--zdim", type=int, default=8, help="numbers in a code")
+BENCH.option("--repeats", type=int, default=5, help="sets of samples for their mean Frechet distance")
+BENCH.option("--compared", type=int, default=2000, help="codes and prior draws for the test MMD^2")
+BENCH.option("--name", default="learned_priors", help="of the files that are written")
 
 
 def batches(n: int, seed: int, args: argparse.Namespace) -> list[Tensor]:
@@ -440,8 +407,7 @@ def batches(n: int, seed: int, args: argparse.Namespace) -> list[Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures and reports, prior by prior."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = BENCH.start(argv)
     train_images, train_labels, test_images, test_labels = load_digits(args.data, root=args.root)
     if args.smoke:
         train_images, train_labels = train_images[:300], train_labels[:300]
@@ -454,12 +420,9 @@ def main(argv: list[str] | None = None) -> None:
     judge = Judge(classifier, test_images, train_images, args)
     names = [name for name in CHOICES if name == "normal" or name in args.priors]
     floor_digits = min(len(train_images), len(test_images))
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/learned_priors.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": f"{os.cpu_count()} CPU cores, of which {args.threads} used",
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "priors": {
+    report = BENCH.report(
+        args,
+        priors={
             name: {
                 "line": CHOICES[name].line,
                 "penalty": CHOICES["normal" if CHOICES[name].components else name].penalty,
@@ -468,15 +431,15 @@ def main(argv: list[str] | None = None) -> None:
             }
             for name in names
         },
-        "reference": {
+        reference={
             "training_digits": len(train_images),
             "test_digits": len(test_images),
             "accuracy": classifier.accuracy(test_images, test_labels),
             "floor_digits": floor_digits,
             "frechet": judge.frechet_distance(train_images[:floor_digits]),
         },
-        "results": [],
-    }
+        results=[],
+    )
     for seed in range(args.seeds):
         order = batches(len(train_images), seed, args)
         fixed: PriorWAE | None = None
@@ -492,8 +455,8 @@ def main(argv: list[str] | None = None) -> None:
                 wae = fixed
                 draw, result["fit_seconds"] = fitted_afterwards(wae, train_images, choice.components)
             report["results"].append({**result, **judge(wae, draw)})
-            write(report, args.out)
-    print(summary(report))
+            BENCH.write(report)
+    BENCH.finish(report)
 
 
 if __name__ == "__main__":

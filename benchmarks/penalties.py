@@ -8,10 +8,7 @@ written with all its numbers to ``--out``.
 """
 
 import argparse
-import json
 import math
-import os
-import shlex
 import statistics
 import sys
 import time
@@ -22,11 +19,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from harness import Benchmark, Report, made_by, mean_and_spread, progress, seeds_of, table
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
 
 from pyro_wae import WAELoss, kernels, penalties, weights
 from pyro_wae.kernels import InverseMultiquadratic
@@ -207,7 +204,7 @@ class Judge:
         self.mmd = MMD(InverseMultiquadratic.multiscale(scale=2.0 * args.zdim))
         self.context = context_of_normal(args.zdim)
         self.null = torch.tensor(
-            [self.mmd2(torch.randn(len(images), args.zdim)) for _ in tqdm(range(args.null), desc="null", leave=False)]
+            [self.mmd2(torch.randn(len(images), args.zdim)) for _ in progress(range(args.null), "null")]
         )
 
     def mmd2(self, codes: Tensor) -> float:
@@ -282,13 +279,13 @@ def one_digit(x: float) -> float:
     return float(f"{x:.0e}")
 
 
-def summary(report: dict[str, Any]) -> str:
+def page(report: Report) -> str:
     """The table as Markdown, and under it how it came about."""
     header = [
         "penalty", "the line that makes it", "weight", "at the end", "gradient", "test cost", "Frechet", "test MMD^2",
         "p", "mean", "spread", "ms/step", "x MMD",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
+    rows = []
     for name, settings in report["penalties"].items():
         results = [result for result in report["results"] if result["penalty"] == name]
         finished = [result for result in results if "failure" not in result]
@@ -296,45 +293,36 @@ def summary(report: dict[str, Any]) -> str:
             continue
 
         def column(key: str, form: str, finished: list[dict[str, Any]] = finished, factor: float = 1) -> str:
-            values = [factor * result[key] for result in finished if key in result]
-            if not values:
-                return "-"
-            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-            return f"{statistics.fmean(values):{form}}{spread}"
+            return mean_and_spread([factor * result[key] for result in finished if key in result], form)
 
         failed = len(results) - len(finished)
         p_values = [result["p_value"] for result in finished]
-        cells = [
-            name + (f" ({failed} of {len(results)} diverged)" if failed else ""),
-            f"`{settings['line']}`",
-            f"`{settings['weight']}`" if isinstance(settings["weight"], str) else f"{settings['weight']:g}",
-            column("weight", ".0f"),
-            f"{settings['gradient']:.2g}",
-            column("test_cost", ".1f"),
-            column("frechet", ".2f"),
-            column("mmd2", ".4f"),
-            f"{statistics.median(p_values):.3f}" if p_values else "-",
-            column("mean", ".2f"),
-            column("spread", ".3f"),
-            column("seconds", ".0f", results, 1000),
-            column("ratio", ".2f", results),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + caption(report)
+        rows.append(
+            [
+                name + (f" ({failed} of {len(results)} diverged)" if failed else ""),
+                f"`{settings['line']}`",
+                f"`{settings['weight']}`" if isinstance(settings["weight"], str) else f"{settings['weight']:g}",
+                column("weight", ".0f"),
+                f"{settings['gradient']:.2g}",
+                column("test_cost", ".1f"),
+                column("frechet", ".2f"),
+                column("mmd2", ".4f"),
+                f"{statistics.median(p_values):.3f}" if p_values else "-",
+                column("mean", ".2f"),
+                column("spread", ".3f"),
+                column("seconds", ".0f", results, 1000),
+                column("ratio", ".2f", results),
+            ]
+        )
+    return f"{table(header, rows)}\n\n{caption(report)}"
 
 
 def caption(report: dict[str, Any]) -> str:
     """What the columns are, and the command."""
     options, reference = report["options"], report["reference"]
     batch, samples, null, tests = options["batch_size"], options["samples"], options["null"], reference["test_digits"]
-    seeds = len({result["seed"] for result in report["results"]})
-    over = f"{seeds} seeds (mean ± standard deviation over them)" if seeds > 1 else "1 seed"
-    return f"""Made by
-
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}.
-{over}, {options["steps"]} steps of {batch} digits, {options["zdim"]} numbers in a code,
+    return f"""{made_by(report)}
+{seeds_of(report["results"])}, {options["steps"]} steps of {batch} digits, {options["zdim"]} numbers in a code,
 {options["encoder"].capitalize()}Norm in the encoder, Adam at 0.001 lowered to 0 along a cosine (a discriminator
 with betas of 0.5 and 0.99).
 
@@ -357,56 +345,35 @@ with betas of 0.5 and 0.99).
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-
-    def override(text: str) -> tuple[str, float]:
-        name, _, value = text.partition("=")
-        if name not in CHOICES:
-            raise argparse.ArgumentTypeError(f"found {name!r}; write NAME=VALUE with a name of {list(CHOICES)}")
-        return name, float(value)
-
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="12,000 digits, or all 70,000")
-    parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
-    parser.add_argument("--steps", type=int, default=800, help="of each training")
-    parser.add_argument("--seeds", type=int, default=3, help="number of trainings with each penalty")
-    parser.add_argument(
-        "--penalties",
-        nargs="+",
-        choices=list(CHOICES),
-        default=DEFAULT_CHOICES,
-        metavar="NAME",
-        help="mmd is always trained",
-    )
-    parser.add_argument("--weight", nargs="+", type=override, default=[], metavar="NAME=VALUE", help="set by hand")
-    parser.add_argument("--encoder", choices=("group", "batch"), default="group", help="its normalisation")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--samples", type=int, default=5000, help="for the Frechet distance")
-    parser.add_argument("--null", type=int, default=199, help="sets of prior draws for the p-value")
-    parser.add_argument("--repeats", type=int, default=200, help="batches to compare gradients on")
-    parser.add_argument("--name", default="penalties", help="of the files that are written")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.steps, args.seeds, args.samples, args.null, args.repeats = 2, 1, 100, 9, 2
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    return args
+def override(text: str) -> tuple[str, float]:
+    """Reads NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if name not in CHOICES:
+        raise argparse.ArgumentTypeError(f"found {name!r}; write NAME=VALUE with a name of {list(CHOICES)}")
+    return name, float(value)
 
 
-def write(report: dict[str, Any], out: Path) -> None:
-    """Writes what there is so far."""
-    out.mkdir(parents=True, exist_ok=True)
-    name = report["options"]["name"]
-    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / f"{name}.md").write_text(summary(report))
+BENCH = Benchmark(__file__, page, smoke={"steps": 2, "seeds": 1, "samples": 100, "null": 9, "repeats": 2})
+BENCH.option("--data", choices=("bundled", "mnist"), default="bundled", help="12,000 digits, or all 70,000")
+BENCH.option("--root", default="./mnist", help="folder of the full MNIST")
+BENCH.option("--steps", type=int, default=800, help="of each training")
+BENCH.option("--seeds", type=int, default=3, help="number of trainings with each penalty")
+BENCH.option(
+    "--penalties",
+    nargs="+",
+    choices=list(CHOICES),
+    default=DEFAULT_CHOICES,
+    metavar="NAME",
+    help="mmd is always trained",
+)
+BENCH.option("--weight", nargs="+", type=override, default=[], metavar="NAME=VALUE", help="set by hand")
+BENCH.option("--encoder", choices=("group", "batch"), default="group", help="its normalisation")
+BENCH.option("--batch-size", type=int, default=100)
+BENCH.option("--zdim", type=int, default=8, help="numbers in a code")
+BENCH.option("--samples", type=int, default=5000, help="for the Frechet distance")
+BENCH.option("--null", type=int, default=199, help="sets of prior draws for the p-value")
+BENCH.option("--repeats", type=int, default=200, help="batches to compare gradients on")
+BENCH.option("--name", default="penalties", help="of the files that are written")
 
 
 def batches(images: Tensor, seed: int, args: argparse.Namespace) -> list[Tensor]:
@@ -420,8 +387,7 @@ def batches(images: Tensor, seed: int, args: argparse.Namespace) -> list[Tensor]
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures and reports, seed by seed."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = BENCH.start(argv)
     train_images, train_labels, test_images, test_labels = load_digits(args.data, root=args.root)
     if args.smoke:
         train_images, train_labels = train_images[:300], train_labels[:300]
@@ -441,24 +407,20 @@ def main(argv: list[str] | None = None) -> None:
     classifier = DigitClassifier()
     classifier.learn(train_images, train_labels, epochs=1 if args.smoke else 5, batch_size=args.batch_size)
     judge = Judge(classifier, test_images, args)
-    cores = os.cpu_count()
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/penalties.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": f"{cores} CPU cores, of which {args.threads} used",
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "penalties": settings,
-        "reference": {
+    report = BENCH.report(
+        args,
+        penalties=settings,
+        reference={
             "test_digits": len(test_images),
             "accuracy": classifier.accuracy(test_images, test_labels),
             "frechet": judge.frechet_distance(train_images[: args.samples]),
             "null_std": judge.null.std().item(),
         },
-        "results": [],
-    }
+        results=[],
+    )
     for seed in range(args.seeds):
         trainings = {name: Training(CHOICES[name], settings[name]["weight"], seed, args) for name in settings}
-        for batch in tqdm(batches(train_images, seed, args), desc=f"seed {seed}", mininterval=2):
+        for batch in progress(batches(train_images, seed, args), f"seed {seed}"):
             for training in trainings.values():
                 training.step(train_images[batch])
         baseline = statistics.median(trainings[BASELINE].seconds)
@@ -467,8 +429,8 @@ def main(argv: list[str] | None = None) -> None:
             result = {"penalty": name, "seed": seed, "seconds": seconds, "ratio": seconds / baseline}
             measured = judge(training) if training.failure is None else {"failure": training.failure}
             report["results"].append({**result, **measured})
-            write(report, args.out)
-    print(summary(report))
+            BENCH.write(report)
+    BENCH.finish(report)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Are samples as good as reconstructions? Trains with penalties, weights and priors, and compares what they reach.
 
     python benchmarks/quality.py kernels
-    python benchmarks/quality.py constraint gan priors normal --data mnist --workers 4
+    python benchmarks/quality.py constraint gan priors normal --data mnist --devices cpu cpu
 
-Each table is a list of settings that differ in what its name says. Trainings of one seed start from the same nets and see the
-same batches. Samples, and the reconstructions of held-out data, are compared with the held-out data, by the Frechet distance in the
-features of a small classifier; so are the codes with the prior, by two-sample tests. A first part of the codes is for
-choosing, and the p-values of the others are reported. Held-out digits are of MNIST's training set, because its test set is
-of other writers. All numbers of all seeds are written to ``--out``.
+Each table is a list of settings that differ in what its name says. Trainings of one seed start from the same nets and
+see the same batches. Samples, and the reconstructions of held-out data, are compared with the held-out data by the
+Frechet distance in the features of a small classifier; held-out codes are compared with the prior by two-sample tests.
+A first part of the codes is for choosing, and the p-values of the others are reported. Held-out digits are of MNIST's
+training set, because its test set is of other writers. All numbers of all seeds are written to ``--out``.
 """
 
 import argparse
@@ -114,7 +114,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Data:
-    """What is learnt from: data to train on, data held out of the training set, test data, and the space of features."""
+    """What is learnt from: training data, data held out of them, test data, and the map to features."""
 
     train: Tensor
     heldout: Tensor
@@ -150,9 +150,10 @@ def load_data(name: str, root: str, smoke: bool, classifier_file: Path | None = 
         from zoo import draw_pictures
 
         rows = draw_pictures(600 if smoke else 25_000)
-        parts = (rows[:200], rows[200:400], rows[400:]) if smoke else (rows[:20_000], rows[20_000:23_000], rows[23_000:])
+        parts = rows.split([200, 200, 200] if smoke else [20_000, 3_000, 2_000])
         return Data(*parts, nn.Identity(), 20)
-    from sklearn.datasets import load_breast_cancer, load_digits as load_small_digits
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.datasets import load_digits as load_small_digits
 
     table = load_breast_cancer().data if name == "biopsies" else load_small_digits().data
     rows = np.log(table + table.mean(0) / 10) if name == "biopsies" else table / 16
@@ -507,8 +508,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
             first = next(row for row in mine if row["key"] == key)
             lines.append("| " + " | ".join([
                 first["name"], first["nets"], first["data"] or "", str(first["zdim"]), str(first["batch"]),
-                first["weight"].removesuffix(".0"), column(seeds, "weight_at_end", ".0f"), column(seeds, "test_cost", ".2f"),
-                column(seeds, "reconstructions", ".2f"), column(seeds, "samples", ".2f"), column(seeds, "fitted", ".2f"),
+                first["weight"].removesuffix(".0"), column(seeds, "weight_at_end", ".0f"),
+                column(seeds, "test_cost", ".2f"), column(seeds, "reconstructions", ".2f"),
+                column(seeds, "samples", ".2f"), column(seeds, "fitted", ".2f"),
                 ", ".join(f"{row['p_for_choosing']:.2f}" for row in seeds),
                 "; ".join(" ".join(f"{p:.2f}" for p in row["p_values"]) for row in seeds), column(seeds, "ms", ".0f"),
             ]) + " |")  # fmt: skip
@@ -531,7 +533,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of each training; by default 40, or 10 of the full MNIST")
     parser.add_argument("--only", default="", help="settings whose name has this in it")
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="a process for each, such as cpu cpu cuda")
-    parser.add_argument("--classifier", type=Path, help="file of the classifier of digits, written where it is missing")
+    parser.add_argument("--classifier", type=Path, help="file of the classifier, written where missing")
     parser.add_argument("--save", type=Path, help="folder for the parameters of the trained nets")
     parser.add_argument("--out", type=Path, help="folder of .json and .md; by default docs/_generated")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")

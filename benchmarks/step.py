@@ -1,22 +1,20 @@
-"""What a step costs: hand-written PyTorch, Pyro's own losses and WAELoss, as usual, recorded and compiled.
+"""What a step costs: hand-written PyTorch, Pyro's own losses and WAELoss.
 
     python benchmarks/step.py
 
 All contenders take their steps in turns, one each, so that their times are comparable on a machine that has other work
 to do; what is shown is the median over rounds of the ratio to the hand-written step of the same round. Every step is a
-whole one: loss, gradients, optimiser. The table is printed, and written with its numbers and a picture. Where there is
-CUDA, columns for it are added, timed between events, with rows for bf16 autocast and for CUDA graphs.
+whole one: loss, gradients, optimiser. Where there is CUDA, columns for it are added, timed between events, with rows
+for bf16 autocast.
 """
 
 import argparse
 import itertools
-import json
 import os
-import shlex
 import statistics
+import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from devices import add_options, describe, in_bfloat16, present, seconds
-from pictures import save
+from harness import AutoEncoder, Benchmark, Report, in_bfloat16, in_turns, made_by, ratios, table
 from pyro.contrib.gp.kernels import RBF
 from pyro.infer import SVI, Trace_ELBO, Trace_MMD
-from pyro_wae.recording import graph
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.nn.functional import softplus
 
 import pyro_wae.optim
 from pyro_wae import WAELoss
@@ -47,66 +43,70 @@ LEARNING_RATE, WEIGHT = 1e-3, 100.0
 FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BASELINE = "plain torch"
 LEAST_ROUNDS = 10
+IMPORTS = 5
 
 
-class MLP(nn.Module):
-    """Nets of one hidden layer of 400, as a Pyro model and guide; a WAE's guide is deterministic, a VAE's a Normal."""
+class Random(AutoEncoder):
+    """The same with an encoder that draws its codes, as a VAE needs it."""
 
-    def __init__(self, zdim: int, *, stochastic: bool) -> None:
-        super().__init__()
-        self.zdim, self.stochastic, self.registers = zdim, stochastic, True
-        out = 2 * zdim if stochastic else zdim
-        self.encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, out))
-        self.decoder = nn.Sequential(nn.Linear(zdim, 400), nn.ReLU(), nn.Linear(400, 784))
-
-    def model(self, x: Tensor) -> None:
-        """The prior and the generator."""
-        if self.registers:
-            pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(self.zdim), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(x.ndim - 1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """The encoder."""
-        if self.registers:
-            pyro.module("encoder", self.encoder)
-        codes = self.encoder(x)
-        with pyro.plate("data", len(x)):
-            if self.stochastic:
-                loc, scale = codes.chunk(2, -1)
-                pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
-            else:
-                pyro.sample("z", dist.Delta(codes).to_event(1))
+    def code(self, codes: Tensor) -> Any:
+        """A Normal distribution."""
+        loc, scale = codes.chunk(2, -1)
+        return dist.Normal(loc, scale.exp()).to_event(1)
 
 
-class Conv(MLP):
-    """The same with the nets of tutorials/quickstart.py."""
-
-    def __init__(self, zdim: int, *, stochastic: bool) -> None:
-        super().__init__(zdim, stochastic=stochastic)
+def make_nets(kind: str, zdim: int, device: torch.device, *, stochastic: bool = False) -> AutoEncoder:
+    """One hidden layer of 400, or the nets of tutorials/quickstart.py."""
+    pyro.set_rng_seed(0)
+    out = 2 * zdim if stochastic else zdim
+    if kind == "MLP":
+        encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, out))
+        decoder = nn.Sequential(nn.Linear(zdim, 400), nn.ReLU(), nn.Linear(400, 784))
+    else:
         nets = DigitWAE(zdim)
-        self.encoder, self.decoder = nets.encoder, nets.decoder
-        if stochastic:
-            self.encoder[-1] = nn.Linear(self.encoder[-1].in_features, 2 * zdim)
+        encoder, decoder = nets.encoder, nets.decoder
+        encoder[-1] = nn.Linear(encoder[-1].in_features, out)
+    return (Random if stochastic else AutoEncoder)(zdim, encoder, decoder).train().to(device)
 
 
 class ByHand(nn.Module):
     """The loss of a WAE-MMD without any library: squared error, and the unbiased estimate in float32."""
 
-    def __init__(self, nets: MLP) -> None:
+    def __init__(self, nets: AutoEncoder) -> None:
         super().__init__()
         self.nets = nets
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss of a batch."""
         z = self.nets.encoder(x)
+        return (self.nets.decoder(z) - x).square().flatten(1).sum(1).mean() + WEIGHT * self.penalty(z)
+
+    def penalty(self, z: Tensor) -> Tensor:
+        """MMD^2."""
         prior = torch.randn_like(z)
-        n, length = len(x), 2.0 * self.nets.zdim
-        others = 1 - torch.eye(n, device=x.device)
+        n, length = len(z), 2.0 * self.nets.zdim
+        others = 1 - torch.eye(n, device=z.device)
         within = (kernel(z, z, length) + kernel(prior, prior, length)) * others
-        penalty = within.sum() / (n * (n - 1)) - 2 * kernel(z, prior, length).mean()
-        return (self.nets.decoder(z) - x).square().flatten(1).sum(1).mean() + WEIGHT * penalty
+        return within.sum() / (n * (n - 1)) - 2 * kernel(z, prior, length).mean()
+
+
+class AdversaryByHand(ByHand):
+    """The loss of a WAE-GAN without any library; one backward pass serves both players."""
+
+    def __init__(self, nets: AutoEncoder) -> None:
+        super().__init__(nets)
+        sizes = [nets.zdim, 512, 512, 512, 512]
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.judge = nn.Sequential(*layers, nn.Linear(512, 1))
+
+    def penalty(self, z: Tensor) -> Tensor:
+        """The generator's term, and that of the discriminator with a weight and value of its own."""
+        prior = torch.randn_like(z)
+        fixed = {name: parameter.detach() for name, parameter in self.judge.named_parameters()}
+        generator = softplus(-torch.func.functional_call(self.judge, fixed, (z,))).mean()
+        logits = self.judge(torch.cat([z.detach(), prior]))
+        own = softplus(logits[: len(z)]).mean() + softplus(-logits[len(z) :]).mean()
+        return generator + (own - own.detach()) / WEIGHT
 
 
 def kernel(x: Tensor, y: Tensor, length: float) -> Tensor:
@@ -129,7 +129,7 @@ def of_module(module: Any, x: Tensor, *, validate: bool = True, bfloat16: bool =
     return step
 
 
-def of_svi(nets: MLP, x: Tensor, loss: Any, make_optimizer: Callable[..., Any]) -> Step:
+def of_svi(nets: AutoEncoder, x: Tensor, loss: Any, make_optimizer: Callable[..., Any]) -> Step:
     """A step of SVI, with a parameter store of its own."""
     svi = SVI(nets.model, nets.guide, make_optimizer({"lr": LEARNING_RATE}), loss=loss)
     store: dict[str, Any] = {"params": {}, "constraints": {}}
@@ -139,65 +139,6 @@ def of_svi(nets: MLP, x: Tensor, loss: Any, make_optimizer: Callable[..., Any]) 
             svi.step(x)
 
     return step
-
-
-def wae(**options: Any) -> WAELoss:
-    """The loss that is measured."""
-    return WAELoss(**{"penalty_weight": WEIGHT} | options)
-
-
-def cuda_graph(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compiles a recording and launches it as one CUDA graph."""
-    return torch.compile(module, mode="reduce-overhead")
-
-
-def contenders(kind: type[MLP], zdim: int, x: Tensor, args: argparse.Namespace) -> dict[str, Step]:
-    """A step of each."""
-
-    def nets(stochastic: bool = False) -> MLP:
-        pyro.set_rng_seed(0)
-        return kind(zdim, stochastic=stochastic).train().to(x.device)
-
-    def bound(**options: Any) -> Any:
-        own = nets()
-        own.registers = False  # the module that is bound has the parameters, and nothing asks Pyro's store
-        return wae(**options)(own.model, own.guide)
-
-    shared = pyro_wae.optim.Adam
-    steps = {
-        BASELINE: of_module(ByHand(nets()), x),
-        "SVI, Trace_ELBO": of_svi(nets(True), x, Trace_ELBO(), pyro.optim.Adam),
-        "SVI, Trace_ELBO, shared Adam": of_svi(nets(True), x, Trace_ELBO(), shared),
-        "SVI, WAELoss": of_svi(nets(), x, wae(), pyro.optim.Adam),
-        "SVI, WAELoss, shared Adam": of_svi(nets(), x, wae(), shared),
-        "SVI, WAELoss, shared Adam, recorded": of_svi(nets(), x, wae(compile=graph), shared),
-        "SVI, WAELoss, shared Adam, Constraint": of_svi(nets(), x, wae(penalty_weight=Constraint()), shared),
-        "nn.Module": of_module(bound(), x),
-        "nn.Module, validation off": of_module(bound(), x, validate=False),
-        "nn.Module, recorded": of_module(bound(compile=graph), x),
-        "nn.Module, WAE-GAN": of_module(bound(penalty=JensenShannon()), x),
-    }
-    if kind is MLP:  # whose decoder takes codes with a dimension of particles
-        trace_mmd = Trace_MMD(kernel=RBF(zdim).to(x.device), num_particles=2)
-        steps["SVI, Trace_MMD"] = of_svi(nets(True), x, trace_mmd, pyro.optim.Adam)
-        try:
-            steps["pythae, WAE_MMD"] = of_pythae(zdim, x)
-        except ImportError as error:
-            print(f'No row for pythae: {error}. Run: pip install "pyro-wae[bench]"', flush=True)
-    if not args.no_compile:
-        steps |= {
-            "plain torch, compiled": of_module(torch.compile(ByHand(nets())), x),
-            "SVI, WAELoss, shared Adam, compiled": of_svi(nets(), x, wae(compile=True), shared),
-            "nn.Module, compiled": of_module(bound(compile=True), x),
-        }
-    if x.device.type == "cuda":
-        steps |= {
-            "plain torch, bf16": of_module(ByHand(nets()), x, bfloat16=True),
-            "nn.Module, bf16": of_module(bound(), x, bfloat16=True),
-            "plain torch, CUDA graph": of_module(torch.compile(ByHand(nets()), mode="reduce-overhead"), x),
-            "nn.Module, CUDA graph": of_module(bound(compile=cuda_graph), x),
-        }
-    return steps
 
 
 def of_pythae(zdim: int, x: Tensor) -> Step:
@@ -215,6 +156,61 @@ def of_pythae(zdim: int, x: Tensor) -> Step:
     return step
 
 
+def wae(**options: Any) -> WAELoss:
+    """The loss that is measured."""
+    return WAELoss(**{"penalty_weight": WEIGHT} | options)
+
+
+def contenders(kind: str, zdim: int, x: Tensor, args: argparse.Namespace) -> dict[str, Step]:
+    """A step of each."""
+
+    def nets(stochastic: bool = False) -> AutoEncoder:
+        return make_nets(kind, zdim, x.device, stochastic=stochastic)
+
+    def bound(*, compiled: bool = False, **options: Any) -> Any:
+        own = nets()
+        own.registers = False  # the module that is bound has the parameters, and Pyro's store has no part
+        if compiled:
+            own.encoder.compile()
+            own.decoder.compile()
+        module = wae(**options)(own.model, own.guide)
+        if "penalty" in options:
+            module(x)  # makes the discriminator, which does not know the size of a code before
+        return module
+
+    shared = pyro_wae.optim.Adam
+    steps = {
+        BASELINE: of_module(ByHand(nets()), x),
+        "SVI, Trace_ELBO": of_svi(nets(True), x, Trace_ELBO(), pyro.optim.Adam),
+        "SVI, Trace_ELBO, shared Adam": of_svi(nets(True), x, Trace_ELBO(), shared),
+        "SVI, WAELoss": of_svi(nets(), x, wae(), pyro.optim.Adam),
+        "SVI, WAELoss, shared Adam": of_svi(nets(), x, wae(), shared),
+        "SVI, WAELoss, shared Adam, Constraint": of_svi(nets(), x, wae(penalty_weight=Constraint()), shared),
+        "nn.Module": of_module(bound(), x),
+        "nn.Module, validation off": of_module(bound(), x, validate=False),
+        "nn.Module, WAE-GAN": of_module(bound(penalty=JensenShannon()), x),
+        "plain torch, WAE-GAN": of_module(AdversaryByHand(nets()).to(x.device), x),
+    }
+    if kind == "MLP":  # whose decoder takes codes with a dimension of particles
+        trace_mmd = Trace_MMD(kernel=RBF(zdim).to(x.device), num_particles=2)
+        steps["SVI, Trace_MMD"] = of_svi(nets(True), x, trace_mmd, pyro.optim.Adam)
+        try:
+            steps["pythae, WAE_MMD"] = of_pythae(zdim, x)
+        except ImportError as error:
+            print(f'No row for pythae: {error}. Run: pip install "pyro-wae[bench]"', flush=True)
+    if not args.no_compile:
+        steps |= {
+            "plain torch, compiled": of_module(torch.compile(ByHand(nets())), x),
+            "nn.Module, nets compiled": of_module(bound(compiled=True), x),
+        }
+    if x.device.type == "cuda":
+        steps |= {
+            "plain torch, bf16": of_module(ByHand(nets()), x, bfloat16=True),
+            "nn.Module, bf16": of_module(bound(), x, bfloat16=True),
+        }
+    return steps
+
+
 def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times the steps in turns."""
     for name in list(steps):
@@ -226,17 +222,14 @@ def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> li
                 raise
             print(f"No row for {name}: {str(error).splitlines()[0]}", flush=True)
             del steps[name]
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    begin = time.perf_counter()
-    for index in range(args.rounds):
-        if index >= LEAST_ROUNDS and time.perf_counter() - begin > args.seconds:
-            break
-        for name, step in steps.items():
-            times[name].append(seconds(step, device, time.perf_counter))
+
+    def enough(rounds: int, spent: float) -> bool:
+        return rounds == args.rounds or (rounds >= LEAST_ROUNDS and spent > args.seconds)
+
+    times = in_turns(steps, device, time.perf_counter, enough)
     results = []
-    for name, own in times.items():
-        ratios = [t / base for t, base in zip(own, times[BASELINE], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    for name, (low, middle, high) in ratios(times, BASELINE).items():
+        own = times[name]
         results.append(
             {
                 "contender": name, "milliseconds": 1000 * statistics.median(own), "rounds": len(own),
@@ -246,46 +239,44 @@ def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> li
     return results
 
 
+def import_seconds() -> float:
+    """How long ``import pyro_wae`` takes after torch and Pyro, in fresh processes."""
+    setup = "import time, torch, pyro, pyro.infer; begin = time.perf_counter()"
+    program = f"{setup}; import pyro_wae; print(time.perf_counter() - begin)"
+    runs = (subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(IMPORTS))
+    return statistics.median(float(run.stdout) for run in runs)
+
+
 def heading(nets: str, batch: int, device: str) -> str:
     """The name of a column."""
     return f"{nets}, {batch}" + (", CUDA" if device == "cuda" else "")
 
 
-def of_cell(results: list[dict[str, Any]], cell: tuple[str, int, str]) -> list[dict[str, Any]]:
-    """What was measured in one column."""
-    return [r for r in results if (r["nets"], r["batch"], r["device"]) == cell]
-
-
-def summary(report: dict[str, Any]) -> str:
-    """The table as Markdown, and under it how it came about."""
+def page(report: Report) -> str:
+    """The table, and how it came about."""
     results, options = report["results"], report["options"]
     cells = list(dict.fromkeys((r["nets"], r["batch"], r["device"]) for r in results))
     found = {(r["contender"], r["nets"], r["batch"], r["device"]): r for r in results}
-    lines = ["| step | " + " | ".join(heading(*cell) for cell in cells) + " |", "|---|" + "---:|" * len(cells)]
+    rows = []
     for name in dict.fromkeys(r["contender"] for r in results):
         row = [found.get((name, *cell)) for cell in cells]
-        lines.append(f"| {name} | " + " | ".join(f"{r['ratio']:.2f}" if r else "-" for r in row) + " |")
+        rows.append([name, *(f"{r['ratio']:.2f}" if r else "-" for r in row)])
     base = ", ".join(f"{found[(BASELINE, *cell)]['milliseconds']:.1f} ms ({heading(*cell)})" for cell in cells)
     rounds = ", ".join(str(found[(BASELINE, *cell)]["rounds"]) for cell in cells)
-    return (
-        "\n".join(lines)
-        + f"""
+    return f"""{table(["step", *(heading(*cell) for cell in cells)], rows)}
 
-Made by
-
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}.
+{made_by(report)}
 Time of a step over that of plain torch in the same round, median of {rounds} rounds.
 Plain torch takes {base}.
 Nets and batch size stand above each column, and a code has {options["zdim"]} numbers.
-All but Pyro's losses compare codes with the default `MMD()`; *plain torch* does it in float32 and with prior draws.
+All but Pyro's losses and WAE-GAN compare codes with the default `MMD()`; *plain torch* does it in float32 and with
+prior draws. Its WAE-GAN has the same discriminator, which takes one step and has no penalty on its slope.
 The penalty weight is a number, or where it is named the default, a `Constraint`.
 In the rows of *nn.Module* neither model nor guide calls `pyro.module`, since the bound module has the parameters.
 *Shared Adam* is `pyro_wae.optim.Adam`, everything outside of SVI has torch's fused Adam.
 pythae has nets of its own, with one hidden layer of 512 in place of 400.
+`import pyro_wae` takes {1000 * report["import_seconds"]:.0f} ms after torch and Pyro (median of {IMPORTS} processes).
 """
-    )
 
 
 def draw(results: list[dict[str, Any]]) -> Any:
@@ -298,7 +289,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
         for index, cell in enumerate(cells):
             # Beside each other, as the dots of one contender often fall together.
             shift = 0.5 * (index - (len(cells) - 1) / 2) / len(cells)
-            some = of_cell(results, cell)
+            some = [r for r in results if (r["nets"], r["batch"], r["device"]) == cell]
             axes.errorbar(
                 [r["ratio"] for r in some], [rows.index(r["contender"]) + shift for r in some],
                 xerr=[[r["ratio"] - r["low"] for r in some], [r["high"] - r["ratio"] for r in some]],
@@ -306,7 +297,8 @@ def draw(results: list[dict[str, Any]]) -> Any:
                 label=heading(*cell),
             )  # fmt: skip
         axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6))
-        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if in_view(tick, axes.get_xlim())]
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if low <= tick <= high]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_yticks(range(len(rows)), rows, fontsize=12)
@@ -318,71 +310,38 @@ def draw(results: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def in_view(value: float, limits: tuple[float, float]) -> bool:
-    """Whether an axis shows a value."""
-    return limits[0] <= value <= limits[1]
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--nets", nargs="*", choices=("MLP", "conv"), default=["MLP", "conv"])
-    parser.add_argument("--batch-sizes", nargs="*", type=int, default=[100, 1024])
-    parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--rounds", type=int, default=100, help="most timed steps of each")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=50.0,
-        help=f"for a column, after which no round starts but the first {LEAST_ROUNDS}",
-    )
-    parser.add_argument("--warm-up", type=int, default=4, help="steps before them, in which recordings are made")
-    # Nets this small gain nothing from more, and the table is then that of most machines.
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    add_options(parser)
-    parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--picture", type=Path, help="by default docs/images/step.png, or in a quick run a file in OUT")
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.nets, args.batch_sizes, args.devices, args.threads = ["MLP"], [16], ["cpu"], 1
-        args.rounds, args.warm_up, args.no_compile = 2, 3, True
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    args.picture = args.picture or (args.out / "step.png" if args.smoke else Path("docs/images/step.png"))
-    return args
+BENCH = Benchmark(
+    __file__,
+    page,
+    # Nets this small gain nothing from more threads, and the table is then that of most machines.
+    threads=min(2, os.cpu_count() or 1),
+    devices=True,
+    picture=True,
+    smoke={
+        "nets": ["MLP"], "batch_sizes": [16], "devices": ["cpu"], "threads": 1, "rounds": 2, "warm_up": 3,
+        "no_compile": True,
+    },
+)  # fmt: skip
+BENCH.option("--nets", nargs="*", choices=("MLP", "conv"), default=["MLP", "conv"])
+BENCH.option("--batch-sizes", nargs="*", type=int, default=[100, 1024])
+BENCH.option("--zdim", type=int, default=8, help="numbers in a code")
+BENCH.option("--rounds", type=int, default=100, help="most timed steps of each")
+BENCH.option("--seconds", type=float, default=50.0, help=f"after which no round starts but the first {LEAST_ROUNDS}")
+BENCH.option("--warm-up", type=int, default=4, help="steps before them")
+BENCH.option("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures all cells, and prints and writes the table."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", module="torch|pyro|pydantic|pythae")
-    devices = present(args.devices)
+    """Measures all cells."""
+    args = BENCH.start(argv)
     results: list[dict[str, Any]] = []
-    for device, nets, batch in itertools.product(devices, args.nets, args.batch_sizes):
+    for device, nets, batch in itertools.product(args.devices, args.nets, args.batch_sizes):
         pyro.set_rng_seed(1)
         x = torch.rand(batch, 784) if nets == "MLP" else torch.rand(batch, 1, 28, 28)
-        kind = MLP if nets == "MLP" else Conv
-        found = measure(contenders(kind, args.zdim, x.to(device), args), device, args)
+        found = measure(contenders(nets, args.zdim, x.to(device), args), device, args)
         results += [{"nets": nets, "batch": batch, "device": device, **result} for result in found]
         print(f"{heading(nets, batch, device)}: {found[0]['rounds']} rounds", flush=True)
-    report = {
-        "command": shlex.join(["python", "benchmarks/step.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": describe(devices, args.threads),
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key in ("out", "picture") else value for key, value in vars(args).items()},
-        "results": results,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "step.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "step.md").write_text(summary(report))
-    save(draw(results), args.picture)
-    print(summary(report))
+    BENCH.finish(BENCH.report(args, results=results, import_seconds=import_seconds()), draw(results))
 
 
 if __name__ == "__main__":

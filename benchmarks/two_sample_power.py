@@ -6,16 +6,13 @@ The shares of rejections and the times that docs and docstrings state come from 
 """
 
 import argparse
-import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Benchmark, Report, made_by, progress, table_of
 from torch import Tensor
 
 from pyro_wae.diagnostics import classifier_test, two_sample_test
@@ -63,7 +60,7 @@ def share(name: str, runs: int, args: argparse.Namespace) -> dict[str, Any]:
     """The share of rejections by each test; the same draws for all."""
     d, draw = CODES[name]
     rejected = {"aggregated": 0, "one kernel": 0, "classifier": 0}
-    for run in range(runs):
+    for run in progress(range(runs), name):
         torch.manual_seed(run)
         codes, prior = draw(args.n), torch.distributions.Normal(torch.zeros(d), 1.0)
         options: dict[str, Any] = {"level": args.level, "seed": run}
@@ -90,27 +87,18 @@ def seconds(n: int) -> dict[str, Any]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def summary(report: dict[str, Any]) -> str:
+def page(report: Report) -> str:
     """The tables, what is in them, and the command."""
-    options, tables = report["options"], {name: table(rows) for name, rows in report["tables"].items()}
-    return f"""Made by
-
-    {report["command"]}
-
-with torch {report["torch"]}. Share of tests that reject at level {options["level"]:g}: {options["n"]} codes against the
-prior N(0, I), {options["permutations"]} permutations. Over {options["runs"]} runs a share
-of 0.5 has a standard error of {0.5 / math.sqrt(options["runs"]):.2f}.
+    options, tables = report["options"], {name: table_of(rows) for name, rows in report["tables"].items()}
+    return f"""{made_by(report)}
+Share of tests that reject at level {options["level"]:g}: {options["n"]} codes against the prior N(0, I),
+{options["permutations"]} permutations. Over {options["runs"]} runs a share of 0.5 has a
+standard error of {0.5 / math.sqrt(options["runs"]):.2f}.
 
 {tables["power"]}
 
 - *aggregated*: `two_sample_test(codes, prior)`.
-- *one kernel*: the same with `aggregate=False`: `InverseMultiquadratic()`, its scale from the prior.
+- *one kernel*: the same with `aggregate=False`: `InverseMultiquadratic()`, its bandwidth from the prior.
 - *classifier*: `classifier_test(codes, prior)`.
 
 Processor seconds of one test as it is by default, one thread, d = 8, n codes and n prior draws:
@@ -119,44 +107,19 @@ Processor seconds of one test as it is by default, one thread, d = 8, n codes an
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--n", type=int, default=1000, help="codes, and prior draws")
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--permutations", type=int, default=99)
-    parser.add_argument("--level", type=float, default=0.05)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000], help="numbers of codes to time")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.n, args.runs, args.permutations, args.sizes = 100, 1, 19, [100]
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    return args
+BENCH = Benchmark(__file__, page, smoke={"n": 100, "runs": 1, "permutations": 19, "sizes": [100]})
+BENCH.option("--n", type=int, default=1000, help="codes, and prior draws")
+BENCH.option("--runs", type=int, default=10)
+BENCH.option("--permutations", type=int, default=99)
+BENCH.option("--level", type=float, default=0.05)
+BENCH.option("--sizes", type=int, nargs="+", default=[500, 1000], help="numbers of codes to time")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
-    args = parse_args(argv)
-    torch.set_num_threads(1)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/two_sample_power.py", *(sys.argv[1:] if argv is None else argv)]),
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key == "out" else value for key, value in vars(args).items()},
-        "tables": {
-            "power": [share(name, args.runs, args) for name in CODES],
-            "seconds": [seconds(n) for n in args.sizes],
-        },
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "two_sample_power.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "two_sample_power.md").write_text(summary(report))
-    print(summary(report))
+    args = BENCH.start(argv)
+    power = [share(name, args.runs, args) for name in CODES]
+    BENCH.finish(BENCH.report(args, tables={"power": power, "seconds": [seconds(n) for n in args.sizes]}))
 
 
 if __name__ == "__main__":

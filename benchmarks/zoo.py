@@ -10,28 +10,23 @@ After each training the table is written to ``--out`` with all its numbers.
 
 import argparse
 import functools
-import json
 import math
-import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from harness import Benchmark, Report, made_by, progress, table
 from pyro import poutine
 from pyro.distributions import transforms
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from pyro_wae import WAELoss
 from pyro_wae.diagnostics import two_sample_test
@@ -308,91 +303,56 @@ def draw_zoo(pairs: dict[str, tuple[Tensor, Tensor]]) -> Any:
     return figure
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The table as Markdown, and under it how it came about."""
-    options = report["options"]
-    lines = ["| prior | p of each seed | null deviations | cost | seconds |", "|---|---:|---:|---:|---:|"]
+def page(report: Report) -> str:
+    """The table, and how it came about."""
+    options, rows = report["options"], []
     for name in dict.fromkeys(row["prior"] for row in report["results"]):
-        rows = [row for row in report["results"] if row["prior"] == name]
-        p_values = ", ".join(f"{row['p_value']:.3f}" for row in rows)
-        deviations = ", ".join(f"{row['standardized']:.1f}" for row in rows)
-        cost, seconds = (statistics.fmean(row[key] for row in rows) for key in ("cost", "seconds"))
-        lines.append(f"| {name} | {p_values} | {deviations} | {cost:.2f} | {seconds:.0f} |")
-    return (
-        "\n".join(lines)
-        + f"""
+        results = [row for row in report["results"] if row["prior"] == name]
+        p_values = ", ".join(f"{row['p_value']:.3f}" for row in results)
+        deviations = ", ".join(f"{row['standardized']:.1f}" for row in results)
+        cost, seconds = (statistics.fmean(row[key] for row in results) for key in ("cost", "seconds"))
+        rows.append([name, p_values, deviations, f"{cost:.2f}", f"{seconds:.0f}"])
+    header = ["prior", "p of each seed", "standard deviations under the null", "cost", "seconds"]
+    return f"""{table(header, rows)}
 
-Made by
+{made_by(report)}
+{options["steps"]} steps of {options["batch_size"]} pictures.
 
-    {report["command"]}
-
-on {report["machine"]}, torch {report["torch"]}. {options["steps"]} steps of {options["batch_size"]} pictures.
-
-- *p*: of the aggregated two-sample test of {options["held_out"]} codes of new pictures and as many prior draws.
-- *null deviations*: the statistic of the kernel that told them apart best, over its standard deviation under the null.
+- *p*: of the aggregated two-sample test of {options["held_out"]} codes of held-out pictures and as many prior draws.
+- *standard deviations under the null*: the statistic of the kernel that distinguishes them best, in these.
 - *cost*: squared error per picture; {report["variance"]:.2f} without any code, the variance of the pictures.
 - *seconds*: wall time of a training.
 """
-    )
 
 
-def write(report: dict[str, Any], out: Path) -> None:
-    """Writes what there is so far."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "zoo.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "zoo.md").write_text(summary(report))
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--priors", nargs="+", choices=list(PRIORS), default=list(PRIORS), metavar="PRIOR")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--penalty-weight", type=float, default=3000.0)
-    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="pictures of the test")
-    parser.add_argument("--permutations", type=int, default=499)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of .json and .md; by default docs/_generated, or in a quick run results/benchmarks",
-    )
-    parser.add_argument("--picture", type=Path, help="by default docs/images/zoo.png, or in a quick run zoo.png in OUT")
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.seeds, args.steps, args.batch_size, args.held_out, args.permutations = args.seeds[:1], 2, 20, 40, 19
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    args.picture = args.picture or (args.out / "zoo.png" if args.smoke else Path("docs/images/zoo.png"))
-    return args
+BENCH = Benchmark(
+    __file__,
+    page,
+    picture=True,
+    smoke={"seeds": [0], "steps": 2, "batch_size": 20, "held_out": 40, "permutations": 19},
+)
+BENCH.option("--priors", nargs="+", choices=list(PRIORS), default=list(PRIORS), metavar="PRIOR")
+BENCH.option("--seeds", type=int, nargs="+", default=[0, 1, 2])
+BENCH.option("--steps", type=int, default=2000)
+BENCH.option("--batch-size", type=int, default=256)
+BENCH.option("--learning-rate", type=float, default=3e-3)
+BENCH.option("--penalty-weight", type=float, default=3000.0)
+BENCH.option("--held-out", type=int, default=HELD_OUT, help="pictures of the test")
+BENCH.option("--permutations", type=int, default=499)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures and reports."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = BENCH.start(argv)
     pyro.set_rng_seed(0)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/zoo.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": f"{os.cpu_count()} CPU cores, of which {args.threads} used",
-        "torch": torch.__version__.partition("+")[0],
-        "options": {key: str(value) if key in ("out", "picture") else value for key, value in vars(args).items()},
-        "variance": draw_pictures(20_000).var(0).sum().item(),
-        "results": [],
-    }
-    pairs = {}
-    trainings = [(name, seed) for seed in args.seeds for name in args.priors]
-    for name, seed in tqdm(trainings, unit="training"):
+    report = BENCH.report(args, variance=draw_pictures(20_000).var(0).sum().item(), results=[])
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, seed in progress([(name, seed) for seed in args.seeds for name in args.priors], "zoo", unit="training"):
         result, wae = run(name, seed, args)
         pairs.setdefault(name, plane(name, wae, args.held_out))
         report["results"].append(result)
-        write(report, args.out)
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_zoo(pairs).savefig(args.picture)
-    print(summary(report))
+        BENCH.write(report)
+    BENCH.finish(report, draw_zoo(pairs))
 
 
 if __name__ == "__main__":

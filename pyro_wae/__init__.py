@@ -1,8 +1,37 @@
 """Wasserstein auto-encoders for Pyro: swap ``Trace_ELBO()`` for ``WAELoss()``."""
 
-from pyro_wae import costs, kernels, penalties, weights
-from pyro_wae.loss import WAELoss
+import importlib
+from typing import Any
+
+from pyro_wae.loss import WAELoss, WAEModule
+from pyro_wae.step.terms import Terms
 
 __version__ = "0.1.0"
 
-__all__ = ["WAELoss", "__version__", "costs", "kernels", "penalties", "weights"]
+__all__ = ["Terms", "WAELoss", "WAEModule", "__version__"]
+
+_SUBMODULES = (
+    "checkpoint",
+    "costs",
+    "diagnostics",
+    "distributed",
+    "kernels",
+    "optim",
+    "penalties",
+    "plotting",
+    "predict",
+    "priors",
+    "recording",
+    "weights",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a submodule when it is first used, as in ``pyro_wae.optim.Adam``."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBMODULES])

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._core.distributions import innermost, is_a
+from pyro_wae._core.distributions import family, innermost
 from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.repr import CallRepr
-from pyro_wae.step.records import Layout
+from pyro_wae._core.sites import Site
 
 __all__ = [
     "AbsoluteError",
@@ -22,47 +22,13 @@ __all__ = [
     "ExpectedSquaredError",
     "FunctionCost",
     "NegativeLogLikelihood",
-    "Observation",
+    "Site",
     "SquaredError",
     "as_cost",
     "generator_output",
 ]
 
 Decode = Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """An observed site of one run of the model.
-
-    Args:
-        name: The site's name.
-        distribution: The site's distribution, P_G(. | z).
-        value: The data, shape ``distribution.shape()``.
-        layout: Which batch dimensions are the data.
-        mask: Boolean, broadcasts to ``value``; False where the data are masked. None without a mask.
-        scale: The user's ``poutine.scale``, a number or a tensor that broadcasts to the batch shape.
-    """
-
-    name: str
-    distribution: Any
-    value: Tensor
-    layout: Layout
-    mask: Tensor | None = None
-    scale: float | Tensor = 1.0
-
-    @property
-    def event_dim(self) -> int:
-        """Number of event dimensions of the value."""
-        return self.distribution.event_dim
-
-    @property
-    def kept(self) -> Tensor | None:
-        """Whether any part of a datum is unmasked, shape (K, n). None without a mask."""
-        if self.mask is None:
-            return None
-        rows = self.layout.rows(self.mask.expand(self.value.shape), self.event_dim)
-        return rows.flatten(2).any(2) if rows.ndim > 2 else rows
 
 
 class Cost(CallRepr, nn.Module):
@@ -90,7 +56,7 @@ class Cost(CallRepr, nn.Module):
         """
         raise NotImplementedError
 
-    def per_datum(self, observation: Observation) -> Tensor:
+    def per_datum(self, site: Site) -> Tensor:
         """Gives the cost of each datum, masked elements left out and scaled as the user asked.
 
         Returns:
@@ -99,20 +65,20 @@ class Cost(CallRepr, nn.Module):
         Raises:
             ValueError: If the distribution does not serve or the cost has the wrong shape; the message names the site.
         """
-        site, value, mask = observation.distribution, observation.value, observation.mask
+        value, mask = site.value, site.mask
         try:
             if mask is not None:
-                value = self.fill(site, value, mask)
-            costs = self(site, value)
+                value = self.fill(site.distribution, value, mask)
+            costs = self(site.distribution, value)
         except ValueError as error:
-            raise ValueError(f"At observed site '{observation.name}': {error}") from error
-        expected = value.shape[: value.ndim - observation.event_dim]
+            raise ValueError(f"At observed site '{site.name}': {error}") from error
+        expected = value.shape[: value.ndim - site.event_dim]
         if not isinstance(costs, Tensor) or costs.shape != expected:
-            raise ValueError(_wrong_shape(self, observation.name, costs, tuple(expected)))
+            raise ValueError(_wrong_shape(self, site.name, costs, tuple(expected)))
         if mask is not None:
-            kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if observation.event_dim else mask
+            kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if site.event_dim else mask
             costs = costs.where(kept, 0.0)
-        rows = observation.layout.rows(at_least_float32(costs) * observation.scale, 0)
+        rows = site.rows(at_least_float32(costs) * site.scale, 0)
         return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
@@ -197,7 +163,7 @@ class ExpectedSquaredError(SquaredError):
             return at_least_float32(distribution.variance.expand(value.shape))
         except NotImplementedError as error:
             raise ValueError(
-                f"{_name(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
+                f"{family(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
                 "cost=NegativeLogLikelihood()."
             ) from error
 
@@ -230,37 +196,37 @@ class FunctionCost(OutputCost):
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         return self.function(at_least_float32(value), _checked_output(self.output(distribution), value))
 
-    def per_datum(self, observation: Observation) -> Tensor:
-        site, value, layout = observation.distribution, observation.value, observation.layout
+    def per_datum(self, site: Site) -> Tensor:
+        value = site.value
         try:
-            if observation.mask is not None:
-                value = self.fill(site, value, observation.mask)
-            output = _checked_output(self.output(site), value)
-            if observation.mask is not None:
+            if site.mask is not None:
+                value = self.fill(site.distribution, value, site.mask)
+            output = _checked_output(self.output(site.distribution), value)
+            if site.mask is not None:
                 # A function such as a root may have an infinite slope where x equals g.
-                output = torch.where(observation.mask, output, output.detach())
+                output = torch.where(site.mask, output, output.detach())
         except ValueError as error:
-            raise ValueError(f"At observed site '{observation.name}': {error}") from error
-        x, g = layout.rows(at_least_float32(value), site.event_dim), layout.rows(output, site.event_dim)
+            raise ValueError(f"At observed site '{site.name}': {error}") from error
+        x, g = site.rows(at_least_float32(value), site.event_dim), site.rows(output, site.event_dim)
         particles, n = x.shape[:2]
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
         if not isinstance(costs, Tensor) or costs.shape != (particles * n,):
-            raise ValueError(_wrong_shape(self.function, observation.name, costs, (particles * n,)))
-        return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(observation)
+            raise ValueError(_wrong_shape(self.function, site.name, costs, (particles * n,)))
+        return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(site)
 
     @staticmethod
-    def _scale(observation: Observation) -> float | Tensor:
-        scale, layout = observation.scale, observation.layout
+    def _scale(site: Site) -> float | Tensor:
+        scale = site.scale
         if not isinstance(scale, Tensor):
             return scale
-        outer = (layout.data_dim, layout.particle_dim)
+        outer = (site.data_dim, site.particle_dim)
         if any(size > 1 and dim not in outer for dim, size in enumerate(scale.shape, -scale.ndim)):
             raise ValueError(
-                f"At observed site '{observation.name}': a cost function gives one number for each datum, and "
+                f"At observed site '{site.name}': a cost function gives one number for each datum, and "
                 f"poutine.scale has shape {tuple(scale.shape)}. Scale whole data, or take SquaredError()."
             )
-        shape = tuple(size if dim in outer else 1 for dim, size in enumerate(layout.shape, -len(layout.shape)))
-        return replace(layout, shape=shape).rows(scale, 0).flatten(1)
+        shape = tuple(size if dim in outer else 1 for dim, size in enumerate(site.shape, -len(site.shape)))
+        return replace(site, shape=shape).rows(scale, 0).flatten(1)
 
 
 def generator_output(distribution: Any) -> Tensor:
@@ -275,15 +241,15 @@ def generator_output(distribution: Any) -> Tensor:
         ValueError: If the distribution has no mean, or none that is finite.
     """
     inner = innermost(distribution)
-    while is_a(type(inner), dist.MixtureSameFamily):
+    while isinstance(inner, dist.MixtureSameFamily):
         inner = innermost(inner.component_distribution)
     remedy = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
-    if is_a(type(inner), dist.Categorical, dist.Cauchy, dist.HalfCauchy):
-        raise ValueError(f"{_name(distribution)} has no finite mean to compare the data with. {remedy}")
+    if isinstance(inner, dist.Categorical | dist.Cauchy | dist.HalfCauchy):
+        raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {remedy}")
     try:
         return distribution.mean
     except (NotImplementedError, AttributeError) as error:
-        raise ValueError(f"{_name(distribution)} has no mean to compare the data with. {remedy}") from error
+        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {remedy}") from error
 
 
 def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:
@@ -339,7 +305,3 @@ def _wrong_shape(cost: Any, site: str, found: Any, expected: tuple[int, ...]) ->
         f"At observed site '{site}', the cost {cost!r} returned {described} where shape {expected} is needed: one "
         "number for each datum. Sum over all other dimensions, for instance by .flatten(1).sum(1)."
     )
-
-
-def _name(distribution: Any) -> str:
-    return type(innermost(distribution)).__name__

@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_wae._core.checks import accepted
 from pyro_wae._core.repr import CallRepr
 
-__all__ = ["SGD", "Adam", "AdamW", "SharedOptim", "all_states", "kinds_of", "names_of", "restore_states"]
+__all__ = ["SGD", "Adam", "AdamW", "SharedOptim"]
 
 OptimArgs = dict[str, Any] | Callable[..., dict[str, Any]]
 Scheduler = Callable[[Optimizer], LRScheduler]
+
+CONSTRUCTORS = "a class of torch optimisers that treat each parameter for itself (LBFGS does not)"
+ARGUMENTS = "a dict, or a function that returns one for the name of a parameter"
+SCHEDULERS = "a function that makes a scheduler for a torch optimiser"
 
 # Adagrad's fused kernel for CUDA is younger than the oldest torch that this package runs with.
 _FUSED_ON: dict[Any, tuple[str, ...]] = {
@@ -51,11 +56,11 @@ class SharedOptim(CallRepr, PyroOptim):
     Args:
         optim_constructor: A class of torch optimisers, such as :class:`torch.optim.Adam`. Others may be given if they
             read ``param_groups`` anew at each step and treat each parameter for itself.
-        optim_args: The optimiser's arguments, or a function that gives them for the name of a parameter, as it stands
+        optim_args: The optimiser's arguments, or a function that returns them for the name of a parameter, as it stands
             in Pyro's store with a dot for every ``$$$``: ``"decoder.weight"``. A ``"fused"`` or ``"foreach"`` in
             them is obeyed; ``{"fused": False}`` serves sparse gradients.
         clip_args: ``{"clip_norm": ...}`` or ``{"clip_value": ...}`` or both, applied to each parameter's gradient by
-            itself; or a function that gives them for two names, that of the module and that of its parameter.
+            itself; or a function that returns them for two names, that of the module and that of its parameter.
         scheduler: A function that makes a learning rate scheduler for a torch optimiser. :meth:`step` advances it.
 
     Attributes:
@@ -89,31 +94,16 @@ class SharedOptim(CallRepr, PyroOptim):
         *,
         scheduler: Scheduler | None = None,
     ) -> None:
-        if not callable(optim_constructor):
-            raise TypeError(
-                f"optim_constructor must be a class of torch optimisers, found {optim_constructor!r}. "
-                'Write SharedOptim(torch.optim.Adam, {"lr": 1e-3}).'
-            )
-        if optim_constructor is torch.optim.LBFGS:
-            raise TypeError(
-                "optim_constructor must treat each parameter for itself, found LBFGS, whose state mixes them. "
-                'Write SharedOptim(torch.optim.Adam, {"lr": 1e-3}).'
-            )
-        if not (isinstance(optim_args, dict) or callable(optim_args)):
-            raise TypeError(
-                "optim_args must be a dict or a function that gives one for the name of a parameter, "
-                f'found {optim_args!r}. Write {{"lr": 1e-3}}.'
-            )
-        if not (clip_args is None or isinstance(clip_args, dict) or callable(clip_args)):
-            raise TypeError(
-                "clip_args must be a dict or a function that gives one for the names of a module and its parameter, "
-                f'found {clip_args!r}. Write {{"clip_norm": 10.0}}.'
-            )
-        if not (scheduler is None or callable(scheduler)) or isinstance(scheduler, LRScheduler):
-            raise TypeError(
-                "scheduler must be a function that makes a scheduler for a torch optimiser, "
-                f"found {scheduler!r}. Write lambda optimizer: ExponentialLR(optimizer, gamma=0.99)."
-            )
+        is_class = callable(optim_constructor) and optim_constructor is not torch.optim.LBFGS
+        write = 'SharedOptim(torch.optim.Adam, {"lr": 1e-3})'
+        accepted("optim_constructor", optim_constructor, is_class, CONSTRUCTORS, write=write)
+        is_args = isinstance(optim_args, dict) or callable(optim_args)
+        accepted("optim_args", optim_args, is_args, ARGUMENTS, write='{"lr": 1e-3}')
+        is_clip = clip_args is None or isinstance(clip_args, dict) or callable(clip_args)
+        accepted("clip_args", clip_args, is_clip, ARGUMENTS, write='{"clip_norm": 10.0}')
+        is_maker = scheduler is None or (callable(scheduler) and not isinstance(scheduler, LRScheduler))
+        write = "lambda optimizer: ExponentialLR(optimizer, gamma=0.99)"
+        accepted("scheduler", scheduler, is_maker, SCHEDULERS, write=write)
         super().__init__(optim_constructor, optim_args, clip_args)
         self.optim_constructor = optim_constructor
         self.optim_args = optim_args
@@ -180,7 +170,7 @@ class SharedOptim(CallRepr, PyroOptim):
             scheduler.step(*args, **kwargs)
 
     def get_state(self) -> dict[str, Any]:
-        """Gives a copy of each parameter's state by its name in Pyro's store, states that still wait for it included.
+        """Returns a copy of each parameter's state by its name in Pyro's store, states that still wait for it included.
 
         Raises:
             ValueError: If a parameter had no name when it was first moved.
@@ -206,9 +196,26 @@ class SharedOptim(CallRepr, PyroOptim):
         Args:
             state_dict: From :meth:`get_state`, or from that of one of Pyro's own optimisers of the same class.
         """
+        is_state = isinstance(state_dict, Mapping) and all(isinstance(own, Mapping) for own in state_dict.values())
+        accepted("state_dict", state_dict, is_state, "a state by the name of each parameter", write="optim.get_state()")
         self._state_waiting_to_be_consumed.update(deepcopy(dict(state_dict)))
         for p in [p for p, name in self._names.items() if name in state_dict]:
             self._remove(p)
+
+    def restart(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over these states and no others, those of parameters in Pyro's store at once.
+
+        A state that waits for its parameter's next step misses what schedulers do meanwhile.
+
+        Args:
+            state_dict: As for :meth:`set_state`.
+        """
+        for known in (self.optim_objs, self.grad_clip, self._names, self._shared, self._state_waiting_to_be_consumed):
+            known.clear()
+        self.set_state(state_dict)
+        for name, p in pyro.get_param_store().named_parameters():
+            if name in state_dict:
+                self._add(p)
 
     def load(self, filename: str, map_location: Any = None) -> None:
         """Takes over a state from a file that ``save(filename)`` wrote, as :meth:`set_state` does.
@@ -242,7 +249,7 @@ class SharedOptim(CallRepr, PyroOptim):
             return get_args(param)
         except AssertionError as error:
             raise TypeError(
-                f"{argument} as a function must give a dict for every parameter, found something else for {name!r}. "
+                f"{argument} as a function must return a dict for every parameter, found something else for {name!r}. "
                 'End it with a line such as return {"lr": 1e-3}, or return {} for clip_args.'
             ) from error
 
@@ -333,89 +340,6 @@ def SGD(
 ) -> SharedOptim:
     """:class:`torch.optim.SGD` for SVI, in the place of ``pyro.optim.SGD``; arguments as for :func:`Adam`."""
     return SharedOptim(torch.optim.SGD, optim_args, clip_args, scheduler=scheduler)
-
-
-def names_of(optim: PyroOptim) -> list[str | None]:
-    """The names in Pyro's store of the parameters that have a state, or one that waits for them.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-    """
-    store = pyro.get_param_store()
-    return list(dict.fromkeys([*optim._state_waiting_to_be_consumed, *map(store.param_name, optim.optim_objs)]))
-
-
-def all_states(optim: PyroOptim) -> dict[str, Any]:
-    """The state of each parameter by its name in Pyro's store, those included that wait for their parameter.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-
-    Raises:
-        ValueError: If a parameter has no name.
-    """
-    if None in names_of(optim):
-        raise ValueError(
-            "States are kept by the names of parameters in Pyro's store, found parameters that are not in it. Write "
-            "pyro.clear_param_store() only before an SVI is made, and leave module_local_params off."
-        )
-    return {**optim._state_waiting_to_be_consumed, **optim.get_state()}
-
-
-def kinds_of(optim: PyroOptim, names: Iterable[str | None]) -> dict[str, str]:
-    """The classes of torch optimiser and scheduler that parameters of these names get; nothing is changed.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-        names: As in Pyro's store.
-    """
-    store = pyro.get_param_store()
-    with store.scope():
-        made = {
-            name: optim._get_optim(store.setdefault(name, torch.zeros(())).unconstrained())
-            for name in names
-            if name is not None
-        }
-    # Leaving a scope cuts the link by which SVI finds the parameters, and reading restores it.
-    list(store.values())
-    return {
-        name: f"{type(own.optimizer).__name__} with {type(own).__name__}" if is_scheduler(own) else type(own).__name__
-        for name, own in made.items()
-    }
-
-
-def restore_states(optim: PyroOptim, states: Mapping[str, Any]) -> None:
-    """Gives an optimiser these states and no others, to parameters in Pyro's store at once.
-
-    Pyro's ``set_state`` is without effect on parameters that have been stepped, and lets the schedulers of parameters
-    that have not appeared yet miss their steps.
-
-    Args:
-        optim: An optimiser of Pyro's, or one of this module's.
-        states: From :func:`all_states`.
-    """
-    shared = optim if isinstance(optim, SharedOptim) else None
-    for p in list(optim.optim_objs):
-        if shared is not None:
-            shared._remove(p)
-    optim.optim_objs.clear()
-    optim.grad_clip.clear()
-    optim._state_waiting_to_be_consumed.clear()
-    optim.set_state(deepcopy(dict(states)))
-    parameters = dict(pyro.get_param_store().named_parameters())
-    for name in states:
-        if name not in parameters:
-            continue
-        p = parameters[name]
-        if shared is not None:
-            shared._add(p)
-            continue
-        own = optim.optim_objs[p] = optim._get_optim(p)
-        optim.grad_clip[p] = optim._get_grad_clip(p)
-        state = optim._state_waiting_to_be_consumed.pop(name)
-        if is_scheduler(own):
-            own.load_state_dict(state["scheduler"])
-        _optimizer(own).load_state_dict(state["optimizer"] if is_scheduler(own) else state)
 
 
 def _optimizer(shared: Any) -> Optimizer:

@@ -15,28 +15,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.costs import generator_output
-from pyro_wae.step.plates import find_data_plate, site_layout
-from pyro_wae.step.prior import draw_prior
-from pyro_wae.step.program import (
-    Particle,
-    Program,
-    ReplaySubsamples,
-    Site,
-    Structure,
-    gather_codes,
-    gather_observations,
-    is_random,
-    observed_sites,
-    read_structure,
-    run,
-    user_name,
-)
+from pyro_wae.step.observe import Observer
+from pyro_wae.step.plates import find_data_plate, layout
+from pyro_wae.step.program import Program, ReplaySubsamples, Run, is_random, observed_nodes, run
 
 __all__ = ["code_rows", "decode", "encode", "interpolate", "reconstruct", "sample"]
 
 Path = Literal["linear", "spherical"]
+Node = Mapping[str, Any]
 
 
 def encode(
@@ -69,8 +58,8 @@ def encode(
         >>> encode(model, guide, torch.tensor([[2.0, 4.0]]))
         {'z': tensor([[1., 2.]])}
     """
-    particle, structure = _encoded(model, guide, args, kwargs, data_plate)
-    return {name: particle.model.nodes[name]["value"] for name in structure.latents}
+    encoded = _encoded(model, guide, args, kwargs, data_plate)
+    return {name: site.value for name, site in encoded.latents.items()}
 
 
 def code_rows(
@@ -115,19 +104,14 @@ def code_rows(
         >>> codes.shape, prior.shape
         (torch.Size([10, 2]), torch.Size([30, 2]))
     """
-    if isinstance(prior_draws, bool) or not isinstance(prior_draws, int) or prior_draws < 1:
-        raise ValueError(f"prior_draws must be a whole number >= 1, found {prior_draws!r}. Write prior_draws=1.")
-    particle, structure = _encoded(model, guide, args, kwargs, data_plate)
-    with torch.no_grad():
-        codes = gather_codes(particle, structure)
-        prior = torch.cat([draw_prior(particle, structure) for _ in range(prior_draws)])
+    draws = checks.whole("prior_draws", prior_draws)
+    with torch.no_grad(), batch_norm_at_rest():
+        step = Observer(model, guide, data_plate=data_plate, prior_draws=draws).observe(args, kwargs)
     if site is not None:
-        if site not in codes.columns:
-            raise ValueError(f"site='{site}' is no latent site; these are {list(codes.columns)}.")
-        prior, codes = prior[..., codes.columns[site]], codes.site(site)
-    values, draws = codes.masked(prior)
-    assert draws is not None  # there was a prior
-    return values[0], draws
+        step = step.part([checks.choice("site", site, step.columns)])
+    codes, prior = step.rows()
+    assert prior is not None  # there are draws
+    return codes[0], prior
 
 
 def decode(
@@ -189,7 +173,8 @@ def decode(
     count = next(iter(counts.values()))
     if len(set(counts.values())) > 1 or count == 0:
         raise ValueError(f"Each site's codes must be of the same number of data, at least 1, found {counts}.")
-    size = site_layout(first.nodes[next(iter(codes))], plate).data
+    shape, dim, _ = layout(first.nodes[next(iter(codes))], plate)
+    size = shape[dim]
     parts, joins = [], {}
     for start in range(0, count, size):
         index = torch.arange(start, start + size) % count
@@ -241,8 +226,8 @@ def reconstruct(
         >>> reconstruct(model, guide, torch.tensor([[1.0, 3.0]]))
         {'x': tensor([[2., 2.]])}
     """
-    particle, structure = _encoded(model, guide, args, kwargs, data_plate)
-    sites = {o.name: o.distribution for o in gather_observations(particle, structure)}
+    encoded = _encoded(model, guide, args, kwargs, data_plate)
+    sites = {name: site.distribution for name, site in encoded.observed.items()}
     names = list(sites) if return_sites is None else return_sites
     _check_names(names, sites)
     return {name: _output(name, sites[name], random) for name in names}
@@ -287,10 +272,8 @@ def sample(
         >>> sample(model, torch.zeros(10, 2), num_samples=25)["x"].shape
         torch.Size([25, 2])
     """
-    if num_samples is not None and (
-        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
-    ):
-        raise ValueError(f"num_samples must be a whole number >= 1, found {num_samples!r}. Write num_samples=100.")
+    if num_samples is not None:
+        num_samples = checks.whole("num_samples", num_samples, write="num_samples=100")
     parts: list[dict[str, Tensor]] = []
     joins: dict[str, int] = {}
     while not parts or (num_samples is not None and _total(parts, joins) < num_samples):
@@ -366,22 +349,20 @@ def interpolate(
         <BLANKLINE>
                 [[4., 2.]]])
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps must be a whole number >= 2, found {steps!r}. Write steps=8.")
-    if path not in _PATHS:
-        raise ValueError(f"path must be 'linear' or 'spherical', found {path!r}. Write path='linear'.")
+    steps = checks.whole("steps", steps, least=2, write="steps=8")
+    checks.choice("path", path, _PATHS)
     args_a, args_b = (x if isinstance(x, tuple) else (x,) for x in (x_a, x_b))
-    start, structure = _encoded(model, guide, args_a, kwargs, data_plate)
-    end, _ = _encoded(model, guide, args_b, kwargs, data_plate)
+    start = _encoded(model, guide, args_a, kwargs, data_plate)
+    end = _encoded(model, guide, args_b, kwargs, data_plate)
     ends = {}
-    for name, layout in structure.latents.items():
-        a, b = start.model.nodes[name]["value"], end.model.nodes[name]["value"]
+    for name, site in start.latents.items():
+        a, b = site.value, end.latents[name].value
         if a.shape != b.shape:
             raise ValueError(
                 f"x_a and x_b must give codes of one shape, but those of site '{name}' have {tuple(a.shape)} and "
                 f"{tuple(b.shape)}. Take as many data in both."
             )
-        ends[name] = a, b, layout.data_dim - start.model.nodes[name]["fn"].event_dim
+        ends[name] = a, b, site.value_dim
     outputs = []
     for step in range(steps):
         codes = {name: _PATHS[path](a, b, step / (steps - 1), dim) for name, (a, b, dim) in ends.items()}
@@ -394,10 +375,9 @@ def interpolate(
 
 def _encoded(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], data_plate: str | None
-) -> tuple[Particle, Structure]:
+) -> Run:
     with torch.no_grad(), batch_norm_at_rest():
-        particle = run(model, guide, args, kwargs, max_plate_nesting=math.inf)
-    return particle, read_structure(particle, data_plate)
+        return run(model, guide, args, kwargs, max_plate_nesting=math.inf, data_plate=data_plate)
 
 
 def _run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -407,9 +387,9 @@ def _run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 def _outputs(
     trace: Any, return_sites: Sequence[str] | None = None, *, leave_out: Mapping[str, Any] | None = None
-) -> dict[str, Site]:
+) -> dict[str, Node]:
     """The sites that hold data, by the names the user gave them."""
-    observed = {user_name(name, trace): site for name, site in observed_sites(trace) if name not in (leave_out or ())}
+    observed = {name: node for name, node in observed_nodes(trace) if name not in (leave_out or ())}
     if return_sites is not None:
         known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed
         _check_names(return_sites, known)
@@ -442,8 +422,8 @@ def _output(name: str, fn: Any, random: bool) -> Tensor:
         ) from error
 
 
-def _data_dim(site: Site, plate: str) -> int:
-    return site_layout(site, plate).data_dim - site["fn"].event_dim
+def _data_dim(node: Node, plate: str) -> int:
+    return layout(node, plate)[1] - node["fn"].event_dim
 
 
 def _size(value: Tensor, dim: int, name: str) -> int:

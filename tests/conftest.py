@@ -1,7 +1,50 @@
-"""Which tests this machine can run."""
+"""Which tests this machine can run, and what they find as torch's defaults.
+
+PYRO_WAE_TEST_DTYPE=float64 makes float64 the default dtype. PYRO_WAE_TEST_DEVICE=meta puts each tensor that the package
+makes without naming a device on the meta device, where it has no values, as a default device does that is not the
+data's.
+"""
+
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+
+PACKAGE = str(Path(__file__).parents[1] / "pyro_wae")
+DTYPE, DEVICE = (os.environ.get(f"PYRO_WAE_TEST_{name}") for name in ("DTYPE", "DEVICE"))
+MAKERS = {
+    getattr(torch, name)
+    for name in (
+        *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm"),
+        *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+    )
+}
+
+if DTYPE:
+    torch.set_default_dtype(getattr(torch, DTYPE))
+
+
+class OtherDevice(TorchFunctionMode):
+    """Makes tensors on DEVICE where a line of the package makes them without naming a device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_silent = function in MAKERS and kwargs.get("device") is None
+        if is_silent and sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
+            kwargs = {**kwargs, "device": DEVICE}
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _other_device():
+    if not DEVICE:
+        yield
+        return
+    with OtherDevice():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -12,12 +12,11 @@ from pyro_wae.costs import (
     ExpectedSquaredError,
     FunctionCost,
     NegativeLogLikelihood,
-    Observation,
+    Site,
     SquaredError,
     as_cost,
     generator_output,
 )
-from pyro_wae.step.records import Layout
 
 X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 G = torch.tensor([[1.5, 2.0, 1.0], [3.0, 9.0, 6.0]])
@@ -42,8 +41,7 @@ def _seeded():
 
 
 def observation(fn, value=X, *, shape=None, data_dim=-1, **options):
-    layout = Layout("x", tuple(fn.batch_shape) if shape is None else shape, data_dim, options.pop("particle_dim", None))
-    return Observation("x", fn, value, layout, **options)
+    return Site("x", fn, value, tuple(fn.batch_shape) if shape is None else shape, data_dim, **options)
 
 
 def normal(loc=G, scale=SCALE):

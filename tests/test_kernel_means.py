@@ -42,14 +42,14 @@ def rows(*shape):
 # Each kernel beside its value at a squared distance, written once more.
 KERNELS = {
     "gaussian": (lambda: Gaussian(0.8), lambda r: np.exp(-r / (2 * 0.8**2))),
-    "imq": (lambda: InverseMultiquadratic(1.5), lambda r: 1.5 / (1.5 + r)),
+    "imq": (lambda: InverseMultiquadratic(1.5**0.5), lambda r: 1.5 / (1.5 + r)),
     "authors": (
-        lambda: InverseMultiquadratic.multiscale(4.0),
+        lambda: InverseMultiquadratic.multiscale(4.0**0.5),
         lambda r: sum(4 * c / (4 * c + r) for c in (0.1, 0.2, 0.5, 1, 2, 5, 10)),
     ),
     "multiscale": (lambda: MultiScale(Gaussian(1.0), (0.5, 3.0)), lambda r: np.exp(-r) + np.exp(-r / 6)),
     "sum": (
-        lambda: Gaussian(0.5) + 0.3 * InverseMultiquadratic(2.0),
+        lambda: Gaussian(0.5) + 0.3 * InverseMultiquadratic(2.0**0.5),
         lambda r: np.exp(-r / 0.5) + 0.3 * 2 / (2 + r),
     ),
     "multiple": (lambda: 2.5 * (Gaussian(1.0) + Gaussian(2.0)), lambda r: 2.5 * (np.exp(-r / 2) + np.exp(-r / 8))),
@@ -181,7 +181,7 @@ def noncentral_mean(d, square, scale):
 def test_the_multiquadratic_is_right_near_and_far_from_the_prior(d, factor):
     """Up to |x|^2 = 100 d and beyond; at these distances few quadrature nodes would see nothing."""
     scale = 2 * d * factor
-    means = kernel_mean(InverseMultiquadratic(scale), diagonal_normal(np.zeros(d), np.ones(d)))
+    means = kernel_mean(InverseMultiquadratic(scale**0.5), diagonal_normal(np.zeros(d), np.ones(d)))
     squares = np.array([0.0, 0.5 * d, 4.0 * d, 100.0 * d, 1000.0 * d])
     x = torch.zeros(5, d, dtype=torch.float64)
     x[:, 0] = torch.tensor(squares).sqrt() * 0.6
@@ -195,7 +195,9 @@ def test_the_multiquadratic_is_right_near_and_far_from_the_prior(d, factor):
 def test_the_multiquadratics_gradient_is_that_of_the_noncentral_law(d):
     """d/dx E f(R) = x (E f(R'') - E f(R)) with R'' of two more degrees of freedom than R, noncentrality |x|^2."""
     x = rows(4, d).mul(torch.tensor([0.3, 1.0, 3.0, 10.0]).double()[:, None]).requires_grad_()
-    kernel_mean(InverseMultiquadratic(1.0 * d), diagonal_normal(np.zeros(d), np.ones(d))).at(x).sum().backward()
+    kernel_mean(InverseMultiquadratic((1.0 * d) ** 0.5), diagonal_normal(np.zeros(d), np.ones(d))).at(
+        x
+    ).sum().backward()
     for row, gradient in zip(x.detach(), x.grad, strict=True):
         square = row.square().sum().item()
         slope = noncentral_mean_of(d + 2, square, 1.0 * d) - noncentral_mean_of(d, square, 1.0 * d)
@@ -709,7 +711,7 @@ def test_the_gradients_variance_is_lower_over_fresh_codes_and_draws(d):
     context = PenaltyContext(prior=lambda: diagonal_normal(np.zeros(d), np.ones(d)))
     totals = []
     for closed in (True, False):
-        penalty, found = MMD(InverseMultiquadratic.multiscale(2.0 * d), closed_form=closed), []
+        penalty, found = MMD(InverseMultiquadratic.multiscale((2.0 * d) ** 0.5), closed_form=closed), []
         pyro.set_rng_seed(0)
         for _ in range(40):
             shift = torch.full((d,), 0.2, dtype=torch.float64, requires_grad=True)
@@ -732,7 +734,7 @@ def changed_in_place(loc, scale):
 
 
 def test_a_mean_is_given_again_while_its_prior_is_the_same():
-    last, kernel = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0)
+    last, kernel = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0**0.5)
     first = last.of(kernel, of_two(torch.zeros(2), torch.ones(2)))
     assert last.of(kernel, of_two(torch.zeros(2), torch.ones(2))) is first
 
@@ -751,7 +753,7 @@ def test_a_mean_is_given_again_while_its_prior_is_the_same():
     ids=["loc", "scale", "precision", "mixture", "in place"],
 )
 def test_a_mean_follows_a_prior_that_changes(change):
-    last, kernel, x = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0), rows(5, 2)
+    last, kernel, x = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0**0.5), rows(5, 2)
     loc, scale = torch.zeros(2), torch.ones(2)
     last.of(kernel, of_two(loc, scale))
     prior = change(loc, scale)

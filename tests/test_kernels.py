@@ -33,7 +33,7 @@ from pyro_wae.kernels import (
     Sum,
     UnitMean,
 )
-from pyro_wae.kernels.given import ModuleKernel, as_kernel
+from pyro_wae.kernels.function import ModuleKernel, as_kernel
 from pyro_wae.penalties import MMD
 
 LENGTHS = [
@@ -77,7 +77,7 @@ SCIKIT_LEARN = {
     "matern52": (Matern(2.5, 1.3), sklearn_kernels.Matern(1.3, nu=2.5)),
     "rational": (RationalQuadratic(0.7, 1.3), sklearn_kernels.RationalQuadratic(1.3, alpha=0.7)),
     # C / (C + r^2) is the rational quadratic with alpha = 1 and C = 2 s^2.
-    "imq": (InverseMultiquadratic(2 * 1.3**2), sklearn_kernels.RationalQuadratic(1.3, alpha=1.0)),
+    "imq": (InverseMultiquadratic((2 * 1.3**2) ** 0.5), sklearn_kernels.RationalQuadratic(1.3, alpha=1.0)),
     "sum": (Gaussian(1.3) + 0.5 * Laplace(0.7), sklearn_kernels.RBF(1.3) + 0.5 * sklearn_kernels.Matern(0.7, nu=0.5)),
     "product": (
         Gaussian(1.3) * RationalQuadratic(2.0, 0.7),
@@ -147,7 +147,7 @@ def test_authors_multiscale_is_the_sum_over_seven_scales():
     x, y = rows(11), rows(7)
     squares = distances(x, y) ** 2
     expected = sum(c / (c + squares) for c in (0.6, 1.2, 3.0, 6.0, 12.0, 30.0, 60.0))
-    torch.testing.assert_close(InverseMultiquadratic.multiscale(6.0)(x, y), expected)
+    torch.testing.assert_close(InverseMultiquadratic.multiscale(6.0**0.5)(x, y), expected)
 
 
 def test_multiples_may_be_written_on_either_side():
@@ -160,7 +160,7 @@ def test_sums_and_products_take_any_number_of_kernels():
     x, y = rows(11), rows(7)
     r = distances(x, y)
     a, b, c = torch.exp(-(r**2) / 2), torch.exp(-r), 3 / (3 + r**2)
-    parts = Gaussian(1.0), Laplace(1.0), InverseMultiquadratic(3.0)
+    parts = Gaussian(1.0), Laplace(1.0), InverseMultiquadratic(3.0**0.5)
     torch.testing.assert_close(Sum(*parts)(x, y), a + b + c)
     torch.testing.assert_close(Product(*parts)(x, y), a * b * c)
     torch.testing.assert_close((parts[0] * (parts[1] + 2 * parts[2]))(x, y), a * (b + 2 * c))
@@ -385,7 +385,7 @@ def test_a_repr_evaluates_to_an_equal_kernel(name):
         (2.0 * (Laplace(1.0) + Energy()), "2.0 * (Laplace(bandwidth=1.0) + Energy(exponent=1.0))"),
         (
             MultiScale(InverseMultiquadratic(3.0), [1, 2]),
-            "MultiScale(kernel=InverseMultiquadratic(scale=3.0), factors=(1.0, 2.0))",
+            "MultiScale(kernel=InverseMultiquadratic(bandwidth=3.0), factors=(1.0, 2.0))",
         ),
     ],
 )
@@ -395,7 +395,7 @@ def test_repr_is_the_call_that_makes_it(kernel, expected):
 
 def test_compound_reprs_keep_their_precedence():
     x, y = rows(5), rows(6)
-    a, b, c = Gaussian(1.0), Laplace(2.0), InverseMultiquadratic(3.0)
+    a, b, c = Gaussian(1.0), Laplace(2.0), InverseMultiquadratic(3.0**0.5)
     for kernel in ((a + b) * c, a + b * c, 2.0 * (a + b), 2.0 * a + b, 2.0 * (a * b), a * (2.0 * b), (a + b) + c):
         torch.testing.assert_close(eval(repr(kernel))(x, y), kernel(x, y), rtol=1e-14, atol=0)
 

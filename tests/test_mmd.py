@@ -280,7 +280,7 @@ def noisy_codes(n, d, *, particles=5, share=0.5):
 
 
 @pytest.mark.parametrize(
-    "kernel", [Gaussian(1.5), InverseMultiquadratic.multiscale(4.0), Laplace(1.5), Energy()], ids=repr
+    "kernel", [Gaussian(1.5), InverseMultiquadratic.multiscale(4.0**0.5), Laplace(1.5), Energy()], ids=repr
 )
 @pytest.mark.parametrize(("n", "m"), [(10, 25), (25, 10)])
 def test_null_of_independent_codes_has_mean_0(kernel, n, m):

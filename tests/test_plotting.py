@@ -61,13 +61,13 @@ def test_values_outside_the_unit_interval_are_clipped():
 
 @pytest.mark.parametrize("shape", [(28, 28), (5, 2, 28, 28), (5, 28, 28, 3), (0, 1, 28, 28), (5, 1, 0, 28)])
 def test_image_grid_names_a_wrong_shape(shape):
-    with pytest.raises(ValueError, match=r"images must have shape \(n, h, w\), .* but has") as caught:
+    with pytest.raises(ValueError, match=r"images must have shape \(n, h, w\), .* found") as caught:
         image_grid(torch.rand(shape))
     assert str(shape) in str(caught.value)
 
 
 def test_image_grid_needs_a_column():
-    with pytest.raises(ValueError, match="columns must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="columns must be a whole number >= 1, found 0"):
         image_grid(torch.rand(4, 5, 5), columns=0)
 
 
@@ -141,16 +141,16 @@ def test_classes_have_colours_and_a_legend():
     ("codes", "prior", "options", "message"),
     [
         (torch.randn(9), torch.randn(9, 2), {}, r"codes must have shape \(n, d\).*\(9,\)"),
-        (torch.randn(9, 1), torch.randn(9, 1), {}, r"codes must have shape .* d >= 2, but has \(9, 1\)"),
+        (torch.randn(9, 1), torch.randn(9, 1), {}, r"codes must have shape .* d >= 2, found shape \(9, 1\)"),
         (torch.randn(9, 3), torch.randn(0, 3), {}, r"prior must have shape"),
         (torch.randn(9, 3), torch.randn(9, 4), {}, r"prior must have the columns of codes, 3, .*\(9, 4\)"),
-        (torch.full((9, 3), torch.nan), torch.randn(9, 3), {}, "codes must be finite, but 27 of its values"),
+        (torch.full((9, 3), torch.nan), torch.randn(9, 3), {}, "codes must be finite, found 27 values"),
         (torch.randn(9, 3), torch.randn(9, 3), {"labels": torch.zeros(8)}, r"labels must have shape \(9,\)"),
         (
             torch.randn(9, 3),
             torch.randn(9, 3),
             {"plane": (0, 3)},
-            r"plane must be .* from 0 to 2, but is \(0, 3\)",
+            r"plane must be .* from 0 to 2, found \(0, 3\)",
         ),
         (torch.randn(9, 3), torch.randn(9, 3), {"plane": (1, 1)}, r"plane must be two different coordinates"),
     ],
@@ -173,9 +173,9 @@ def test_loss_curves_have_a_panel_each_against_the_unit():
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ({"cost": [1.0]}, r"history must hold \"cost\" and \"penalty\", but holds \['cost'\]"),
-        ({"cost": [1.0], "penalty": [1.0, 2.0]}, "of lengths 1 and 2"),
-        ({"cost": [], "penalty": []}, "of lengths 0 and 0"),
+        ({"cost": [1.0]}, r"history must hold \"cost\" and \"penalty\", found \['cost'\]"),
+        ({"cost": [1.0], "penalty": [1.0, 2.0]}, "found lengths 1 and 2"),
+        ({"cost": [], "penalty": []}, "found lengths 0 and 0"),
     ],
 )
 def test_loss_curves_name_what_is_missing(history, message):
@@ -218,7 +218,7 @@ def test_the_coordinate_that_strays_most_is_named():
     codes = torch.randn(500, 5)
     codes[:, 3] += 2
     (axes,) = quantiles(codes, torch.randn(500, 5)).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["coordinate 3, strays most"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["coordinate 3, largest discrepancy"]
 
 
 def test_quantiles_of_a_single_constant_coordinate_are_shown():
@@ -230,7 +230,7 @@ def test_quantiles_of_a_single_constant_coordinate_are_shown():
     [
         (torch.rand(5, 2), torch.rand(5, 3), {}, "prior must have the columns of codes"),
         (torch.rand(5), torch.rand(5, 1), {}, "codes must have shape"),
-        (torch.rand(5, 2), torch.rand(5, 2), {"names": ["a"]}, "names must have one entry"),
+        (torch.rand(5, 2), torch.rand(5, 2), {"names": ["a"]}, "names must be a list of one name"),
     ],
     ids=["columns", "rows", "names"],
 )

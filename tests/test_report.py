@@ -503,7 +503,7 @@ def test_the_plane_begins_with_the_worst_direction():
     found = report(*pair(lambda x: x + torch.tensor([0.0, 3.0, 0.0])), data(500), **FAST)
     figure = found.plot()
     codes, prior, lines = figure.axes
-    assert codes.get_xlabel() == "worst direction"
+    assert codes.get_xlabel() == "largest discrepancy"
     shown, drawn = (
         torch.cat([torch.as_tensor(dots.get_offsets().data) for dots in axes.collections]) for axes in (codes, prior)
     )
@@ -512,7 +512,7 @@ def test_the_plane_begins_with_the_worst_direction():
     expected = 3 / found.joint.moments.prior_spread[1]
     assert shown[:, 0].mean() - drawn[:, 0].mean() == pytest.approx(expected, abs=5 * math.sqrt(2 / 500) / 0.88)
     assert abs(shown[:, 1].mean() - drawn[:, 1].mean()) < 0.3
-    assert "z[1], strays most" in [text.get_text() for text in lines.get_legend().get_texts()]
+    assert "z[1], largest discrepancy" in [text.get_text() for text in lines.get_legend().get_texts()]
 
 
 def test_a_code_of_one_number_has_no_plane():

@@ -16,7 +16,7 @@ from references import mean_is_zero
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Laplace
 from pyro_wae.penalties import MMD, PenaltyContext
-from pyro_wae.penalties.null import NullVariance, centred_square, pair_variance
+from pyro_wae.penalties.null_variance import NullVariance, centred_square, pair_variance
 
 KERNELS = {"gaussian": Gaussian, "authors": InverseMultiquadratic.multiscale, "laplace": Laplace}
 ENOUGH = 8192

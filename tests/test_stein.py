@@ -22,7 +22,7 @@ from pyro_wae.penalties.stein import KernelStein
 # Each kernel beside its value as a function of squared distance.
 KERNELS = {
     "gaussian": (lambda: Gaussian(1.3), lambda s: torch.exp(-s / (2 * 1.3**2))),
-    "imq": (lambda: InverseMultiquadratic(2.0), lambda s: 2 / (2 + s)),
+    "imq": (lambda: InverseMultiquadratic(2.0**0.5), lambda s: 2 / (2 + s)),
     "rational": (lambda: RationalQuadratic(0.5, 1.5), lambda s: (1 + s / 1.5**2) ** -0.5),
     "matern32": (lambda: Matern(1.5, 1.2), lambda s: (1 + (3 * s).sqrt() / 1.2) * torch.exp(-(3 * s).sqrt() / 1.2)),
     "matern52": (
@@ -30,8 +30,8 @@ KERNELS = {
         lambda s: (1 + (5 * s).sqrt() / 1.2 + 5 * s / (3 * 1.44)) * torch.exp(-(5 * s).sqrt() / 1.2),
     ),
     "multiscale": (lambda: MultiScale(Gaussian(1.0), (0.5, 2.0)), lambda s: torch.exp(-s) + torch.exp(-s / 4)),
-    "sum": (lambda: Gaussian(1.0) + 0.5 * InverseMultiquadratic(2.0), lambda s: torch.exp(-s / 2) + 1 / (2 + s)),
-    "product": (lambda: Gaussian(1.0) * InverseMultiquadratic(2.0), lambda s: torch.exp(-s / 2) * 2 / (2 + s)),
+    "sum": (lambda: Gaussian(1.0) + 0.5 * InverseMultiquadratic(2.0**0.5), lambda s: torch.exp(-s / 2) + 1 / (2 + s)),
+    "product": (lambda: Gaussian(1.0) * InverseMultiquadratic(2.0**0.5), lambda s: torch.exp(-s / 2) * 2 / (2 + s)),
 }
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -289,7 +289,7 @@ def test_the_order_of_codes_does_not_matter():
     [
         (None, RationalQuadratic(0.5, bandwidth=math.sqrt(12))),
         (Gaussian(), Gaussian(math.sqrt(12))),
-        (InverseMultiquadratic.multiscale(), InverseMultiquadratic.multiscale(24.0)),
+        (InverseMultiquadratic.multiscale(), InverseMultiquadratic.multiscale(24.0**0.5)),
     ],
 )
 def test_a_length_is_taken_from_the_priors_variance(unset, given):

@@ -13,9 +13,9 @@ from pyro.infer import SVI
 from pyro_wae import WAELoss
 from pyro_wae.kernels import InverseMultiquadratic
 from pyro_wae.penalties import MMD, JensenShannon, KernelStein, SlicedWasserstein
-from pyro_wae.penalties.null import centred_square, pair_variance
-from pyro_wae.weights import Constant, Constraint, Linear, Schedule, as_weight
-from pyro_wae.weights.features import FACTORS, RandomFeatures, trace_of_squared_covariance
+from pyro_wae.penalties.null_variance import centred_square, pair_variance
+from pyro_wae.weights import Constant, Constraint, LinearSchedule, Schedule, as_weight
+from pyro_wae.weights.constraint import FACTORS, RandomFeatures, trace_of_squared_covariance
 
 D = 3
 
@@ -60,8 +60,8 @@ def test_a_number_is_a_constant_weight():
     ("weight", "expected"),
     [
         (Schedule(lambda step: 10.0 * step), [0.0, 10.0, 20.0, 30.0, 40.0]),
-        (Linear(2.0, 8.0, steps=3), [2.0, 4.0, 6.0, 8.0, 8.0]),
-        (Linear(8.0, 0.0, steps=2), [8.0, 4.0, 0.0, 0.0, 0.0]),
+        (LinearSchedule(2.0, 8.0, steps=3), [2.0, 4.0, 6.0, 8.0, 8.0]),
+        (LinearSchedule(8.0, 0.0, steps=2), [8.0, 4.0, 0.0, 0.0, 0.0]),
         (Constant(5.0), [5.0] * 5),
     ],
     ids=["schedule", "up", "down", "constant"],
@@ -104,11 +104,11 @@ def test_a_nan_step_is_not_seen_by_the_weight():
 
 
 def test_a_plan_resumes_from_its_state():
-    loss, net = WAELoss(penalty_weight=Linear(0.0, 10.0, steps=10)), Net()
+    loss, net = WAELoss(penalty_weight=LinearSchedule(0.0, 10.0, steps=10)), Net()
     module = loss(net.model, net.guide)
     for _ in range(4):
         module(torch.randn(64, D))
-    fresh = WAELoss(penalty_weight=Linear(0.0, 10.0, steps=10))(net.model, net.guide)
+    fresh = WAELoss(penalty_weight=LinearSchedule(0.0, 10.0, steps=10))(net.model, net.guide)
     fresh.load_state_dict(module.state_dict())
     assert step(fresh.elbo, net).weight == pytest.approx(4.0)
 
@@ -125,8 +125,8 @@ def test_a_plan_resumes_from_its_state():
         (lambda: Schedule(3.0), TypeError, ["function of the step", "3.0"]),
         (lambda: Schedule(lambda step: -1.0)(), ValueError, ["Schedule's weight of step 0", "-1.0"]),
         (lambda: Schedule(lambda step: None)(), TypeError, ["Schedule's weight of step 0", "NoneType"]),
-        (lambda: Linear(0.0, -2.0, steps=5), ValueError, ["Linear's end", "-2.0"]),
-        (lambda: Linear(0.0, 2.0, steps=0), ValueError, ["steps", "found 0", "steps=1000"]),
+        (lambda: LinearSchedule(0.0, -2.0, steps=5), ValueError, ["LinearSchedule's end", "-2.0"]),
+        (lambda: LinearSchedule(0.0, 2.0, steps=0), ValueError, ["steps", "found 0", "steps=1000"]),
         (lambda: Constraint(1), ValueError, ["codes", "found 1", "codes=1000"]),
         (lambda: Constraint(pool=1), ValueError, ["pool", "found 1"]),
         (lambda: Constraint(rate=0.0), ValueError, ["rate", "found 0.0"]),
@@ -144,7 +144,7 @@ def test_a_weight_out_of_range_is_an_error_that_says_what_to_write(make, error, 
 
 @pytest.mark.parametrize(
     "weight",
-    [Linear(0.0, 1.0, steps=2), Constraint(codes=500), Schedule(float)],
+    [LinearSchedule(0.0, 1.0, steps=2), Constraint(codes=500), Schedule(float)],
     ids=lambda w: w._get_name(),
 )
 def test_a_weight_shows_the_call_that_makes_it(weight):
@@ -171,7 +171,7 @@ def test_the_features_product_is_the_mean_kernel():
     features = RandomFeatures.draw(prior, 200_000, seed=1)
     phi = features.of(x).double()
     scale = 2 * prior.double().var(0).sum().item()
-    kernel = InverseMultiquadratic.multiscale(scale, FACTORS)
+    kernel = InverseMultiquadratic.multiscale(scale**0.5, FACTORS)
     expected = kernel.gram(x, x) / len(FACTORS)
     assert (phi @ phi.T - expected).abs().max() < 0.0064
 

@@ -21,6 +21,7 @@ def load_zoo():
         spec = importlib.util.spec_from_file_location("benchmark_of_priors", BENCHMARKS / "zoo.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
+        sys.path.append(str(BENCHMARKS))  # where it finds its harness
         spec.loader.exec_module(module)
     return sys.modules["benchmark_of_priors"]
 
@@ -102,7 +103,7 @@ def test_nets_differ_by_the_size_of_a_code_alone(name):
 def test_codes_of_an_untrained_encoder_are_rejected(name):
     # Without this a test that passes everything would pass.
     pyro.set_rng_seed(0)
-    args = zoo.parse_args(["--held-out", "100", "--permutations", "99"])
+    args = zoo.BENCH.parse(["--held-out", "100", "--permutations", "99"])
     assert zoo.measure(zoo.ZooWAE(zoo.PRIORS[name]).eval(), args)["p_value"] == 0.01
 
 
@@ -131,7 +132,7 @@ def test_pictures_are_drawn_afresh():
 def test_training_reaches_the_prior(name):
     # Null: the codes of 1,000 new pictures are draws of the prior. Size of a test: 0.05, so that an encoder without
     # any fault fails two of three seeds with probability 0.007. Settings are those of `make zoo`, the same for all.
-    args = zoo.parse_args([])
+    args = zoo.BENCH.parse([])
     p_values: list[float] = []
     for seed in (0, 1, 2):
         # Of three seeds one may fail: two that pass have decided it.

@@ -52,7 +52,8 @@ def load_digits(
         raise ValueError(f"parts must be of {PARTS}, but one is {unknown[0]!r}")
     if name == "bundled":
         with np.load(BUNDLED) as arrays:
-            found = {key: torch.from_numpy(arrays[key]) for part in parts for key in (f"{part}_images", f"{part}_labels")}
+            keys = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
+            found = {key: torch.from_numpy(arrays[key]) for key in keys}
     else:
         found = _load_mnist(Path(root))
         if "heldout" in parts:

@@ -23,8 +23,8 @@ def deep_head(inputs: int, outputs: int) -> list[nn.Module]:
 
 def digit_encoder(zdim: int) -> nn.Sequential:
     """Maps images (n, 1, 28, 28) to codes (n, zdim)."""
-    # GroupNorm, not BatchNorm: it treats each digit alone. BatchNorm makes the codes of a batch depend on each other, and
-    # the penalty, which compares them together, is then smaller than for independent codes.
+    # GroupNorm, not BatchNorm: it treats each digit alone. BatchNorm makes the codes of a batch depend on each other,
+    # and the penalty, which compares them together, is then smaller than for independent codes.
     return nn.Sequential(
         nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.GroupNorm(8, 16), nn.ReLU(),  # 16 x 14 x 14
         nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.GroupNorm(8, 32), nn.ReLU(),  # 32 x 7 x 7

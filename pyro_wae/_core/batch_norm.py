@@ -1,35 +1,43 @@
-"""Runs of a model that leave the statistics of its BatchNorm layers alone."""
+"""BatchNorm layers in runs beyond the one that a step counts: their running statistics stay as they are."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-__all__ = ["batch_norm_at_rest"]
+from pyro_wae._core.private import BatchNorm
+
+__all__ = ["batch_norm_at_rest", "batch_norm_layers"]
 
 
 @contextmanager
-def batch_norm_at_rest() -> Iterator[None]:
-    """Keeps the running statistics of BatchNorm layers as they are through a run beyond the one that a step counts.
+def batch_norm_at_rest(*, saves_alike: bool = False) -> Iterator[None]:
+    """Keeps the running statistics of BatchNorm layers through the runs of this thread inside.
 
-    In training mode a layer normalises by the batch all the same, so that no output changes.
+    In training mode a layer normalises by its batch all the same, so no output changes.
+
+    Args:
+        saves_alike: Whether a layer must save for its gradient just what it saves in a usual run, as activation
+            checkpointing needs.
     """
-    resting: list[_BatchNorm] = []
+    resting: dict[nn.Module, dict[str, Any]] = {}
+    quiet = {"momentum": 0.0, "num_batches_tracked": None} if saves_alike else {"track_running_stats": False}
+    thread = threading.get_ident()
 
     def rest(layer: nn.Module, inputs: Any) -> None:
-        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats:
-            layer.track_running_stats = False
-            resting.append(layer)
+        # The hook is the process's; another thread may be training meanwhile.
+        if isinstance(layer, BatchNorm) and layer.training and layer.track_running_stats and _is_here(thread):
+            resting[layer] = {name: getattr(layer, name) for name in quiet}
+            _set(layer, quiet)
 
-    def resume(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(layer, _BatchNorm) and layer in resting:
-            resting.remove(layer)
-            layer.track_running_stats = True
+    def resume(layer: nn.Module, inputs: Any = None, output: Any = None) -> None:
+        if isinstance(layer, BatchNorm) and layer in resting and _is_here(thread):
+            _set(layer, resting.pop(layer))
 
     hooks = register_module_forward_pre_hook(rest), register_module_forward_hook(resume)
     try:
@@ -37,5 +45,31 @@ def batch_norm_at_rest() -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in resting:
-            layer.track_running_stats = True
+        for layer in list(resting):
+            resume(layer)
+
+
+@contextmanager
+def batch_norm_layers() -> Iterator[list[BatchNorm]]:
+    """Collects the BatchNorm layers with running statistics that this thread runs inside, wherever they are kept."""
+    layers: list[BatchNorm] = []
+    thread = threading.get_ident()
+
+    def record(layer: nn.Module, inputs: Any) -> None:
+        if isinstance(layer, BatchNorm) and layer.running_mean is not None and _is_here(thread):
+            layers.extend([] if layer in layers else [layer])
+
+    hook = register_module_forward_pre_hook(record)
+    try:
+        yield layers
+    finally:
+        hook.remove()
+
+
+def _is_here(thread: int) -> bool:
+    return threading.get_ident() == thread
+
+
+def _set(layer: nn.Module, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(layer, name, value)

@@ -7,18 +7,18 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["choice", "flag", "function", "number", "text", "whole"]
+__all__ = ["accepted", "choice", "flag", "function", "instance", "is_number", "number", "text", "whole"]
 
 T = TypeVar("T")
 
 
-def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, write: str | None = None) -> int:
+def whole(name: str, value: Any, *, least: int | None = 1, most: int | None = None, write: str | None = None) -> int:
     """A whole number within bounds, as an ``int``: Python's, numpy's, or a tensor with one whole number.
 
     Args:
         name: What the message calls it, such as ``"num_particles"``.
         value: What the user gave.
-        least: Smallest number that is accepted.
+        least: Smallest number that is accepted, or None.
         most: Largest number that is accepted, or None.
         write: The line to write instead. Default: ``name=least``.
 
@@ -26,7 +26,7 @@ def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, wri
         TypeError: If it is no whole number.
         ValueError: If it is out of bounds.
     """
-    accepted = f"a whole number >= {least}" if most is None else f"a whole number from {least} to {most}"
+    accepted = "a whole number" + (f" >= {least}" if most is None else f" from {least} to {most}") * (least is not None)
     write = f"{name}={least}" if write is None else write
     try:
         if _is_bool(value):
@@ -34,7 +34,7 @@ def whole(name: str, value: Any, *, least: int = 1, most: int | None = None, wri
         found = operator.index(value)
     except (TypeError, RuntimeError):
         raise TypeError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.") from None
-    if found < least or (most is not None and found > most):
+    if (least is not None and found < least) or (most is not None and found > most):
         raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
     return found
 
@@ -103,7 +103,7 @@ def choice(name: str, value: T, options: Iterable[T], *, write: str | None = Non
     options = tuple(options)
     # 1 == True, and an array compares elementwise.
     if not any(type(value) is type(option) and value == option for option in options):
-        accepted = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
+        accepted = ", ".join(map(repr, options[:-1])) + (" or " if options[1:] else "") + repr(options[-1])
         write = f"{name}={options[0]!r}" if write is None else write
         raise ValueError(f"{name} must be {accepted}, found {_shown(value)}. Write {write}.")
     return value
@@ -115,9 +115,7 @@ def text(name: str, value: Any, what: str, *, write: str) -> str:
     Raises:
         TypeError: If it is anything else.
     """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
-    return value
+    return accepted(name, value, isinstance(value, str), what, write=write)
 
 
 def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., Any]:
@@ -126,9 +124,34 @@ def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., A
     Raises:
         TypeError: If it is anything else.
     """
-    if not callable(value) or isinstance(value, type):
+    return accepted(name, value, callable(value) and not isinstance(value, type), what, write=write)
+
+
+def accepted(name: str, value: T, is_right: bool, what: str, *, write: str) -> T:
+    """A value of any kind, which the caller has looked at.
+
+    Raises:
+        TypeError: If it is not right.
+    """
+    if not is_right:
         raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
     return value
+
+
+def instance(name: str, value: T, kind: Any, what: str, *, write: str) -> T:
+    """An object of a class, which may be an abstract one.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether :func:`number` takes it, but for its bounds; for operators, which then return ``NotImplemented``."""
+    return _as_float(value) is not None
 
 
 def _is_bool(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What lies inside a distribution's wrappers: Independent, masked and expanded distributions."""
+"""What lies inside a distribution: its wrappers, its tensors, and whether it may differ between data."""
 
 from __future__ import annotations
 
@@ -8,24 +8,17 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor, nn
 
-__all__ = ["innermost", "is_a", "layers"]
+__all__ = ["distribution_tensors", "family", "innermost", "layers", "leaves"]
 
-_KNOWN: dict[tuple[type, ...], bool] = {}
-
-
-def is_a(kind: type, *bases: type) -> bool:
-    """Whether a class is a subclass of one of others, which Pyro's metaclass takes long to tell."""
-    known = _KNOWN.get((kind, *bases))
-    if known is None:
-        known = _KNOWN[kind, *bases] = issubclass(kind, bases)
-    return known
+WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
 
 
 def layers(distribution: Any) -> Iterator[Any]:
-    """A distribution, what lies inside it, and so on to the innermost."""
+    """A distribution, what its wrapper (Independent, masked, expanded) holds, and so on to the innermost."""
     yield distribution
-    while is_a(type(distribution), torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution):
+    while isinstance(distribution, WRAPPERS):
         distribution = distribution.base_dist
         yield distribution
 
@@ -34,3 +27,42 @@ def innermost(distribution: Any) -> Any:
     """What lies inside all wrappers."""
     *_, inner = layers(distribution)
     return inner
+
+
+def family(distribution: Any) -> str:
+    """The name of the family inside all wrappers, for messages."""
+    return type(innermost(distribution)).__name__
+
+
+def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
+    """The tensors of a distribution, those of its modules included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+    if depth and isinstance(value, list | tuple):
+        for item in value:
+            yield from distribution_tensors(item, depth - 1)
+    if depth and isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
+        for name, item in vars(value).items():
+            # A transform keeps its last draw, which is no parameter.
+            if not name.startswith("_cache"):
+                yield from distribution_tensors(item, depth - 1)
+
+
+def leaves(value: Tensor) -> dict[Tensor, None]:
+    """The parameters that a tensor depends on, in the order of a walk through its graph."""
+    if value.grad_fn is None:
+        return {value: None} if value.requires_grad else {}
+    found: dict[Tensor, None] = {}
+    seen: set[Any] = {value.grad_fn}
+    nodes = [value.grad_fn]
+    while nodes:
+        node: Any = nodes.pop()
+        if hasattr(node, "variable"):
+            found[node.variable] = None
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return found

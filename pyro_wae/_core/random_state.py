@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["random_state", "restored_random_state", "set_random_state"]
+__all__ = ["isolated_seed", "random_state", "restored_random_state", "set_random_state"]
 
 
 def random_state() -> dict[str, Any]:
@@ -41,3 +41,15 @@ def restored_random_state() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+@contextmanager
+def isolated_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds what draws from torch's global state inside, on the CPU and a device, and puts all states back."""
+    with restored_random_state():
+        # torch.manual_seed would reach devices that no one has used, and start them.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import random
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +12,20 @@ import pyro
 import torch
 
 import pyro_wae
-from pyro_wae.checkpoint.pieces import ModulePiece, Piece, pieces_of, plain
-from pyro_wae.checkpoint.store import differing_parameters, restore_store, store_state
+from pyro_wae._core.random_state import random_state, restored_random_state, set_random_state
+from pyro_wae.checkpoint.archive import read_archive, write_archive
+from pyro_wae.checkpoint.former import agreed_in_format_1
+from pyro_wae.checkpoint.pieces import ModulePiece, Piece, pieces_of
+from pyro_wae.checkpoint.store import differing_parameters, restore_store, saved_parameters, store_state
+from pyro_wae.checkpoint.values import plain
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had no digest."""
+CONTENTS = ("versions", "about", "store", "states", "random", "extra")
 MOST_LINES = 20
 """Differences that an error lists."""
-UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, NotImplementedError)
-"""What reading raises where a file is cut off, changed or something else."""
 
 
 def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any] | None = None, **parts: Any) -> None:
@@ -36,11 +37,15 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
     random state of torch (CPU and all CUDA devices), numpy and Python. Where model and guide are plain functions, the
     modules that they use have to be given beside the SVI.
 
-    The file is written under another name (``path`` with ``.tmp`` at its end) in the same folder, flushed to the disk
-    and then renamed. A process that dies on the way leaves the last checkpoint as it was.
+    The file is written under another name (``path`` with ``.tmp`` at its end) in the same folder, read once without its
+    tensors' values, flushed to the disk and then renamed. A process that dies on the way leaves the last checkpoint as
+    it was. At its end is the SHA-256 digest of all of it, by which :func:`load_checkpoint` recognises damage.
+
+    Tensors that share memory go on sharing it in ``extra``. A view of a large tensor is saved with all of that tensor's
+    memory: write ``x[:10].clone()`` for the part alone.
 
     Args:
-        path: The file; one that exists is replaced.
+        path: The file; one that exists is replaced. Of a symbolic link, the file that it points to.
         extra: What :func:`load_checkpoint` is to return: numbers, texts, tensors, and lists and dicts of them.
         **parts: What is to be saved, under names of your choice: SVIs, modules, optimisers, schedulers, generators,
             and whatever has ``state_dict`` and ``load_state_dict``, such as a ``GradScaler``.
@@ -48,7 +53,8 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
     Raises:
         ValueError: If a module's parameters are in Pyro's store and the module is not among the parts, or the optimiser
             holds parameters without a name.
-        TypeError: If there is nothing to save, a part has no state, or a state is made of other types than these.
+        TypeError: If there is nothing to save, a part has no state, or a state or ``extra`` is made of other types than
+            these, or could not be loaded again.
         OSError: If the file cannot be written.
 
     Example:
@@ -64,16 +70,18 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
         {'step': 100}
     """
     pieces = _pieces("save_checkpoint", parts)
+    if not (extra is None or isinstance(extra, Mapping)):
+        raise TypeError(f"extra must be a dict, found {type(extra).__name__}. Write extra={{'step': step}}.")
     content = {
         "pyro_wae checkpoint": FORMAT,
         "versions": _versions(),
         "about": {name: piece.about() for name, piece in pieces.items()},
         "store": store_state(pieces),
         "states": {name: plain(piece.state(), name) for name, piece in pieces.items()},
-        "random": _random_state(),
+        "random": _portable(random_state()),
         "extra": plain(extra or {}, "extra"),
     }
-    _write(Path(path), content)
+    write_archive(_as_path("save_checkpoint", path), content)
 
 
 def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
@@ -84,7 +92,8 @@ def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, 
     of each parameter, the store's parameters) need not exist yet. What a first *call* makes in a module, as in an
     autoguide, must: call it once, or ``svi.evaluate_loss(x)``.
 
-    All is compared before anything is changed. Optimisers get the saved learning rates, not those they were made with.
+    All is compared, and loaded into copies, before anything is changed. Only a part that cannot be copied is loaded
+    without this rehearsal, before all others. Optimisers get the saved learning rates, not those they were made with.
 
     Args:
         path: The file.
@@ -95,7 +104,8 @@ def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, 
 
     Raises:
         ValueError: If the file is damaged, no checkpoint, of another format, or that of another training; in this case
-            the message says what is missing, what is too much, and what has another shape, class or argument.
+            the message says what is missing, what is too much, what has another shape, class or argument, or which
+            part did not take its state.
         TypeError: If a part has no state.
         OSError: If the file cannot be read.
 
@@ -103,7 +113,7 @@ def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, 
         See :func:`save_checkpoint`.
     """
     pieces = _pieces("load_checkpoint", parts)
-    content = _read(Path(path))
+    content = _read(_as_path("load_checkpoint", path))
     differences = list(_differences(content, pieces))
     if differences:
         lines = [*differences[:MOST_LINES], *([f"and {n} more"] if (n := len(differences) - MOST_LINES) > 0 else [])]
@@ -115,14 +125,16 @@ def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, 
             + f"\nMake all parts as they were when it was written, with {versions}. If what is missing here is made by "
             "a first call, as an autoguide's parameters are, write svi.evaluate_loss(x) before load_checkpoint."
         )
-    modules_first = sorted(pieces, key=lambda name: not isinstance(pieces[name], ModulePiece))
-    modules = [name for name in modules_first if isinstance(pieces[name], ModulePiece)]
-    for name in modules:
+    with restored_random_state():
+        uncopied = _rehearse(path, content, pieces)
+    modules = [name for name, piece in pieces.items() if isinstance(piece, ModulePiece) and name not in uncopied]
+    for name in [*uncopied, *modules]:
         pieces[name].restore(content["states"][name])
     restore_store(content["store"], pieces)
-    for name in modules_first[len(modules) :]:
-        pieces[name].restore(content["states"][name])
-    _restore_random_state(content["random"])
+    for name, piece in pieces.items():
+        if name not in uncopied and name not in modules:
+            piece.restore(content["states"][name])
+    set_random_state(_native(content["random"]))
     return dict(content["extra"])
 
 
@@ -135,6 +147,13 @@ def _pieces(function: str, parts: Mapping[str, Any]) -> dict[str, Piece]:
     return pieces_of(parts)
 
 
+def _as_path(function: str, path: Any) -> Path:
+    """The file itself: through symbolic links."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise TypeError(f"{function} takes the path of a file, found {path!r}. Write {function}('run.pt', svi=svi).")
+    return Path(os.path.realpath(os.fsdecode(path)))
+
+
 def _differences(content: Mapping[str, Any], pieces: Mapping[str, Piece]) -> Iterator[str]:
     saved = content["about"]
     for name in saved:
@@ -145,6 +164,8 @@ def _differences(content: Mapping[str, Any], pieces: Mapping[str, Piece]) -> Ite
             yield f"{name}: missing in the checkpoint"
             continue
         for key, there, here in piece.differing(saved[name]):
+            if content["pyro_wae checkpoint"] == 1 and agreed_in_format_1(key, there, here):
+                continue
             if "missing" in (there, here):
                 place = "missing in the checkpoint" if there == "missing" else "in the checkpoint, missing here"
                 yield f"{name}: {key}: {place}"
@@ -153,77 +174,54 @@ def _differences(content: Mapping[str, Any], pieces: Mapping[str, Piece]) -> Ite
     yield from differing_parameters(content["store"])
 
 
+def _rehearse(path: Any, content: Mapping[str, Any], pieces: Mapping[str, Piece]) -> list[str]:
+    """Loads the states into copies; the names of the pieces that cannot be copied.
+
+    Raises:
+        ValueError: If a state does not suit its piece.
+    """
+    states, uncopied = content["states"], []
+    parameters = saved_parameters(content["store"], states)
+    for name, piece in pieces.items():
+        try:
+            if not piece.rehearse(states[name], parameters):
+                uncopied.append(name)
+        except Exception as error:
+            raise ValueError(
+                f"{name} does not take its state from {path}, and nothing was loaded. Make it as it was when the "
+                f"checkpoint was written ({type(error).__name__}: {error})."
+            ) from error
+    return uncopied
+
+
 def _versions() -> dict[str, str]:
     return {"pyro_wae": pyro_wae.__version__, "torch": str(torch.__version__), "pyro": pyro.__version__}
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _read(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        try:
-            # torch.load compares no checksums.
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-            file.seek(0)
-            content = torch.load(file, map_location=_where_it_was, weights_only=True)
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{path} is damaged, or was not written by save_checkpoint ({type(error).__name__}: {error}). Load "
-                "another one."
-            ) from error
+    content, has_digest = read_archive(path)
     if not isinstance(content, dict) or "pyro_wae checkpoint" not in content:
         raise ValueError(f"{path} was not written by save_checkpoint. Write torch.load({str(path)!r}) to look into it.")
-    if content["pyro_wae checkpoint"] != FORMAT:
+    found = content["pyro_wae checkpoint"]
+    if found not in range(1, FORMAT + 1):
         version = content.get("versions", {}).get("pyro_wae")
         raise ValueError(
-            f"{path} has format {content['pyro_wae checkpoint']}, of pyro_wae {version}; this one, "
-            f"{pyro_wae.__version__}, reads format {FORMAT}. Install the version that wrote it."
+            f"{path} has format {found}, of pyro_wae {version}; this one, {pyro_wae.__version__}, reads formats up to "
+            f"{FORMAT}. Install the version that wrote it."
         )
+    missing = [part for part in CONTENTS if part not in content]
+    if missing or (found > 1 and not has_digest):
+        what = f"it has no {missing}" if missing else "its digest is missing"
+        raise ValueError(f"{path} is damaged ({what}). Load another one.")
     return content
 
 
-def _where_it_was(storage: Any, location: str) -> Any:
-    """None where the device that a tensor was on exists, else the storage as it is, on the CPU."""
-    device = torch.device(location)
-    is_here = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
-    return None if is_here else storage
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that legacy callers draw from
-    return {
-        "torch": torch.get_rng_state(),
-        # Asking would start CUDA in a process that does not use it.
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": plain((kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest), "numpy"),
-        "python": random.getstate(),
-    }
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    for device, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(own, device)
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    """The random state with numpy's keys as a tensor, which a checkpoint can hold."""
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])
+    return {**state, "numpy": plain((kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest), "numpy")}
+
+
+def _native(state: dict[str, Any]) -> dict[str, Any]:
+    kind, keys, *rest = state["numpy"]
+    return {**state, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)}

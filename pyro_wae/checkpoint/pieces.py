@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
-import re
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import SVI
 from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.optim import PyroOptim
+from pyro.optim.optim import is_scheduler
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from pyro_wae._core.private import (
+    kept_tensors,
+    new_clip,
+    new_optimizer,
+    schedulers_within,
+    waiting_states,
+    without_states,
+)
+from pyro_wae._core.programs import wrapped_module
 from pyro_wae._core.repr import CallRepr
-from pyro_wae.optim import all_states, kinds_of, names_of, restore_states
+from pyro_wae.checkpoint.values import describe, plain, shape_of
+from pyro_wae.optim import SharedOptim
 from pyro_wae.penalties import Penalty
 
-__all__ = ["ModulePiece", "Piece", "describe", "pieces_of", "plain"]
+__all__ = ["ModulePiece", "Piece", "pieces_of"]
 
-LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group")
+LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group", "compile")
 """Arguments of a loss that change how and where it is computed, and not what it is."""
 
 ARGUMENTS = "arguments of "
-PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 
 
 class Piece:
@@ -40,8 +51,11 @@ class Piece:
         self.thing = thing
 
     def about(self) -> dict[str, str | None]:
-        """What must be the same when it is loaded. None: not made yet, so that anything will do."""
-        return {"class": type(self.thing).__name__}
+        """What must be the same when it is loaded. None: not made yet, so anything will do."""
+        lines: dict[str, str | None] = {"class": kind_of(self.thing)}
+        if isinstance(self.thing, torch.amp.GradScaler):
+            lines["enabled"] = str(self.thing.is_enabled())  # one that is not has no state
+        return lines
 
     def differing(self, saved: Mapping[str, str | None]) -> Iterator[tuple[str, str | None, str | None]]:
         """Where a saved :meth:`about` does not suit this piece: the name, and what is in the two places."""
@@ -58,6 +72,23 @@ class Piece:
     def restore(self, state: Any) -> None:
         """Takes over what :meth:`state` gave."""
         self.thing.load_state_dict(state)
+
+    def rehearse(self, state: Any, parameters: Mapping[str, Tensor]) -> bool:
+        """Restores a copy, and lets what is raised pass; False where the thing cannot be copied.
+
+        Args:
+            state: What :meth:`state` gave.
+            parameters: The values that the checkpoint has for the parameters of Pyro's store.
+        """
+        try:
+            twin = copy.deepcopy(self.thing)
+        except Exception:  # whatever an object says to a wish to copy it
+            return False
+        if twin is self.thing:
+            return False
+        # Some take out of a state what they have read.
+        type(self)(twin).restore(plain(state, "state"))
+        return True
 
 
 class ModulePiece(Piece):
@@ -77,9 +108,8 @@ class ModulePiece(Piece):
             if type(module).__module__.startswith("torch.nn."):
                 is_lazy = isinstance(module, LazyModuleMixin)
                 lines[f"{ARGUMENTS}{prefix or 'it'}"] = None if is_lazy else module.extra_repr()
-            for name, value in [*module._parameters.items(), *({} if is_own else module._buffers).items()]:
-                if value is not None and name not in module._non_persistent_buffers_set:
-                    lines[f"{dot}{name}"] = None if nn.parameter.is_lazy(value) else _shape(value)
+            for name, value in kept_tensors(module, buffers=not is_own):
+                lines[f"{dot}{name}"] = None if nn.parameter.is_lazy(value) else shape_of(value)
         return lines
 
     def differing(self, saved: Mapping[str, str | None]) -> Iterator[tuple[str, str | None, str | None]]:
@@ -114,13 +144,15 @@ class LossPiece(Piece):
     """A loss: its arguments must agree; its modules are pieces of their own."""
 
     def about(self) -> dict[str, str | None]:
-        lines: dict[str, str | None] = {"class": type(self.thing).__name__}
-        if isinstance(self.thing, CallRepr):
-            arguments = (name for name in inspect.signature(type(self.thing)).parameters)
-            lines |= {
-                name: describe(getattr(self.thing, name)) for name in arguments if name not in LOSS_OPTIONS_LEFT_OUT
-            }
-        return lines
+        names = (name for name in self._defaults() if name not in LOSS_OPTIONS_LEFT_OUT)
+        return {"class": type(self.thing).__name__, **{name: describe(getattr(self.thing, name)) for name in names}}
+
+    def differing(self, saved: Mapping[str, str | None]) -> Iterator[tuple[str, str | None, str | None]]:
+        defaults = self._defaults()
+        for key, there, found in super().differing(saved):
+            # An argument that the version which wrote the checkpoint did not have.
+            if there != "missing" or found != describe(defaults[key]):
+                yield key, there, found
 
     def state(self) -> Any:
         # Guessed at the first step, and guessing again would move an accelerator's random numbers.
@@ -128,6 +160,14 @@ class LossPiece(Piece):
 
     def restore(self, state: Any) -> None:
         self.thing.max_plate_nesting = state["max_plate_nesting"]
+
+    def rehearse(self, state: Any, parameters: Mapping[str, Tensor]) -> bool:
+        return True
+
+    def _defaults(self) -> dict[str, Any]:
+        if not isinstance(self.thing, CallRepr):
+            return {}
+        return {name: p.default for name, p in inspect.signature(type(self.thing)).parameters.items()}
 
 
 class OptimizerPiece(Piece):
@@ -137,7 +177,7 @@ class OptimizerPiece(Piece):
         lines = super().about()
         for number, group in enumerate(self.thing.param_groups):
             is_lazy = any(nn.parameter.is_lazy(p) for p in group["params"])
-            lines[f"group {number}"] = None if is_lazy else ", ".join(_shape(p) for p in group["params"])
+            lines[f"group {number}"] = None if is_lazy else ", ".join(shape_of(p) for p in group["params"])
         return lines
 
 
@@ -145,19 +185,64 @@ class PyroOptimPiece(Piece):
     """An optimiser of Pyro's or of :mod:`pyro_wae.optim`, whose states go by the names in Pyro's store."""
 
     def about(self) -> dict[str, str | None]:
-        return dict(kinds_of(self.thing, names_of(self.thing)))
+        return dict(self._kinds(self._names()))
 
     def differing(self, saved: Mapping[str, str | None]) -> Iterator[tuple[str, str | None, str | None]]:
-        here = kinds_of(self.thing, saved)
+        here = self._kinds(saved)
         for name, there in saved.items():
             if here[name] != there:
                 yield name, there, here[name]
 
     def state(self) -> Any:
-        return all_states(self.thing)
+        if None in self._names():
+            raise ValueError(
+                "States are kept by the names of parameters in Pyro's store, found parameters that are not in it. "
+                "Write pyro.clear_param_store() only before an SVI is made, and leave module_local_params off."
+            )
+        return {**waiting_states(self.thing), **self.thing.get_state()}
 
     def restore(self, state: Any) -> None:
-        restore_states(self.thing, state)
+        """Gives the optimiser these states and no others, to parameters in Pyro's store at once.
+
+        Pyro's ``set_state`` is without effect on parameters that have been stepped, and lets the schedulers of
+        parameters that have not appeared yet miss their steps.
+        """
+        optim = self.thing
+        if isinstance(optim, SharedOptim):
+            optim.restart(state)
+            return
+        for known in (optim.optim_objs, optim.grad_clip, waiting_states(optim)):
+            known.clear()
+        optim.set_state(copy.deepcopy(state))
+        parameters = dict(pyro.get_param_store().named_parameters())
+        for name in [name for name in state if name in parameters]:
+            p = parameters[name]
+            own = optim.optim_objs[p] = new_optimizer(optim, p)
+            optim.grad_clip[p] = new_clip(optim, p)
+            saved = waiting_states(optim).pop(name)
+            if is_scheduler(own):
+                own.load_state_dict(saved["scheduler"])
+                own, saved = own.optimizer, saved["optimizer"]
+            own.load_state_dict(saved)
+
+    def rehearse(self, state: Any, parameters: Mapping[str, Tensor]) -> bool:
+        with _scope_of_store({name: parameters[name] for name in state if name in parameters}):
+            PyroOptimPiece(without_states(self.thing)).restore(state)
+        return True
+
+    def _names(self) -> list[str | None]:
+        """Of the parameters that have a state, or one that waits for them."""
+        known = map(pyro.get_param_store().param_name, self.thing.optim_objs)
+        return list(dict.fromkeys([*waiting_states(self.thing), *known]))
+
+    def _kinds(self, names: Iterable[str | None]) -> dict[str, str]:
+        """The classes of torch optimiser and scheduler that parameters of these names get; nothing is changed."""
+        with _scope_of_store({name: torch.zeros(()) for name in names if name is not None}) as parameters:
+            made = {name: new_optimizer(self.thing, p) for name, p in parameters.items()}
+        return {
+            name: f"{kind_of(own.optimizer)} with {kind_of(own)}" if is_scheduler(own) else kind_of(own)
+            for name, own in made.items()
+        }
 
 
 class GeneratorPiece(Piece):
@@ -172,6 +257,16 @@ class GeneratorPiece(Piece):
     def restore(self, state: Any) -> None:
         self.thing.set_state(state)
 
+    def rehearse(self, state: Any, parameters: Mapping[str, Tensor]) -> bool:
+        torch.Generator(self.thing.device).set_state(state)
+        return True
+
+
+def kind_of(thing: Any) -> str:
+    """The name of an object's class, with those of the schedulers that it is made of."""
+    within = ", ".join(map(kind_of, schedulers_within(thing)))
+    return f"{type(thing).__name__}({within})" if within else type(thing).__name__
+
 
 def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
     """The pieces that the parts of a training are made of, each once, with a name that begins with its part's.
@@ -183,7 +278,7 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
     for name, part in parts.items():
         if isinstance(part, SVI):
             for role in ("model", "guide"):
-                owner = _owner(getattr(part, role))
+                owner = wrapped_module(getattr(part, role))
                 if owner is not None:
                     pieces[f"{name}.{role}"] = ModulePiece(owner)
             pieces |= _pieces_of_loss(f"{name}.loss", getattr(part.loss_and_grads, "__self__", None))
@@ -205,7 +300,7 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
         else:
             raise TypeError(
                 f"A checkpoint holds SVIs, modules, optimisers, schedulers, generators and what has state_dict and "
-                f"load_state_dict; found {name}={type(part).__name__}. Numbers and texts go into extra: "
+                f"load_state_dict; found {name}={type(part).__name__}. Numbers and texts go into extra: write "
                 f"extra={{{name!r}: {name}}}."
             )
     seen: set[int] = set()
@@ -216,84 +311,21 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
     }
 
 
-def describe(value: Any) -> str:
-    """A text that is the same in every process, and the same before and after the first step: class and arguments."""
-    if isinstance(value, CallRepr):
-        parameters = inspect.signature(type(value)).parameters.values()
-        arguments = [
-            f"{p.name}={describe(getattr(value, p.name))}" for p in parameters if p.kind is not p.VAR_POSITIONAL
-        ]
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters) and isinstance(value, nn.Module):
-            arguments += [describe(list(child)) for child in value.children() if isinstance(child, nn.ModuleList)]
-        return f"{type(value).__name__}({', '.join(arguments)})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {describe(option)}" for key, option in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(describe, value))}]"
-    if isinstance(value, nn.Module):
-        return type(value).__name__
-    if isinstance(value, Tensor):
-        return f"tensor of {_shape(value)}"
-    if isinstance(value, functools.partial):
-        return f"partial({describe(value.func)})"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return str(value.__qualname__)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def plain(value: Any, where: str) -> Any:
-    """The value in such types as ``torch.load`` reads without running code.
-
-    Raises:
-        TypeError: If there is anything else in it; `where` begins the name of it.
-    """
-    if value is None or isinstance(value, torch.dtype | torch.device):
-        return value
-    if isinstance(value, Tensor):
-        if hasattr(value, "full_tensor"):
-            raise TypeError(
-                f"A checkpoint holds whole tensors, and {where} is a part of one that other processes share (DTensor). "
-                "Write torch.distributed.checkpoint.save(wae.state_dict(), checkpoint_id=folder)."
-            )
-        return value.detach()
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return value.item()
-    for kind in PLAIN:
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, Mapping):
-        items = {plain(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-        return Counter(items) if isinstance(value, Counter) else items
-    for sequence in (list, tuple, set):
-        if isinstance(value, sequence):
-            return sequence(plain(item, f"{where}[{number}]") for number, item in enumerate(value))
-    raise TypeError(
-        f"A checkpoint holds tensors, numbers, texts, and lists and dicts of them, so that reading it runs no code; "
-        f"{where} is {type(value).__name__}. Keep it apart, or write it as one of these."
-    )
-
-
 def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
     if not isinstance(loss, ELBO):
         return {}
-    modules = loss.modules() if isinstance(loss, CallRepr) and hasattr(loss, "modules") else ()
+    modules = loss.named_children() if isinstance(loss, CallRepr) and hasattr(loss, "named_children") else ()
     return {name: LossPiece(loss), **{f"{name}.{key}": ModulePiece(module) for key, module in modules}}
 
 
-def _owner(program: Any) -> nn.Module | None:
-    """The module that a program is, or is a method of, or is wrapped around."""
-    if isinstance(program, nn.Module):
-        return program
-    if isinstance(owner := getattr(program, "__self__", None), nn.Module):
-        return owner
-    # Pyro's handlers keep what they are around as an argument.
-    around = [getattr(program, name, None) for name in ("func", "__wrapped__")]
-    around += program.args if isinstance(program, functools.partial) else []
-    return next((found for inner in around if callable(inner) and (found := _owner(inner)) is not None), None)
-
-
-def _shape(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+@contextmanager
+def _scope_of_store(values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Puts parameters into Pyro's store, where an optimiser finds their names, and leaves it as it was."""
+    store = pyro.get_param_store()
+    with store.scope():
+        yield {name: store.setdefault(name, value.clone()).unconstrained() for name, value in values.items()}
+    # Leaving a scope cuts the link by which SVI finds the parameters, and reading restores it.
+    list(store.values())
 
 
 def _sizes(described: str | None) -> str | None:

@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributions import constraints as torch_constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_wae.checkpoint.pieces import ModulePiece, Piece, plain
+from pyro_wae.checkpoint.pieces import ModulePiece, Piece
+from pyro_wae.checkpoint.values import plain
 
-__all__ = ["differing_parameters", "restore_store", "store_state"]
+__all__ = ["differing_parameters", "restore_store", "saved_parameters", "store_state"]
 
 _CONSTRAINTS = {module.__name__: module for module in (torch_constraints, pyro_constraints)}
 
@@ -62,6 +63,12 @@ def differing_parameters(state: Mapping[str, Any]) -> Iterator[str]:
                 f"parameter {name!r}: its constraint {state['constraints'][name]['class']} is not one of Pyro's, so "
                 "that the parameter must exist (svi.evaluate_loss(x) makes it)"
             )
+
+
+def saved_parameters(state: Mapping[str, Any], states: Mapping[str, Any]) -> dict[str, Any]:
+    """The unconstrained values that a checkpoint has for the store's parameters, those of modules included."""
+    of_modules = {name: states[piece]["values"][key] for name, (piece, key) in state["owned"].items()}
+    return {**of_modules, **state["values"]}
 
 
 def restore_store(state: Mapping[str, Any], pieces: Mapping[str, Piece]) -> None:

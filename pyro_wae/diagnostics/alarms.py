@@ -1,4 +1,4 @@
-"""What in a report asks to be looked at."""
+"""The alarms of a report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Alarm:
 
 
 def find_alarms(comparisons: Mapping[str, Comparison], batch_norm: BatchNormComparison | None) -> Iterator[Alarm]:
-    """Gives the alarms of each comparison, and then those of BatchNorm."""
+    """The alarms of each comparison, and then those of BatchNorm."""
     for name, found in comparisons.items():
         for kind, message in _alarms_of(found):
             yield Alarm(kind=kind, site=name, message=message)
@@ -58,9 +58,9 @@ def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
     if rejecting:
         yield (
             "mismatch",
-            f"{' and '.join(rejecting)} can tell codes from the prior; they lie farthest apart along "
-            f"{found.loadings()}, by {found.direction.distance:.2g} prior standard deviations "
-            f"({found.direction.distance_null:.2g} by chance)",
+            f"{' and '.join(rejecting)} can tell codes and prior apart; the direction of largest discrepancy is "
+            f"{found.loadings()}, with {found.direction.distance:.2g} prior standard deviations "
+            f"({found.direction.distance_null:.2g} of sampling noise)",
         )
     shape = found.moments
     if shape.narrowest is not None and shape.narrowest_null is not None and shape.widest is not None:
@@ -85,7 +85,7 @@ def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
 def _batch_norm_alarms(modes: BatchNormComparison) -> Iterator[str]:
     if modes.training:
         yield (
-            f"{modes.training} of {modes.layers} BatchNorm layers are in train mode, so that codes depend on their "
+            f"{modes.training} of {modes.layers} BatchNorm layers are in train mode, where codes depend on their "
             "batch: call .eval() on the modules"
         )
     if modes.code_shift > MODE_SHIFT:

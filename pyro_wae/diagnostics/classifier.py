@@ -1,8 +1,7 @@
-"""A classifier as a two-sample test: can a small net tell codes from prior draws that it has not seen?"""
+"""A classifier as a two-sample test: can a small net tell codes and prior draws apart that it has not seen?"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -12,45 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyro_wae.diagnostics.samples import as_rows, check_level, isolated_seed, new_generator, prior_rows
+from pyro_wae._core.checks import number, whole
+from pyro_wae._core.random_state import isolated_seed
+from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, as_rows, new_generator, prior_rows
 
 __all__ = ["ClassifierTest", "classifier_test"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierTest:
-    """What :func:`classifier_test` found; ``str(result)`` says it in a line.
+class ClassifierTest(HypothesisTest):
+    """The result of :func:`classifier_test`; ``str(result)`` is a line of text.
 
     Args:
-        accuracy: Share of held-out rows that were told right: 1/2 in the mean where codes are draws of the prior.
-        low: Lower end of the accuracy's confidence interval at 1 - ``level``.
-        high: Upper end.
         p_value: The probability of so high an accuracy, or a higher one, of guesses.
         level: Level at which the test was to reject.
+        accuracy: Share of held-out rows that were classified right: 1/2 in the mean where codes are draws of the prior.
+        low: Lower end of the accuracy's confidence interval at 1 - ``level``.
+        high: Upper end.
         held_out: Number of held-out rows, half of them codes.
     """
 
     accuracy: float
     low: float
     high: float
-    p_value: float
-    level: float
     held_out: int
 
-    @property
-    def rejected(self) -> bool:
-        """Whether the codes are told from the prior at the level."""
-        return self.p_value <= self.level
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and ``rejected``, as numbers and booleans that JSON takes."""
-        return {**dataclasses.asdict(self), "rejected": self.rejected}
-
     def __str__(self) -> str:
-        verdict = "rejected" if self.rejected else "not rejected"
-        return (
-            f"codes = prior {verdict} at level {self.level:g}: p = {self.p_value:.3g}, a classifier is right on "
-            f"{self.accuracy:.1%} of {self.held_out} held-out rows "
+        return self._sentence(
+            f"a classifier is right on {self.accuracy:.1%} of {self.held_out} held-out rows "
             f"({1 - self.level:.0%} interval {self.low:.1%} to {self.high:.1%})"
         )
 
@@ -64,11 +52,11 @@ def classifier_test(
     level: float = 0.05,
     seed: int = 0,
 ) -> ClassifierTest:
-    """Tests whether codes are draws of the prior, by how well a small classifier tells new ones apart.
+    """Tests whether codes are draws of the prior, by how well a small classifier tells held-out ones apart.
 
-    A net of two hidden layers is trained on one half of the codes and as many prior draws, and judged on the other
-    half. What it says is easy to grasp, since 50 % is a guess, and needs no kernel; but it has half the rows for each
-    purpose, so that :func:`two_sample_test` sees finer differences.
+    A net of two hidden layers is trained on one half of the codes and as many prior draws, and evaluated on the other
+    half. The result is easy to interpret, since 50 % is a guess, and needs no kernel. It has half the rows for each
+    purpose, so :func:`two_sample_test` detects smaller differences.
 
     The halves do not change places for a second fit. Each net would have learnt from the rows that judge the other,
     so that both are right or wrong together, and a binomial over all rows would reject too often.
@@ -88,9 +76,9 @@ def classifier_test(
         The result. The p-value is binomial and one-sided; the interval is Wilson's.
 
     Raises:
-        TypeError: If codes are no tensor, or the prior is neither tensor nor distribution.
-        ValueError: If shape, dtype, device or a value of codes and prior does not fit, ``width`` or ``steps`` is not
-            positive, or rows are too few to reject at the level at all.
+        TypeError: If codes are no tensor, the prior is neither tensor nor distribution, or an option is no number.
+        ValueError: If shape, dtype, device or a value of codes and prior does not fit, an option is out of range, or
+            rows are too few to reject at the level at all.
 
     Source: Lopez-Paz, Oquab, "Revisiting Classifier Two-Sample Tests", ICLR 2017, arXiv:1610.06545; Wilson, "Probable
     Inference, the Law of Succession, and Statistical Inference", JASA 22, 1927 (interval).
@@ -101,10 +89,8 @@ def classifier_test(
         >>> classifier_test(codes, torch.distributions.Normal(torch.zeros(4), 1.0)).rejected
         True
     """
-    check_level(level)
-    for name, value, default in (("width", width, 64), ("steps", steps, 50)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number > 0, found {value!r}. Write {name}={default}.")
+    level = number("level", level, above=0, below=1, write="level=0.05")
+    width, steps = whole("width", width, write="width=64"), whole("steps", steps, write="steps=50")
     rows = as_rows(codes, "codes")
     generator, draw_seed = new_generator(seed)
     draws = prior_rows(rows, prior, prior_draws=1, seed=draw_seed)

@@ -1,4 +1,4 @@
-"""How rows of codes differ from prior draws: moments, the worst direction, holes. Plain tensors; nothing of Pyro."""
+"""How codes differ from prior draws: moments, direction of largest discrepancy, coverage. Plain tensors, no Pyro."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.numerics import squared_distances
-from pyro_wae.diagnostics.samples import isolated_seed
+from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, transport_along
 
 __all__ = ["Coverage", "Moments", "WorstDirection", "Yardstick", "coverage", "moments", "worst_direction"]
@@ -83,12 +83,12 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstDirection:
-    """The line on which codes and prior draws lie farthest apart.
+    """The direction of largest discrepancy between codes and prior draws.
 
     Args:
         weights: Unit vector, in coordinates measured in prior standard deviations.
         distance: The Wasserstein distance W_2 along it, in prior standard deviations.
-        distance_null: The same between two sets of prior draws, along their own worst direction.
+        distance_null: The same between two sets of prior draws, along their own direction of largest discrepancy.
     """
 
     weights: tuple[float, ...]
@@ -121,7 +121,7 @@ def moments(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick) 
     Args:
         codes: Shape (n, d).
         prior: Prior draws, shape (n, d).
-        second: As many more, for what chance does.
+        second: As many more, for the sampling noise.
         yardstick: The prior's mean and standard deviation.
     """
     n, d = codes.shape
@@ -151,7 +151,7 @@ def moments(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick) 
 
 
 def worst_direction(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick, *, seed: int) -> WorstDirection:
-    """Seeks the line on which codes and prior lie farthest apart; arguments as of :func:`moments`.
+    """Seeks the direction of largest discrepancy; arguments as of :func:`moments`.
 
     Source: Deshpande et al., "Max-Sliced Wasserstein Distance and its use for GANs", 2019, arXiv:1904.05877.
     """

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.batch_norm import batch_norm_at_rest, batch_norm_layers
+from pyro_wae._core.private import BatchNorm
+from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import Cost
-from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.penalties import MMD
-from pyro_wae.step.compare import check_names
-from pyro_wae.step.prior import draw_prior
-from pyro_wae.step.program import Particle, Program, Structure, gather_codes, gather_observations, read_structure, run
-from pyro_wae.step.records import Codes
+from pyro_wae.step.observe import Observer
+from pyro_wae.step.program import Program, Run
+from pyro_wae.step.records import Step
 
 __all__ = ["BatchNormComparison", "CostSummary", "Gathered", "gather"]
 
@@ -94,20 +92,7 @@ class Gathered:
     paired: bool
     costs: Mapping[str, CostSummary]
     batch_norm: BatchNormComparison | None
-    first: tuple[tuple[Any, ...], Particle, Structure]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    codes: Codes
-    prior: Tensor  # (2, n, d)
-    costs: Mapping[str, Tensor]  # each (number of kept data,)
-    structure: Structure
-    particle: Particle
-
-    @property
-    def data(self) -> int:
-        return self.codes.values.shape[1]
+    first: tuple[tuple[Any, ...], Run]
 
 
 def gather(
@@ -126,45 +111,43 @@ def gather(
     Raises:
         ValueError: If there is no batch, model and guide do not fit a WAE, or batches give codes of different sizes.
     """
-    seen: list[_Batch] = []
-    in_train: list[_Batch] = []
-    in_eval: list[_Batch] = []
+    observer = Observer(model, guide, cost=cost, data_plate=data_plate, prior_draws=2)
+    seen: list[Step] = []
+    in_train: list[Step] = []
+    in_eval: list[Step] = []
     noise: list[Tensor] = []
     count = 0
-    layers: list[_BatchNorm] = []
-    first: tuple[tuple[Any, ...], Particle, Structure] | None = None
+    layers: list[BatchNorm] = []
+    first: tuple[tuple[Any, ...], Run] | None = None
     for index, args in enumerate(batches):
-
-        def observe(subsample_of: Particle | None, args: tuple[Any, ...] = args) -> _Batch:
-            return _observe(model, guide, args, kwargs, cost, data_plate, subsample_of)
-
         device = _device((args, kwargs))
         with isolated_seed(seed + 2 * index, device):
-            with _recorded(layers):
-                batch = observe(None)
-            again = _run(model, guide, args, kwargs, batch.particle)
-        first = first or (args, batch.particle, batch.structure)
+            with batch_norm_layers() as ran:
+                step = _observe(observer, args, kwargs, None)
+            with torch.no_grad(), batch_norm_at_rest():
+                again = Observer(model, guide, data_plate=data_plate).observe(args, kwargs, subsample_of=step.first)
+        layers += [layer for layer in ran if layer not in layers]
+        first = first or (args, step.first)
         with torch.no_grad():
-            other = gather_codes(again, batch.structure).masked(None)[0]
-            noise.append((batch.codes.masked(None)[0] - other)[0].square() / 2)
+            noise.append((step.rows()[0] - again.rows()[0])[0].square() / 2)
         if layers:
             for training, found in ((True, in_train), (False, in_eval)):
-                # One seed for both modes, so that the guide's noise is no difference between them.
+                # One seed for both modes, or the guide's noise would be a difference between them.
                 with _mode(layers, training), isolated_seed(seed + 2 * index + 1, device):
-                    found.append(observe(batch.particle))
-        seen.append(batch)
+                    found.append(_observe(observer, args, kwargs, step.first))
+        seen.append(step)
         count += len(noise[-1])
         if count >= max_codes:
             break
     if first is None:
         raise ValueError("There is no batch of data to report on. Write report(model, guide, x) or batches=loader.")
-    widths = {batch.codes.values.shape[2] for batch in seen}
+    widths = {step.codes.shape[2] for step in seen}
     if len(widths) > 1:
         raise ValueError(
             f"Batches give codes of different sizes, {sorted(widths)}, which have no joint distribution. Pad sequences "
             "to one length under poutine.mask, or report on one batch."
         )
-    rows = [batch.codes.masked(batch.prior) for batch in seen]
+    rows = [step.rows() for step in seen]
     codes = torch.cat([values[0] for values, _ in rows])
     draws = [draws.unflatten(0, (2, -1)) for _, draws in rows if draws is not None]
     if len(codes) < 2:
@@ -177,49 +160,29 @@ def gather(
         codes=codes[chosen],
         prior=torch.cat([pair[0] for pair in draws])[chosen],
         second=torch.cat([pair[1] for pair in draws])[chosen],
-        columns=seen[0].codes.columns,
+        columns=seen[0].columns,
         positions=_positions(seen)[chosen],
         noise=torch.cat(noise)[chosen].mean(0),
-        paired=any(batch.structure.prior_varies or batch.codes.kept is not None for batch in seen),
-        costs={name: _summary(torch.cat([batch.costs[name] for batch in seen])) for name in seen[0].costs},
+        paired=any(step.prior_varies or step.kept is not None for step in seen),
+        costs={name: _summary(torch.cat([_costs(step, name) for step in seen])) for name in seen[0].costs},
         batch_norm=_compare_modes(layers, in_train, in_eval) if layers else None,
         first=first,
     )
 
 
-def _run(
-    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Particle | None
-) -> Particle:
+def _observe(observer: Observer, args: tuple[Any, ...], kwargs: Mapping[str, Any], subsample_of: Run | None) -> Step:
     with torch.no_grad(), batch_norm_at_rest():
-        return run(model, guide, args, kwargs, max_plate_nesting=math.inf, subsample_of=subsample_of)
-
-
-def _observe(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    cost: CostOption,
-    data_plate: str | None,
-    subsample_of: Particle | None,
-) -> _Batch:
-    particle = _run(model, guide, args, kwargs, subsample_of)
-    structure = read_structure(particle, data_plate)  # for each batch anew: the last may be smaller
-    with torch.no_grad():
-        codes = gather_codes(particle, structure)
-        prior = torch.cat([draw_prior(particle, structure) for _ in range(2)])
-        costs = {}
-        observations = list(gather_observations(particle, structure))
-        if isinstance(cost, Mapping):
-            check_names("cost", cost, [o.name for o in observations], "observed", "SquaredError()")
-        for observation in observations:
-            own = cost[observation.name] if isinstance(cost, Mapping) else cost
-            values, kept = own.per_datum(observation)[0], observation.kept
-            costs[observation.name] = values if kept is None else values[kept[0]]
-    for name, columns in codes.columns.items():
-        if not codes.masked(None)[0][..., columns].isfinite().all():
+        step = observer.observe(args, kwargs, subsample_of=subsample_of)
+    for name, columns in step.columns.items():
+        if not step.rows()[0][..., columns].isfinite().all():
             raise ValueError(f"The codes of latent site '{name}' are not all finite: look at the guide's output.")
-    return _Batch(codes, prior, costs, structure, particle)
+    return step
+
+
+def _costs(step: Step, name: str) -> Tensor:
+    """The costs of one site's data that are not masked, shape (number of them,)."""
+    kept = step.first.observed[name].kept
+    return step.costs[name][0] if kept is None else step.costs[name][0][kept[0]]
 
 
 def _device(arguments: Any) -> torch.device:
@@ -227,14 +190,12 @@ def _device(arguments: Any) -> torch.device:
     return next((x.device for x in tree_leaves(arguments) if isinstance(x, Tensor)), torch.device("cpu"))
 
 
-def _positions(batches: Sequence[_Batch]) -> Tensor:
+def _positions(steps: Sequence[Step]) -> Tensor:
     """The place of each unmasked datum among all data of the batches."""
     found, start = [], 0
-    for batch in batches:
-        kept = batch.codes.kept
-        own = torch.arange(start, start + batch.data, device=batch.codes.values.device)
-        found.append(own if kept is None else own[kept.any(2).any(0)])
-        start += batch.data
+    for step in steps:
+        found.append(step.left(torch.arange(start, start + step.data, device=step.codes.device), 0))
+        start += step.data
     return torch.cat(found)
 
 
@@ -244,22 +205,7 @@ def _summary(costs: Tensor) -> CostSummary:
 
 
 @contextmanager
-def _recorded(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Adds to a list the BatchNorm layers that run and have running statistics, wherever they are kept."""
-
-    def record(layer: Any, inputs: Any) -> None:
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer not in layers:
-            layers.append(layer)
-
-    hook = register_module_forward_pre_hook(record)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _mode(layers: Sequence[_BatchNorm], training: bool) -> Iterator[None]:
+def _mode(layers: Sequence[BatchNorm], training: bool) -> Iterator[None]:
     before = [layer.training for layer in layers]
     try:
         for layer in layers:
@@ -271,13 +217,13 @@ def _mode(layers: Sequence[_BatchNorm], training: bool) -> Iterator[None]:
 
 
 def _compare_modes(
-    layers: Sequence[_BatchNorm], in_train: Sequence[_Batch], in_eval: Sequence[_Batch]
+    layers: Sequence[BatchNorm], in_train: Sequence[Step], in_eval: Sequence[Step]
 ) -> BatchNormComparison:
     mmd, penalties, squares, spreads = MMD(), [], [], []
     with torch.no_grad():
         for trained, evaluated in zip(in_train, in_eval, strict=True):
-            codes, draws = trained.codes.masked(trained.prior)
-            others, _ = evaluated.codes.masked(None)
+            codes, draws = trained.rows()
+            others, _ = evaluated.rows()
             penalties.append(torch.stack([mmd(codes, draws), mmd(others, draws)]).double())
             squares.append((codes - others)[0].square())
             spreads.append(draws)
@@ -286,8 +232,8 @@ def _compare_modes(
     values = torch.stack(penalties)
     gap = values[:, 1] - values[:, 0]
     means = values.mean(0).tolist()
-    costs = [sum(_mean_of(batches, name) for name in batches[0].costs) for batches in (in_train, in_eval)]
-    sizes = [batch.data for batch in in_train]
+    costs = [sum(_mean_of(steps, name) for name in steps[0].costs) for steps in (in_train, in_eval)]
+    sizes = [step.data for step in in_train]
     return BatchNormComparison(
         layers=len(layers),
         training=sum(layer.training for layer in layers),
@@ -301,5 +247,5 @@ def _compare_modes(
     )
 
 
-def _mean_of(batches: Sequence[_Batch], name: str) -> float:
-    return torch.cat([batch.costs[name] for batch in batches]).double().mean().item()
+def _mean_of(steps: Sequence[Step], name: str) -> float:
+    return torch.cat([_costs(step, name) for step in steps]).double().mean().item()

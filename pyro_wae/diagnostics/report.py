@@ -1,4 +1,4 @@
-"""One call that says whether a Wasserstein auto-encoder's codes match its prior, and where they do not."""
+"""One call that compares the codes of a Wasserstein auto-encoder with its prior, and says where they differ."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyro_wae._core.checks import number, text, whole
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
+from pyro_wae.diagnostics.example_images import Pictures, collect_pictures
 from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary, gather
-from pyro_wae.diagnostics.pictures import Pictures, collect_pictures
-from pyro_wae.diagnostics.samples import new_generator
+from pyro_wae.diagnostics.hypothesis_test import new_generator
+from pyro_wae.diagnostics.report_figure import draw_report
+from pyro_wae.diagnostics.report_text import report_lines
 from pyro_wae.diagnostics.site_comparison import Comparison, compare_site
-from pyro_wae.diagnostics.table import report_lines
 from pyro_wae.step.program import Program
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ __all__ = ["Report", "report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What :func:`report` found; ``str(report)`` is a table, ``report.plot()`` a picture.
+    """The result of :func:`report`; ``str(report)`` is a table, ``report.plot()`` a figure.
 
     Args:
         comparisons: One for each latent site, and with several one more, ``"joint"``, for all side by side.
@@ -57,30 +59,19 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All that was found, without tensors and pictures, as numbers, strings, lists and dicts that JSON takes."""
-        return {
-            "codes": len(self.codes),
-            "comparisons": {
-                name: {
-                    "two_sample": found.two_sample.to_dict(),
-                    "classifier": found.classifier.to_dict(),
-                    **{
-                        part: _plain(dataclasses.asdict(getattr(found, part)))
-                        for part in ("moments", "direction", "coverage", "noise")
-                    },
-                }
-                for name, found in self.comparisons.items()
-            },
-            "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
-            "batch_norm": None if self.batch_norm is None else _plain(dataclasses.asdict(self.batch_norm)),
-            "alarms": [dataclasses.asdict(alarm) for alarm in self.alarms],
-        }
+        comparisons = {name: _as_json(found) for name, found in self.comparisons.items()}
+        for name, found in self.comparisons.items():
+            del comparisons[name]["site"], comparisons[name]["coordinates"]
+            comparisons[name] |= {"two_sample": found.two_sample.to_dict(), "classifier": found.classifier.to_dict()}
+        others = {part: _as_json(getattr(self, part)) for part in ("costs", "batch_norm", "alarms")}
+        return {"codes": len(self.codes), "comparisons": comparisons, **others}
 
     def plot(self, *, cmap: str = "gray") -> Figure:
-        """Draws the codes against the prior, and pictures where an observed site holds images.
+        """Draws codes and prior draws, and images where an observed site holds such.
 
-        From the top: codes and prior draws in the plane where they match worst, whose first axis is the line on which
-        they lie farthest apart; the quantiles of each coordinate of the codes against those of the prior; then
-        for each site that holds images samples, reconstructions and interpolations.
+        From the top: codes and prior draws in the plane of largest discrepancy; the quantiles of each coordinate of the
+        codes against those of the prior; then for each site that holds images samples, reconstructions and latent
+        interpolations.
 
         Args:
             cmap: Matplotlib's colour map for images of one channel. ``"gray_r"`` shows ink on paper.
@@ -88,12 +79,11 @@ class Report:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        from pyro_wae.diagnostics.plots import draw_report
-
-        return draw_report(self, cmap=cmap)
+        return draw_report(self.joint, (self.codes, self.prior), self.in_hole, self.pictures, cmap=cmap)
 
     def __str__(self) -> str:
-        return "\n".join(report_lines(self))
+        lines = report_lines(len(self.codes), self.comparisons, self.costs, self.batch_norm, self.alarms)
+        return "\n".join(lines)
 
 
 def report(
@@ -111,11 +101,11 @@ def report(
     seed: int = 0,
     **kwargs: Any,
 ) -> Report:
-    """Says whether codes match the prior, and where they do not.
+    """Compares codes with the prior, by tests, moments, the direction of largest discrepancy and coverage.
 
-    Give it data that were not trained on, and put modules in the mode that you will use, which is ``.eval()``: they
-    run in the mode they are in. BatchNorm's statistics, parameters and the random state stay as they are. Every
-    figure of the codes stands beside that of a second set of prior draws, which is what chance alone does.
+    Give it held-out data, and put modules in the mode that you will use, which is ``.eval()``: they run in the mode
+    they are in. BatchNorm's statistics, parameters and the random state stay as they are. Every figure of the codes
+    stands beside that of a second set of prior draws, which shows the sampling noise.
 
     Each datum gives one code, since the particles of one datum are not independent. Coordinates are measured by the
     mean and the standard deviation of prior draws that the tests do not see. Masked data are left out.
@@ -159,9 +149,12 @@ def report(
         >>> found.joint.two_sample.rejected, "mismatch" in {alarm.kind for alarm in found.alarms}
         (True, True)
     """
-    for name, value in (("max_codes", max_codes), ("test_codes", test_codes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"{name} must be a whole number >= 2, found {value!r}. Write {name}=500.")
+    max_codes = whole("max_codes", max_codes, least=2, write="max_codes=2000")
+    test_codes = whole("test_codes", test_codes, least=2, write="test_codes=500")
+    permutations = whole("permutations", permutations, write="permutations=199")
+    if data_plate is not None:
+        data_plate = text("data_plate", data_plate, "the name of a plate", write="data_plate='data'")
+    level = number("level", level, above=0, below=1, write="level=0.05")
     if batches is not None and args:
         raise TypeError("Data are given twice. Write report(model, guide, x) or report(model, guide, batches=loader).")
     items = [args] if batches is None else batches
@@ -207,8 +200,10 @@ def _as_costs(cost: Any) -> Cost | dict[str, Cost]:
     return as_cost(cost)
 
 
-def _plain(value: Any) -> Any:
-    """The same with lists in place of tuples, as JSON reads it back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def _as_json(value: Any) -> Any:
+    """Records as dicts and tuples as lists, as JSON reads them back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value

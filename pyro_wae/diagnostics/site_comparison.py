@@ -19,7 +19,7 @@ from pyro_wae.diagnostics.comparison import (
     worst_direction,
 )
 from pyro_wae.diagnostics.gathering import Gathered
-from pyro_wae.diagnostics.samples import new_generator
+from pyro_wae.diagnostics.hypothesis_test import new_generator
 from pyro_wae.diagnostics.two_sample import TwoSampleTest, two_sample_test
 
 __all__ = ["Comparison", "Noise", "compare_site"]
@@ -48,7 +48,7 @@ class Comparison:
         two_sample: The kernel two-sample test.
         classifier: The classifier test.
         moments: Mean and covariance.
-        direction: The line on which codes and prior lie farthest apart.
+        direction: The direction of largest discrepancy.
         coverage: Holes and strays.
         noise: The encoder's.
         coordinates: What each number of a code is called: ``"z[0]"``, its site and its place there.
@@ -69,7 +69,7 @@ class Comparison:
         return len(self.moments.mean)
 
     def loadings(self) -> str:
-        """The largest weights of the line on which codes and prior lie farthest apart, in words."""
+        """The largest weights of the direction of largest discrepancy, as text."""
         weights = self.direction.weights
         ranked = sorted(range(len(weights)), key=lambda i: -abs(weights[i]))
         large = [i for i in ranked[:4] if abs(weights[i]) >= 0.1] or ranked[:1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_wae._core.checks import flag, number, whole
 from pyro_wae._core.numerics import at_least_float32, working_precision
-from pyro_wae.diagnostics.samples import as_rows, check_level, new_generator, prior_rows
+from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, as_rows, new_generator, prior_rows
 from pyro_wae.kernels import FunctionKernel, Gaussian, InverseMultiquadratic, Kernel, Laplace
-from pyro_wae.kernels.given import as_kernel
+from pyro_wae.kernels.function import as_kernel
 
 __all__ = ["TwoSampleTest", "two_sample_test"]
 
@@ -29,51 +29,40 @@ BLOCK_NUMBERS = 250_000
 """Numbers in one block of a kernel matrix: 2 MB in float64, which stay near the processor."""
 
 TIE = 1e-6
-"""Difference, in null deviations, below which two statistics are a tie: far above rounding, far below what matters."""
+"""Difference, in standard deviations under the null, below which two statistics are a tie: far above rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoSampleTest:
-    """What :func:`two_sample_test` found; ``str(result)`` says it in a line.
+class TwoSampleTest(HypothesisTest):
+    """The result of :func:`two_sample_test`; ``str(result)`` is a line of text.
 
     Args:
-        statistic: The unbiased estimate of the squared maximum mean discrepancy; it may be negative.
         p_value: The probability of so large a statistic, or a larger one, if codes are draws of the prior.
-        standardized: The statistic divided by its standard deviation over all permutations, where its mean is 0.
         level: Level at which the test was to reject.
+        statistic: The unbiased estimate of the squared maximum mean discrepancy; it may be negative.
+        standardized: The statistic in standard deviations under the null: those over all permutations, where its mean
+            is 0.
         n: Number of codes.
         m: Number of prior draws.
         permutations: Number of random permutations.
-        kernel: The kernel of the statistic; of an aggregated test, the one that told the two apart best.
-        aggregate: Whether that kernel was the best of several, so that only the p-value, not the standardised
-            statistic, has been corrected for the choice.
+        kernel: The kernel of the statistic; of an aggregated test, the one with the largest standardised statistic.
+        aggregate: Whether that kernel was chosen among several. Only the p-value is corrected for the choice, and not
+            the standardised statistic.
     """
 
     statistic: float
-    p_value: float
     standardized: float
-    level: float
     n: int
     m: int
     permutations: int
     kernel: str
     aggregate: bool
 
-    @property
-    def rejected(self) -> bool:
-        """Whether the codes are told from the prior at the level."""
-        return self.p_value <= self.level
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and ``rejected``, as numbers, strings and booleans that JSON takes."""
-        return {**dataclasses.asdict(self), "rejected": self.rejected}
-
     def __str__(self) -> str:
-        verdict = "rejected" if self.rejected else "not rejected"
         best = "best of several kernels, " if self.aggregate else ""
-        return (
-            f"codes = prior {verdict} at level {self.level:g}: p = {self.p_value:.3g}, MMD^2 = {self.statistic:.3g} "
-            f"({self.standardized:.3g} null deviations; n = {self.n}, m = {self.m}; {best}{self.kernel})"
+        return self._sentence(
+            f"MMD^2 = {self.statistic:.3g} ({self.standardized:.3g} standard deviations under the null; "
+            f"n = {self.n}, m = {self.m}; {best}{self.kernel})"
         )
 
 
@@ -137,7 +126,9 @@ def two_sample_test(
         >>> two_sample_test(codes, prior).rejected
         True
     """
-    check_level(level)
+    level = number("level", level, above=0, below=1, write="level=0.05")
+    permutations = whole("permutations", permutations, write="permutations=299")
+    aggregate = flag("aggregate", aggregate)
     rows = as_rows(codes, "codes")
     generator, draw_seed = new_generator(seed)
     draws = prior_rows(rows, prior, prior_draws=prior_draws, seed=draw_seed)
@@ -172,12 +163,10 @@ def two_sample_test(
 
 def _check_resolution(n: int, m: int, permutations: int, level: float) -> None:
     """Raises unless some p-value can be as low as the level."""
-    if isinstance(permutations, bool) or not isinstance(permutations, int):
-        raise TypeError(f"permutations must be a whole number, found {permutations!r}. Write permutations=299.")
-    if permutations < 1 or 1 / (permutations + 1) > level:
+    if 1 / (permutations + 1) > level:
         raise ValueError(
-            f"permutations={permutations} can give no p-value below {1 / (max(permutations, 0) + 1):.2g} and so never "
-            f"reject at level={level:g}. Write permutations={math.ceil(1 / level) - 1} or more."
+            f"permutations={permutations} can give no p-value below {1 / (permutations + 1):.2g} and so never reject "
+            f"at level={level:g}. Write permutations={math.ceil(1 / level) - 1} or more."
         )
     # Sets of equal size can also change places as a whole, which leaves the statistic as it is.
     least = (2 if n == m else 1) / math.comb(n + m, n)
@@ -225,7 +214,7 @@ def _permuted_mmd(kernel: Kernel, pooled: Tensor, members: Tensor, n: int) -> tu
         n: The number of ones in each column.
 
     Returns:
-        Shape (B,), and a number > 0; infinity where the kernel sees no difference between any two rows.
+        Shape (B,), and a number > 0; infinity where the kernel is the same for all pairs of rows.
     """
     # A function of the user's gets codes in their own precision, as in a penalty.
     if not any(isinstance(part, FunctionKernel) for part in kernel.modules()):

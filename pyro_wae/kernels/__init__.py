@@ -4,15 +4,16 @@ A length that is left as ``None`` is taken from the prior draws when a penalty f
 :meth:`Kernel.fit`. Kernels add and multiply: ``Gaussian() + 0.5 * Laplace()``.
 """
 
-from pyro_wae.kernels.base import FunctionKernel, Kernel, Product, RadialKernel, Scaled, Sum
+from pyro_wae.kernels.base import Kernel, Product, Scaled, Sum
 from pyro_wae.kernels.conditional import Conditional, SameLabel, UnitMean
+from pyro_wae.kernels.function import FunctionKernel
+from pyro_wae.kernels.lengths import MultiScale, RadialKernel
 from pyro_wae.kernels.radial import (
     Energy,
     Gaussian,
     InverseMultiquadratic,
     Laplace,
     Matern,
-    MultiScale,
     RationalQuadratic,
 )
 

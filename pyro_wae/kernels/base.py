@@ -1,30 +1,18 @@
-"""What a kernel is, and the kernels that are made of others or of a function."""
+"""What a kernel is, and sums, products and multiples of kernels."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._core.numerics import at_least_float32, squared_distances, working_precision
+from pyro_wae._core import checks
+from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae._core.repr import CallRepr
 
-__all__ = [
-    "Composite",
-    "FunctionKernel",
-    "Kernel",
-    "Product",
-    "RadialKernel",
-    "Scaled",
-    "Scratch",
-    "Sum",
-    "check_positive",
-    "scratch_like",
-]
+__all__ = ["Composite", "Kernel", "Product", "Scaled", "Scratch", "Sum", "as_scratch"]
 
 Scratch = tuple[Tensor, Tensor, Tensor]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
@@ -41,15 +29,20 @@ class Kernel(CallRepr, nn.Module):
         torch.Size([3, 4])
     """
 
+    __array_ufunc__ = None  # numpy's numbers then leave `number * kernel` to __rmul__
+
     is_definite = True
     """Whether it is positive definite, and not only conditionally so, for weights that sum to 0."""
+
+    is_function = False
+    """Whether it calls a plain function or module, which receives codes in their own precision."""
 
     def __init__(self) -> None:
         super().__init__()
         self._compiles = False
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Gives the kernel's values on all pairs of rows.
+        """Computes the kernel on all pairs of rows.
 
         Args:
             x: Shape (n, d).
@@ -77,9 +70,16 @@ class Kernel(CallRepr, nn.Module):
         """The same as a call, unchecked and left in the working precision, for sums that nearly cancel."""
         raise NotImplementedError
 
+    # Kernels of the distance alone
+
     @property
     def is_radial(self) -> bool:
         """Whether it is :meth:`profile` of ``u = |x - y|^2 / squared_unit``, a function of the distance alone."""
+        return False
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether it is radial and twice differentiable in each argument, also where they coincide."""
         return False
 
     def squared_unit(self, like: Tensor) -> Tensor:
@@ -108,28 +108,50 @@ class Kernel(CallRepr, nn.Module):
             (slopes,) = torch.autograd.grad(values.sum(), u)
         return values.detach(), slopes
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
+        """The kernel as a mixture of Gaussians, ``sum_a w_a exp(-g_a |x - y|^2)``, from which closed forms follow.
+
+        Args:
+            like: Of the precision and device that the result is to have.
+            factors: Factors of the squared length, over which a kernel with a length is summed.
+
+        Returns:
+            The weights w and the rates g, both of shape (a,), or None where it is not known as one.
+        """
+        return None
+
+    def compile_profile(self) -> None:
         """Compiles what a penalty of a large batch spends its time on, the profile and slope of a radial kernel.
 
         The first large batch then takes a while. It needs what :func:`torch.compile` needs, a C++ compiler on a CPU.
 
-        Args:
-            *args: Not taken; :class:`torch.nn.Module` has them.
-            **kwargs: Not taken either.
-
         Raises:
-            TypeError: If there are arguments, or the kernel is not radial.
+            TypeError: If the kernel is not radial.
         """
-        if args or kwargs:
-            raise TypeError("Kernel.compile takes no arguments. Write kernel.compile().")
         if not self.is_radial:
-            raise TypeError(f"Kernel.compile takes a kernel of the distance alone, found {self!r}. Leave it as it is.")
+            raise TypeError(
+                f"Kernel.compile_profile takes a kernel of the distance alone, found {self!r}. Leave it as it is."
+            )
         self._compiles = True
 
     @property
     def compiles(self) -> bool:
-        """Whether :meth:`compile` has been called."""
+        """Whether :meth:`compile_profile` has been called."""
         return self._compiles
+
+    # Lengths
+
+    @property
+    def is_set(self) -> bool:
+        """Whether its own length, if it has one, was given or has been taken from prior draws."""
+        return True
+
+    def take_length(self, half_mean_square: Tensor) -> None:
+        """Sets its own length from half the mean squared distance of independent prior draws, a scalar."""
+
+    def unset(self) -> list[Kernel]:
+        """Itself and the kernels that it is made of, as far as they have no length yet."""
+        return [part for part in self.modules() if isinstance(part, Kernel) and not part.is_set]
 
     def fit(self, prior: Tensor) -> None:
         """Sets every length that is still unset, from draws of the prior.
@@ -145,7 +167,7 @@ class Kernel(CallRepr, nn.Module):
         Raises:
             ValueError: If the draws have no finite, positive spread.
         """
-        unset = [part for part in self.modules() if isinstance(part, RadialKernel) and not part.is_set]
+        unset = self.unset()
         if not unset:
             return
         if len(prior) < 2:
@@ -157,7 +179,18 @@ class Kernel(CallRepr, nn.Module):
                 f"can be taken for {unset[0]!r}. Give the length, as in Gaussian(bandwidth=1.0)."
             )
         for part in unset:
-            part.set_squared_length(half_mean_square * part.squared_length_factor)
+            part.take_length(half_mean_square)
+
+    @property
+    def holds_function(self) -> bool:
+        """Whether it, or a kernel that it is made of, :attr:`is_function`."""
+        # A radial kernel holds none, which is the quicker check.
+        return not self.is_radial and any(isinstance(part, Kernel) and part.is_function for part in self.modules())
+
+    @property
+    def holds_only_definite(self) -> bool:
+        """Whether it, and the kernels that it is made of, are positive definite."""
+        return all(part.is_definite for part in self.modules() if isinstance(part, Kernel))
 
     def __add__(self, other: Kernel) -> Kernel:
         return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
@@ -165,109 +198,32 @@ class Kernel(CallRepr, nn.Module):
     def __mul__(self, other: Kernel | float) -> Kernel:
         if isinstance(other, Kernel):
             return Product(self, other)
-        return Scaled(self, other) if isinstance(other, int | float) else NotImplemented
+        return Scaled(self, other) if checks.is_number(other) else NotImplemented
 
     __rmul__ = __mul__
 
 
-class RadialKernel(Kernel):
-    """A kernel of the distance alone, ``f(|x - y|^2 / l^2)``; subclasses define :meth:`~RadialKernel.profile`.
-
-    Args:
-        length: The length l, or None to take it from the prior draws.
-        name: What the subclass calls its length, for messages.
-        squared: Whether ``length`` is l^2 already.
-    """
-
-    squared_length_factor = 1.0
-    """The squared length that is taken from the prior, over half the mean squared distance of its draws."""
-
-    squared_length: Tensor
-
-    def __init__(self, length: float | None, *, name: str, squared: bool = False) -> None:
-        super().__init__()
-        if length is not None:
-            check_positive(type(self).__name__, name, length)
-        self._length_name = name
-        self._given = None if length is None else float(length if squared else length**2)
-        self._is_fitted = False
-        if length is None:
-            self.register_buffer("squared_length", torch.tensor(math.nan))
-
-    @property
-    def is_set(self) -> bool:
-        """Whether the length was given or has been taken from prior draws."""
-        return self._given is not None or self._is_fitted
-
-    def set_squared_length(self, value: Tensor) -> None:
-        """Keeps ``value``, a scalar, as the squared length."""
-        with torch.inference_mode(False):  # or a length that is first needed there could never be trained with
-            self.squared_length = value.detach().clone()
-        self._is_fitted = True
-
-    @property
-    def is_radial(self) -> bool:
-        return type(self).gram is RadialKernel.gram
-
-    def squared_unit(self, like: Tensor) -> Tensor:
-        self._check_set()
-        return self.squared_length_like(like)
-
-    def profile(self, u: Tensor) -> Tensor:
-        """The kernel as a function of ``u = |x - y|^2 / l^2``, elementwise."""
-        raise NotImplementedError
-
-    def profile_and_slope_at_scales(
-        self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sum over factors c of the profile at ``u / c``, and its derivative, as ``profile_and_slope``."""
-        values, slopes = torch.zeros_like(u), torch.zeros_like(u)
-        for factor in factors:
-            value, slope = self.profile_and_slope(u / factor)
-            values += value
-            slopes.add_(slope, alpha=1 / factor)
-        return values, slopes
-
-    def scaled_squares(self, x: Tensor, y: Tensor) -> Tensor:
-        """``|x - y|^2 / l^2`` for all pairs, in the working precision.
-
-        Raises:
-            ValueError: If the length has neither been given nor taken from prior draws.
-        """
-        self._check_set()
-        x, y = (working_precision(x),) * 2 if y is x else (working_precision(x), working_precision(y))
-        squares = squared_distances(x, y)
-        return squares / self.squared_length_like(squares)
-
-    def _check_set(self) -> None:
-        if not self.is_set:
-            raise ValueError(
-                f"{self!r} has no length yet. Give one, as in {type(self).__name__}({self._length_name}=1.0), "
-                "or take it from prior draws: kernel.fit(prior)."
-            )
-
-    def squared_length_like(self, x: Tensor) -> Tensor:
-        """l^2 as a scalar with the precision and device of ``x``; the length must be set."""
-        return self.squared_length.to(x) if self._given is None else x.new_tensor(self._given)
-
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.profile(self.scaled_squares(x, y))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "squared_length")
-        if self._given is None and value is not None:
-            # Assigned and not copied, so that a float64 length is not rounded to an unset float32 one.
-            self.squared_length = value.detach().clone().to(self.squared_length.device)
-            self._is_fitted = not bool(value.isnan())
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
 class Composite(Kernel):
-    """Several kernels as one; subclasses say how their values combine."""
+    """Several kernels as one; subclasses say how their values combine.
+
+    Raises:
+        TypeError: If one of them is no kernel.
+        ValueError: If there is none.
+    """
 
     def __init__(self, *kernels: Kernel) -> None:
         super().__init__()
-        self.kernels = nn.ModuleList(kernels)
+        name = type(self).__name__
+        if not kernels:
+            raise ValueError(
+                f"{name} takes one of its kernels or more, found none. Write {name}(Gaussian(), Laplace())."
+            )
+        self.kernels = nn.ModuleList(
+            checks.instance(
+                f"Each of {name}'s kernels", kernel, Kernel, "a kernel", write=f"{name}(Gaussian(), Laplace())"
+            )
+            for kernel in kernels
+        )
 
     def parts(self) -> list[Kernel]:
         """The kernels that are combined."""
@@ -283,6 +239,10 @@ class Composite(Kernel):
     @property
     def is_radial(self) -> bool:
         return all(kernel.is_radial for kernel in self.parts())
+
+    @property
+    def is_smooth(self) -> bool:
+        return all(kernel.is_smooth for kernel in self.parts())
 
     def profile(self, u: Tensor) -> Tensor:
         return functools.reduce(self.combine, (part.profile(u / part.squared_unit(u)) for part in self.parts()))
@@ -302,13 +262,23 @@ class Sum(Composite):
         return a + b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = scratch or scratch_like(u)
+        values, slopes, _ = as_scratch(scratch, u)
         values.zero_()
         slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
             values += value
             slopes += slope
         return values, slopes
+
+    def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
+        weights, rates = [], []
+        for part in self.parts():
+            terms = part.gaussian_terms(like, factors)
+            if terms is None:
+                return None
+            weights.append(terms[0])
+            rates.append(terms[1])
+        return torch.cat(weights), torch.cat(rates)
 
     def __repr__(self) -> str:
         return f"({' + '.join(map(repr, self.kernels))})"
@@ -323,7 +293,7 @@ class Product(Composite):
 
     def __init__(self, *kernels: Kernel) -> None:
         super().__init__(*kernels)
-        if any(isinstance(part, Kernel) and not part.is_definite for part in self.modules()):
+        if not self.holds_only_definite:
             raise ValueError(
                 "A product with Energy is not a kernel, because Energy is only conditionally positive definite. "
                 "Write a sum, or Laplace() in its place."
@@ -333,7 +303,7 @@ class Product(Composite):
         return a * b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = scratch or scratch_like(u)
+        values, slopes, _ = as_scratch(scratch, u)
         values.fill_(1)
         slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
@@ -349,14 +319,14 @@ class Scaled(Kernel):
     """A kernel times a positive number; usually written ``2.0 * k``.
 
     Raises:
-        ValueError: If the number is not positive.
+        TypeError: If one of them is of another kind.
+        ValueError: If the number is not positive and finite.
     """
 
     def __init__(self, kernel: Kernel, factor: float) -> None:
         super().__init__()
-        check_positive("A kernel's multiple", "factor", factor)
-        self.kernel = kernel
-        self.factor = factor
+        self.kernel = checks.instance("Scaled's kernel", kernel, Kernel, "a kernel", write="2.0 * Gaussian()")
+        self.factor = checks.number("Scaled's factor", factor, above=0, write="factor=1.0")
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return self.factor * self.kernel.gram(x, y)
@@ -364,6 +334,10 @@ class Scaled(Kernel):
     @property
     def is_radial(self) -> bool:
         return self.kernel.is_radial
+
+    @property
+    def is_smooth(self) -> bool:
+        return self.kernel.is_smooth
 
     def squared_unit(self, like: Tensor) -> Tensor:
         return self.kernel.squared_unit(like)
@@ -375,43 +349,14 @@ class Scaled(Kernel):
         values, slopes = self.kernel.profile_and_slope(u, scratch)
         return values.mul_(self.factor), slopes.mul_(self.factor)
 
+    def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
+        terms = self.kernel.gaussian_terms(like, factors)
+        return None if terms is None else (self.factor * terms[0], terms[1])
+
     def __repr__(self) -> str:
         return f"{self.factor} * {self.kernel!r}"
 
 
-class FunctionKernel(Kernel):
-    """A plain function k(x, y) of tensors (n, d) and (m, d) with values of shape (n, m), as a kernel.
-
-    Args:
-        function: Called with codes in their own precision (float32 at least).
-
-    Raises:
-        ValueError: When called, if the function's value is not a tensor of shape (n, m).
-    """
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        values = self.function(at_least_float32(x), at_least_float32(y))
-        if not isinstance(values, Tensor) or values.shape != (len(x), len(y)):
-            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"The kernel {self.function!r} takes tensors of shape ({len(x)}, d) and ({len(y)}, d) and must "
-                f"return shape ({len(x)}, {len(y)}), found {found}. Return one value for each pair of rows."
-            )
-        return working_precision(values)
-
-
-def scratch_like(u: Tensor) -> Scratch:
-    """Fresh tensors to work in."""
-    return torch.empty_like(u), torch.empty_like(u), torch.empty_like(u)
-
-
-def check_positive(owner: str, argument: str, value: float) -> None:
-    """Raises TypeError or ValueError unless the value is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{owner} takes a number as {argument}, found {type(value).__name__}. Write {argument}=1.0.")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{owner} takes a finite {argument} > 0, found {value!r}. Write {argument}=1.0.")
+def as_scratch(scratch: Scratch | None, u: Tensor) -> Scratch:
+    """The tensors to work in, fresh ones if there are none."""
+    return scratch or (torch.empty_like(u), torch.empty_like(u), torch.empty_like(u))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_wae._core import checks
+from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels.base import Kernel
+from pyro_wae.kernels.lengths import MultiScale
+from pyro_wae.kernels.radial import Gaussian
 
-__all__ = ["Conditional", "SameLabel", "UnitMean"]
+__all__ = ["Conditional", "DefaultConditionKernels", "SameLabel", "UnitMean"]
 
 MOST_FITTED_PAIRS = 512**2
 """The largest number of pairs that :class:`UnitMean` takes its mean from at a time."""
+
+FLOAT_FACTOR = 0.25
+"""The squared length of the default kernel on floats, over half the mean squared distance of two conditions: of several
+half images the closest tell most, and a longer one hardly measures more than the marginal."""
 
 
 class SameLabel(Kernel):
@@ -34,7 +41,7 @@ class SameLabel(Kernel):
         return same.to(working_precision(x).dtype)
 
 
-class UnitMean(Kernel):
+class UnitMean(FittedBuffers, Kernel):
     """A kernel over its mean, so that a product with it keeps the other's size: ``(k(x, y) / E k + a) / (1 + a)``.
 
     Args:
@@ -42,6 +49,7 @@ class UnitMean(Kernel):
         constant: a >= 0, the share of a constant kernel beside k.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the constant is negative or not finite; in :meth:`fit`, if the mean is not positive.
 
     Example:
@@ -56,17 +64,14 @@ class UnitMean(Kernel):
 
     def __init__(self, kernel: Kernel, constant: float = 0.0) -> None:
         super().__init__()
-        if not (math.isfinite(constant) and constant >= 0):
-            raise ValueError(f"UnitMean takes a finite constant >= 0, found {constant!r}. Write constant=1.0.")
-        self.kernel = kernel
-        self.constant = constant
-        self._is_fitted = False
-        self.register_buffer("mean", torch.tensor(math.nan))
+        self.kernel = checks.instance("UnitMean's kernel", kernel, Kernel, "a kernel", write="UnitMean(SameLabel())")
+        self.constant = checks.number("UnitMean's constant", constant, least=0, write="constant=1.0")
+        self.register_fitted("mean")
 
     def fit(self, prior: Tensor) -> None:
         """Takes the lengths, and the mean over all pairs of rows, from the first rows that it sees."""
         self.kernel.fit(prior)
-        if self._is_fitted:
+        if self.is_fitted("mean"):
             return
         with torch.no_grad():
             # Some rows at a time: the first batch may be a large one, whose pairs MMD never holds at once either.
@@ -77,23 +82,13 @@ class UnitMean(Kernel):
                 f"{self!r} divides by the mean of its kernel, found {mean.item():g}. Use a kernel that is positive, "
                 "such as SameLabel() or Gaussian()."
             )
-        with torch.inference_mode(False):
-            self.mean = mean.detach().clone()
-        self._is_fitted = True
+        self.set_fitted("mean", mean)
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self._is_fitted:
+        if not self.is_fitted("mean"):
             raise ValueError(f"{self!r} has no mean yet. Take it from the rows to be compared: kernel.fit(rows).")
         values = self.kernel.gram(x, y)
         return (values / self.mean.to(values) + self.constant) / (1 + self.constant)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "mean")
-        if value is not None:
-            # Assigned and not copied, as in RadialKernel.
-            self.mean = value.detach().clone().to(self.mean.device)
-            self._is_fitted = not bool(value.isnan())
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Conditional(Kernel):
@@ -105,23 +100,27 @@ class Conditional(Kernel):
     Args:
         kernel: On the codes.
         condition_kernel: On the conditions; positive definite.
-        size: How many of the last columns are the condition.
+        size: How many of the last columns are the condition, >= 1.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the condition's kernel holds an :class:`Energy` kernel; in :meth:`fit`, if the conditions give it
             no length.
     """
 
     def __init__(self, kernel: Kernel, condition_kernel: Kernel, size: int) -> None:
         super().__init__()
-        if any(isinstance(part, Kernel) and not part.is_definite for part in condition_kernel.modules()):
+        write = "Conditional(Gaussian(), SameLabel(), 1)"
+        self.kernel = checks.instance("Conditional's kernel", kernel, Kernel, "a kernel", write=write)
+        self.condition_kernel = checks.instance(
+            "Conditional's condition_kernel", condition_kernel, Kernel, "a kernel", write=write
+        )
+        self.size = checks.whole("Conditional's size", size, write=write)
+        if not condition_kernel.holds_only_definite:
             raise ValueError(
                 f"A condition's kernel must be positive definite, and {condition_kernel!r} is only conditionally so. "
                 "Write Laplace() in its place."
             )
-        self.kernel = kernel
-        self.condition_kernel = condition_kernel
-        self.size = size
 
     def fit(self, prior: Tensor) -> None:
         z, y = self._split(prior)
@@ -141,3 +140,26 @@ class Conditional(Kernel):
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows[:, : -self.size], rows[:, -self.size :]
+
+
+class DefaultConditionKernels(FittedBuffers, nn.ModuleDict):
+    """The kernels that compare conditions unless one is given, made when they are first needed.
+
+    Each is divided by its mean, which leaves a penalty weight what it is without a condition: labels then give the mean
+    over pairs of one label, whatever the number of labels.
+    """
+
+    def of(self, condition: Tensor) -> Kernel:
+        """The kernel for a condition of this kind."""
+        kernel = self._made("floats" if condition.is_floating_point() else "labels")
+        assert isinstance(kernel, Kernel)
+        return kernel
+
+    def _made(self, kind: str) -> nn.Module:
+        if kind not in self:
+            self[kind] = UnitMean(SameLabel() if kind == "labels" else MultiScale(Gaussian(), (FLOAT_FACTOR,)))
+        return self[kind]
+
+    def before_loading(self, saved: dict[str, Any]) -> None:
+        for kind in {key.split(".")[0] for key in saved} & {"floats", "labels"}:
+            self._made(kind)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_wae._core import checks
+from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import at_least_float32
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 __all__ = ["JensenShannon", "adam"]
 
@@ -21,8 +24,7 @@ LogProb = Callable[[Tensor], Tensor]
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-DEFAULT_STEPS = 2
-DEFAULT_EVERY = 4
+DEFAULT_STEPS, DEFAULT_EVERY = 2, 4
 HIDDEN_LAYERS, WIDTH, LEAK = 3, 256, 0.2
 
 
@@ -31,7 +33,7 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.99))
 
 
-class JensenShannon(Penalty):
+class JensenShannon(FittedBuffers, Penalty):
     r"""The Jensen-Shannon divergence of Q_Z and P_Z in nats, estimated by a discriminator: WAE-GAN.
 
     The discriminator's logit T tells prior draws from codes by lowering
@@ -49,6 +51,9 @@ class JensenShannon(Penalty):
     unbounded discriminator is steep there and moves all of them the same way, more strongly than the cost can pull them
     apart, until they are one point that flees the discriminator.
 
+    The discriminator's own optimiser leaves out steps that are not finite. On an accelerator, where finding out would
+    wait for it, such a step has a gradient of zeros.
+
     Args:
         discriminator: A module that maps codes (n, d) to logits (n,) or (n, 1). Default: three hidden layers of 256
             with LeakyReLU, whose first layer takes the latent dimension d of the first codes.
@@ -58,21 +63,21 @@ class JensenShannon(Penalty):
         gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior draws, half each, in the
             discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
         gradient_penalty_every: The slope penalty is taken in one of so many steps of the discriminator, with as many
-            times its weight ("lazy regularisation"): it costs more than the rest of the step and changes slowly. Default:
-            4, or 1 without an optimizer of its own.
+            times its weight ("lazy regularisation"): it costs more than the rest of the step and changes slowly.
+            Default: 4, or 1 without an optimizer of its own.
         optimizer: Makes the discriminator's own optimiser of its parameters. Default:
             :func:`~pyro_wae.penalties.adversarial.adam`. None leaves the discriminator to the caller's optimiser.
         steps: Number of the own optimiser's steps for each step of the encoder. Default: 2.
 
     Raises:
-        ValueError: If an argument is out of range; when called, if the discriminator's logits have another shape or
-            ``prior_log_prob`` is asked of a prior without one.
-        TypeError: If the discriminator is no module or ``gradient_penalty`` no number.
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument is out of range; when called, if the discriminator's logits have another shape, or
+            ``prior_log_prob`` is True and the prior has no log density.
 
     Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 1;
     Goodfellow et al., "Generative Adversarial Networks", 2014, arXiv:1406.2661; for the gradient penalty Mescheder,
     Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", 2018, arXiv:1801.04406, and for taking it
-now and then Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, arXiv:1912.04958.
+    now and then Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, arXiv:1912.04958.
 
     Example:
         >>> import torch
@@ -95,26 +100,19 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
         steps: int | None = None,
     ) -> None:
         super().__init__()
-        if discriminator is not None and not isinstance(discriminator, nn.Module):
-            raise TypeError(
-                f"discriminator must be a torch.nn.Module from codes (n, d) to logits (n, 1), found {discriminator!r}. "
-                "Write JensenShannon(nn.Sequential(nn.Linear(d, 256), nn.ReLU(), nn.Linear(256, 1)))."
-            )
-        if isinstance(gradient_penalty, bool) or not isinstance(gradient_penalty, int | float):
-            raise TypeError(
-                f"gradient_penalty must be a number, found {type(gradient_penalty).__name__}. "
-                "Write gradient_penalty=1.0."
-            )
-        if not (math.isfinite(gradient_penalty) and gradient_penalty >= 0):
-            raise ValueError(
-                f"gradient_penalty must be finite and >= 0, found {gradient_penalty!r}. Write gradient_penalty=1.0."
-            )
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps must be a whole number >= 1, found {steps!r}. Write steps=3.")
-        every = gradient_penalty_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"gradient_penalty_every must be a whole number >= 1, found {every!r}. Write gradient_penalty_every=4."
+        if discriminator is not None:
+            what = "a torch.nn.Module from codes (n, d) to logits (n, 1)"
+            write = "JensenShannon(nn.Sequential(nn.Linear(d, 256), nn.ReLU(), nn.Linear(256, 1)))"
+            checks.instance("JensenShannon's discriminator", discriminator, nn.Module, what, write=write)
+        if optimizer is not None:
+            what = "a function that makes a torch.optim.Optimizer of parameters, or None"
+            write = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
+            checks.instance("JensenShannon's optimizer", optimizer, Callable, what, write=write)
+        if steps is not None:
+            steps = checks.whole("JensenShannon's steps", steps, write="steps=2")
+        if gradient_penalty_every is not None:
+            gradient_penalty_every = checks.whole(
+                "JensenShannon's gradient_penalty_every", gradient_penalty_every, write="gradient_penalty_every=4"
             )
         if steps is not None and optimizer is None:
             raise ValueError(
@@ -123,9 +121,11 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
                 f"steps={steps}), or leave steps out."
             )
         self.discriminator = _default_discriminator() if discriminator is None else discriminator
-        self.prior_log_prob = prior_log_prob
-        self.saturating = saturating
-        self.gradient_penalty = gradient_penalty
+        self.prior_log_prob = checks.flag("JensenShannon's prior_log_prob", prior_log_prob, write="prior_log_prob=True")
+        self.saturating = checks.flag("JensenShannon's saturating", saturating, write="saturating=True")
+        self.gradient_penalty = checks.number(
+            "JensenShannon's gradient_penalty", gradient_penalty, least=0, write="gradient_penalty=1.0"
+        )
         self.gradient_penalty_every = gradient_penalty_every
         self.optimizer = optimizer
         self.steps = steps
@@ -138,7 +138,7 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
             self._learn(False)
 
     def prepare(self, codes: Tensor) -> None:
-        if any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters()):
+        if self._is_lazy():
             self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
             with torch.no_grad():
                 self.discriminator(codes.detach().reshape(-1, codes.shape[-1])[:2].to(at_least_float32(codes).dtype))
@@ -192,7 +192,7 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The state of the own optimiser and the number of its steps, for ``state_dict``."""
+        """The state of the own optimiser and the number of the discriminator's steps, for ``state_dict``."""
         return {"optimizer": self._state if self._own is None else self._own.state_dict(), "taken": self._taken}
 
     def set_extra_state(self, state: Any) -> None:
@@ -201,17 +201,18 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
         self._taken = state["taken"]
         self._own = None  # made anew from the state, which may also be that before the first step
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def before_loading(self, saved: dict[str, Any]) -> None:
         # A discriminator that does not know the codes yet goes where they were, as it does in `prepare`.
-        saved = next((value for key, value in state_dict.items() if key.startswith(f"{prefix}discriminator.")), None)
-        is_lazy = any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters())
-        if is_lazy and isinstance(saved, Tensor) and not nn.parameter.is_lazy(saved):
-            self.discriminator.to(saved.device, saved.dtype if saved.is_floating_point() else None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        weights = [value for key, value in saved.items() if key.startswith("discriminator.")]
+        if self._is_lazy() and weights and isinstance(weights[0], Tensor) and not nn.parameter.is_lazy(weights[0]):
+            self.discriminator.to(weights[0].device, weights[0].dtype if weights[0].is_floating_point() else None)
+
+    def _is_lazy(self) -> bool:
+        return any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters())
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
-        if q.device.type == "cpu" and not bool(q.isfinite().all()):
-            return  # The NaN is reported with the loss; it must not stay behind in the discriminator.
+        if q.device.type == "cpu" and not (bool(q.isfinite().all()) and bool(p.isfinite().all())):
+            return  # what is not finite is reported with the loss; it must not stay behind in the discriminator
         if self._own is None:
             self._own = optimizer(self.discriminator.parameters())
             if self._state is not None:
@@ -221,10 +222,24 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
             for _ in range(DEFAULT_STEPS if self.steps is None else self.steps):
                 self._own.zero_grad()
                 self._loss(q, p, log_prob).backward()
-                self._own.step()
+                if self._gradient_is_usable():
+                    self._own.step()
         finally:
             self._own.zero_grad()
             self._learn(False)
+
+    def _gradient_is_usable(self) -> bool:
+        """Whether the gradient is finite. On an accelerator it is set to 0 where it is not, and the answer is yes."""
+        gradients = [part.grad for part in self.discriminator.parameters() if part.grad is not None]
+        if not gradients:
+            return True
+        # A sum of numbers is finite only if all of them are, and is read faster than each.
+        is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        if is_finite.device.type == "cpu":
+            return bool(is_finite)
+        for gradient in gradients:
+            gradient.copy_(gradient.where(is_finite, 0.0))
+        return True
 
     def _learn(self, learns: bool) -> None:
         for name, parameter in self.discriminator.named_parameters():
@@ -233,8 +248,10 @@ now and then Karras et al., "Analyzing and Improving the Image Quality of StyleG
 
 
 def _default_discriminator() -> nn.Module:
-    widths = [nn.LazyLinear(WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(HIDDEN_LAYERS - 1))]
-    return nn.Sequential(*(layer for linear in widths for layer in (linear, nn.LeakyReLU(LEAK))), nn.Linear(WIDTH, 1))
+    placed: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # until the first codes come
+    hidden = [nn.LazyLinear(WIDTH, **placed), *(nn.Linear(WIDTH, WIDTH, **placed) for _ in range(HIDDEN_LAYERS - 1))]
+    layers = [layer for linear in hidden for layer in (linear, nn.LeakyReLU(LEAK))]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 1, **placed))
 
 
 def _log_prob(z: Tensor, n: int, context: PenaltyContext) -> Tensor:

@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_wae._core import checks
 from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.repr import CallRepr
-from pyro_wae.penalties.joint import beside, join, scaled_columns
+from pyro_wae.penalties.condition_columns import beside, join, scaled_columns
+from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["FunctionPenalty", "Penalty", "PenaltyContext", "ScaledPenalty", "SumPenalty", "as_penalty"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PenaltyContext:
-    """What is known of the codes and the prior beyond their draws. Everything has a default.
-
-    What takes time to find out is a function, called only by a penalty that needs it.
-
-    Args:
-        data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
-        shared_data: Whether row i of the codes and row i of the prior draws (counted modulo the number of data)
-            come from the same datum and so are not independent: with masks, or a prior that depends on the data.
-        prior: Gives the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
-            where it is not one distribution.
-        prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
-        encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
-        sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
-        kept: Gives which numbers of the codes are not masked, shape (K, n, d), or None if all are.
-        condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
-            that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior draws then come in
-            multiples of the data, as with ``shared_data``.
-        condition_scale: Factor of the condition's floats where they stand beside a code as further columns, a scalar.
-    """
-
-    data_size: int | None = None
-    shared_data: bool = False
-    prior: Callable[[], Any] | None = None
-    prior_log_prob: Callable[[Tensor], Tensor] | None = None
-    encoder_variance: Callable[[], Tensor] | None = None
-    sites: Mapping[str, slice] | None = None
-    kept: Callable[[], Tensor | None] | None = None
-    condition: Tensor | None = None
-    condition_scale: Tensor | None = None
+__all__ = ["FunctionPenalty", "Penalty", "ScaledPenalty", "SumPenalty", "as_penalty"]
 
 
 class Penalty(CallRepr, nn.Module):
@@ -63,15 +29,34 @@ class Penalty(CallRepr, nn.Module):
         torch.Size([])
     """
 
+    __array_ufunc__ = None  # numpy's numbers then leave `number * penalty` to __rmul__
+
     needs_prior_draws = True
     """Whether :meth:`estimate` reads the prior draws; without, a prior need not be sampled at all."""
 
     reads_condition = False
-    """Whether :meth:`estimate` reads the context's condition itself. All others that read prior draws see the condition
-    beside codes and prior draws, as further columns, and no condition in the context."""
+    """Whether :meth:`estimate` reads the context's condition itself. All others that read prior draws receive the
+    condition beside codes and prior draws, as further columns, and no condition in the context."""
+
+    accepts_condition = True
+    """Whether it can compare codes beside what they are conditional on."""
 
     def prepare(self, codes: Tensor) -> None:
-        """Makes what depends on the size d of a code, such as a discriminator; called before :meth:`estimate`."""
+        """Makes what depends on the size d of a code, such as a discriminator; called before :meth:`estimate`.
+
+        Args:
+            codes: Shape (K, n, d).
+        """
+
+    def fit(self, prior: Tensor) -> None:
+        """Sets every length that is still unset, from prior draws of shape (m, d); by default, of the parts."""
+        for part in self.children():
+            if isinstance(part, Penalty):
+                part.fit(prior)
+
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice] | None) -> None:
+        """Calls :meth:`prepare`, for codes whose latent sites may be known by their columns."""
+        self.prepare(codes)
 
     def forward(self, codes: Tensor, prior: Tensor | None = None, context: PenaltyContext | None = None) -> Tensor:
         """Estimates the divergence.
@@ -96,13 +81,17 @@ class Penalty(CallRepr, nn.Module):
         codes, prior = at_least_float32(codes), at_least_float32(prior)
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
-        self.prepare(beside(codes, context.condition if context else None))
+        context = context or PenaltyContext()
+        if context.condition is None:
+            self.prepare_sites(codes, context.sites)
+        else:
+            self.prepare_sites(beside(codes, context.condition), context.sites)
         with torch.autocast(codes.device.type, enabled=False):
-            value = self.estimate_joint(codes, prior, context or PenaltyContext())
+            value = self.estimate_with_condition(codes, prior, context)
         return value.to(codes.dtype)
 
-    def estimate_joint(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        """What :meth:`estimate` gives, of codes and prior draws joined with the condition if the context has one.
+    def estimate_with_condition(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        """What :meth:`estimate` returns for codes and prior draws joined with the condition if the context has one.
 
         Raises:
             ValueError: If the condition is made of labels, and the penalty needs numbers.
@@ -119,27 +108,44 @@ class Penalty(CallRepr, nn.Module):
         return SumPenalty(self, other) if isinstance(other, Penalty) else NotImplemented
 
     def __rmul__(self, factor: float) -> Penalty:
-        return ScaledPenalty(self, factor) if isinstance(factor, int | float) else NotImplemented
+        return ScaledPenalty(self, factor) if checks.is_number(factor) else NotImplemented
 
     __mul__ = __rmul__
 
 
 class SumPenalty(Penalty):
-    """The sum of penalties, usually written with ``+``: ``MMD() + 0.1 * SlicedWasserstein()``."""
+    """The sum of penalties, usually written with ``+``: ``MMD() + 0.1 * SlicedWasserstein()``.
+
+    Raises:
+        TypeError: If one of them is no penalty.
+        ValueError: If there is none.
+    """
 
     reads_condition = True
 
     def __init__(self, *penalties: Penalty) -> None:
         super().__init__()
-        self.penalties = nn.ModuleList(penalties)
+        write = "MMD() + SlicedWasserstein()"
+        if not penalties:
+            raise ValueError(f"SumPenalty takes one of its penalties or more, found none. Write {write}.")
+        self.penalties = nn.ModuleList(
+            checks.instance("Each of SumPenalty's penalties", penalty, Penalty, "a penalty", write=write)
+            for penalty in penalties
+        )
         self.needs_prior_draws = any(penalty.needs_prior_draws for penalty in penalties)
 
-    def prepare(self, codes: Tensor) -> None:
+    def fit(self, prior: Tensor) -> None:
         for penalty in self.parts():
-            penalty.prepare(codes)
+            penalty.fit(prior)
+
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice] | None) -> None:
+        for penalty in self.parts():
+            penalty.prepare_sites(codes, sites)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        return functools.reduce(operator.add, (part.estimate_joint(codes, prior, context) for part in self.parts()))
+        return functools.reduce(
+            operator.add, (part.estimate_with_condition(codes, prior, context) for part in self.parts())
+        )
 
     def parts(self) -> list[Penalty]:
         """The penalties that are added."""
@@ -153,6 +159,7 @@ class ScaledPenalty(Penalty):
     """A penalty times a number >= 0, usually written ``0.1 * penalty``.
 
     Raises:
+        TypeError: If one of them is of another kind.
         ValueError: If the number is negative or not finite.
     """
 
@@ -160,17 +167,15 @@ class ScaledPenalty(Penalty):
 
     def __init__(self, penalty: Penalty, factor: float) -> None:
         super().__init__()
-        if not (math.isfinite(factor) and factor >= 0):
-            raise ValueError(f"A penalty's factor must be finite and >= 0, found {factor}. Write 0.1 * {penalty!r}.")
-        self.penalty = penalty
-        self.factor = factor
+        self.penalty = checks.instance("ScaledPenalty's penalty", penalty, Penalty, "a penalty", write="0.1 * MMD()")
+        self.factor = checks.number("A penalty's factor", factor, least=0, write=f"0.1 * {penalty!r}")
         self.needs_prior_draws = penalty.needs_prior_draws
 
-    def prepare(self, codes: Tensor) -> None:
-        self.penalty.prepare(codes)
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice] | None) -> None:
+        self.penalty.prepare_sites(codes, sites)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        return self.factor * self.penalty.estimate_joint(codes, prior, context)
+        return self.factor * self.penalty.estimate_with_condition(codes, prior, context)
 
     def __repr__(self) -> str:
         return f"{self.factor} * {self.penalty!r}"
@@ -179,16 +184,20 @@ class ScaledPenalty(Penalty):
 class FunctionPenalty(Penalty):
     """A plain function f(codes, prior) of tensors (n, d) and (m, d) with a scalar value, as a penalty.
 
-    With several particles the function is called once for each, and the values are averaged, so that it
-    never sees two codes of one datum.
+    With several particles the function is called once for each, never with two codes of one datum, and the values are
+    averaged.
 
     Raises:
+        TypeError: If it cannot be called.
         ValueError: When called, if the function's value is not a scalar tensor.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = function
+        what = "a function of codes (n, d) and prior draws (m, d) with a scalar value"
+        self.function = checks.function(
+            "FunctionPenalty's function", function, what, write="FunctionPenalty(lambda codes, prior: ...)"
+        )
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         chunks = prior.chunk(len(codes)) if len(prior) % len(codes) == 0 else [prior] * len(codes)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_wae.penalties.base import Penalty, PenaltyContext, as_penalty
+from pyro_wae._core import checks
+from pyro_wae.penalties.base import Penalty, as_penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.mmd import MMD
-from pyro_wae.penalties.sinkhorn import Sinkhorn
-from pyro_wae.penalties.sliced import check_count
 
 __all__ = ["Chain"]
 
@@ -45,8 +45,8 @@ class Chain(Penalty):
         runs: How many runs to compare in a call, drawn at random. None: all, in a time that grows with their number.
 
     Raises:
-        TypeError: If the penalty cannot be called.
-        ValueError: If a count is no whole number >= 1; when called, if the code has no steps of one size, or no step
+        TypeError: If the penalty cannot be called, or a count is no whole number.
+        ValueError: If a count is below 1; when called, if the code has no steps of one size, or no step
             is reached by two data.
 
     Example:
@@ -61,6 +61,8 @@ class Chain(Penalty):
         >>> loss = WAELoss({"z_*": Chain(MMD()), "style": MMD()})
     """
 
+    accepts_condition = False
+
     def __init__(
         self,
         penalty: Penalty | Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -70,32 +72,32 @@ class Chain(Penalty):
         runs: int | None = None,
     ) -> None:
         super().__init__()
-        check_count("order", order, 2)
-        if step_size is not None:
-            check_count("step_size", step_size, 8)
-        if runs is not None:
-            check_count("runs", runs, 10)
         self.penalty = MMD() if penalty is None else as_penalty(penalty)
-        self.order = order
+        self.order = checks.whole("Chain's order", order, write="order=2")
+        if step_size is not None:
+            step_size = checks.whole("Chain's step_size", step_size, write="step_size=8")
         self.step_size = step_size
+        if runs is not None:
+            runs = checks.whole("Chain's runs", runs, write="runs=10")
         self.runs = runs
         self.needs_prior_draws = self.penalty.needs_prior_draws
 
-    def prepare(self, codes: Tensor, sites: Mapping[str, slice] | None = None) -> None:
+    def prepare_sites(self, codes: Tensor, sites: Mapping[str, slice] | None) -> None:
         if sites is not None or self.step_size is not None:
             size = self._size(codes.shape[-1], sites)
-            # Fewer steps than a run has are filled up, so that this is the size of every run.
+            # Fewer steps than a run has are filled up: this is the size of every run.
             self.penalty.prepare(codes.new_zeros(1, 2, self.order * size))
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         runs = list(self._runs(codes, prior, context))
         if not runs:
             raise ValueError(
-                f"No step is reached by 2 data of this batch of {codes.shape[1]}, so that {self!r} has nothing to "
+                f"No step is reached by 2 data of this batch of {codes.shape[1]}, and {self!r} has nothing to "
                 "compare. Look at the mask, or raise the batch."
             )
         if self.needs_prior_draws:
-            self._fit(runs)
+            # Lengths that are still unset are taken from all runs together, each about its own mean.
+            self.penalty.fit(torch.cat([run.prior.detach() - run.prior.detach().mean(0) for run in runs]))
         if self.runs is not None:
             runs = [runs[index] for index in torch.randperm(len(runs))[: self.runs].tolist()]
         weights = [run.codes.shape[1] for run in runs]
@@ -151,15 +153,6 @@ class Chain(Penalty):
                 if self.needs_prior_draws:
                     draws = draws.unflatten(0, (-1, codes.shape[1]))[:, rows].flatten(0, 1)
                 yield _Run(codes[:, rows][..., columns], draws, _part_of(context, columns, rows))
-
-    def _fit(self, runs: list[_Run]) -> None:
-        """Takes lengths that are still unset from all runs together, each about its own mean."""
-        draws: Tensor | None = None
-        for part in self.penalty.modules():
-            if isinstance(part, MMD | Sinkhorn):
-                if draws is None:
-                    draws = torch.cat([run.prior.detach() - run.prior.detach().mean(0) for run in runs])
-                (part.kernel if isinstance(part, MMD) else part).fit(draws)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import RadialKernel
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.kernel_means import register_kernel_mean
-from pyro_wae.penalties.mmd import MMD
+from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
 __all__ = ["CramerWold", "projected_gaussian"]
 
@@ -48,7 +50,7 @@ class CramerWold(Penalty):
         unbiased: The U-statistic if True; the V-statistic of the paper (all pairs, never negative, biased up) if False.
 
     Raises:
-        TypeError: If ``gamma`` is not a number.
+        TypeError: If ``gamma`` is not a number, or ``unbiased`` neither True nor False.
         ValueError: If ``gamma`` is not positive; when called, if d = 1 or the prior has no variance to take gamma from.
 
     Source: Knop, Spurek, Tabor, Podolak, Mazur, Jastrzebski, "Cramer-Wold Auto-Encoder", JMLR 21, 2020,
@@ -69,17 +71,10 @@ class CramerWold(Penalty):
     def __init__(self, gamma: float | None = None, *, unbiased: bool = True) -> None:
         super().__init__()
         if gamma is not None:
-            if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-                raise TypeError(
-                    f"CramerWold takes a number as gamma, found {type(gamma).__name__}. Write CramerWold(gamma=0.1)."
-                )
-            if not (gamma > 0 and math.isfinite(gamma)):
-                raise ValueError(
-                    f"CramerWold takes a finite gamma > 0, found {gamma!r}. Write CramerWold(gamma=0.1), or "
-                    "CramerWold() to take it from the prior."
-                )
+            write = "CramerWold(gamma=0.1), or CramerWold() to take it from the prior"
+            gamma = checks.number("CramerWold's gamma", gamma, above=0, write=write)
         self.gamma = gamma
-        self.unbiased = unbiased
+        self.unbiased = checks.flag("CramerWold's unbiased", unbiased, write="CramerWold(unbiased=True)")
         self.kernel = _CramerWoldKernel(gamma)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
@@ -98,14 +93,15 @@ class CramerWold(Penalty):
                     "CramerWold(gamma=0.1)."
                 )
             self.kernel.set_squared_length(4 * variance * (4 / (3 * n)) ** 0.4)
-        return MMD(self.kernel, unbiased=self.unbiased).estimate(codes, prior, context)
+        known = known_mean(self.kernel, context)
+        return squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)
 
 
 class _CramerWoldKernel(RadialKernel):
     """The kernel whose maximum mean discrepancy is the Cramer-Wold distance; its squared length is 4 gamma."""
 
     def __init__(self, gamma: float | None = None) -> None:
-        super().__init__(None if gamma is None else 4 * gamma, name="gamma", squared=True)
+        super().__init__(None if gamma is None else 2 * math.sqrt(gamma), name="length")
         self.gamma = gamma
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
@@ -145,7 +141,8 @@ def projected_gaussian(s: Tensor, dimension: int) -> Tensor:
         The shape of ``s``, from 1 at s = 0 down; differentiable any number of times.
 
     Raises:
-        ValueError: If the dimension is below 2.
+        TypeError: If the dimension is no whole number.
+        ValueError: If it is below 2.
 
     Source: NIST Digital Library of Mathematical Functions, 13.3.15 and 13.4.1, https://dlmf.nist.gov/13.
 
@@ -154,8 +151,7 @@ def projected_gaussian(s: Tensor, dimension: int) -> Tensor:
         >>> projected_gaussian(torch.tensor([0.0, 1.0]), 3)
         tensor([1.0000, 0.7468])
     """
-    if dimension < 2:
-        raise ValueError(f"projected_gaussian averages over directions of d >= 2 dimensions, found {dimension!r}.")
+    dimension = checks.whole("projected_gaussian's dimension", dimension, least=2, write="projected_gaussian(s, 2)")
     return _Kummer.apply(s, 0.5, dimension / 2)
 
 

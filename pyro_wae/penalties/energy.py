@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae.kernels import Energy
-from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.mmd import MMD
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
 __all__ = ["EnergyDistance"]
 
@@ -24,6 +26,7 @@ class EnergyDistance(Penalty):
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: For an exponent outside (0, 2).
 
     Source: Szekely, Rizzo, "Energy statistics: A class of statistics based on distances", 2013,
@@ -39,8 +42,9 @@ class EnergyDistance(Penalty):
     def __init__(self, exponent: float = 1.0, *, unbiased: bool = True) -> None:
         super().__init__()
         self.kernel = Energy(exponent)
-        self.exponent = exponent
-        self.unbiased = unbiased
+        self.exponent = self.kernel.exponent
+        self.unbiased = checks.flag("EnergyDistance's unbiased", unbiased, write="EnergyDistance(unbiased=True)")
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        return MMD(self.kernel, unbiased=self.unbiased).estimate(codes, prior, context)
+        known = known_mean(self.kernel, context)
+        return squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)

@@ -11,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae._core import checks
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 __all__ = ["LogVarianceL1", "UnitVarianceKL"]
 
@@ -24,11 +26,7 @@ class _VarianceGuard(Penalty):
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         name = type(self).__name__
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise TypeError(f"{name} takes a number as weight, found {type(weight).__name__}. Write {name}(0.1).")
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"{name} takes a finite weight >= 0, found {weight!r}. Write {name}(0.1).")
-        self.weight = weight
+        self.weight = checks.number(f"{name}'s weight", weight, least=0, write=f"{name}(0.1)")
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         name = type(self).__name__

@@ -6,21 +6,27 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.kernels import Conditional, InverseMultiquadratic, Kernel
-from pyro_wae.kernels.given import as_kernel
-from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.blocks import PairTerm, holds_function, pair_total, row_total
-from pyro_wae.penalties.joint import DefaultConditionKernels, join, label_columns
-from pyro_wae.penalties.kernel_means import KernelMean, LastKernelMean
-from pyro_wae.penalties.null import NullVariance, pair_variance
-from pyro_wae.penalties.pairs import PairWeights, across, every, mean_within, within
+from pyro_wae.kernels import Conditional, Kernel, Laplace
+from pyro_wae.kernels.conditional import DefaultConditionKernels
+from pyro_wae.kernels.function import as_kernel
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.condition_columns import join, label_columns
+from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, row_total
+from pyro_wae.penalties.null_variance import NullVariance, pair_variance
+from pyro_wae.penalties.pair_sums import PairTerm, pair_total
+from pyro_wae.penalties.pair_weights import PairWeights, across, every, within
 
-__all__ = ["MMD"]
+__all__ = ["MMD", "known_mean", "squared_discrepancy"]
 
 MOST_ROWS = 512
 """The largest number of codes whose means against the prior are taken at once: a mixture of Gaussians that stands for
-seven inverse multiquadratic kernels has hundreds of terms for each."""
+kernels of several lengths has a hundred terms for each."""
+
+MOST_COMPONENTS = 32
+"""Of a mixture whose means are taken in closed form."""
 
 
 class MMD(Penalty):
@@ -29,27 +35,29 @@ class MMD(Penalty):
     The estimate is **unbiased, and therefore sometimes negative**: it scatters around 0 when Q_Z = P_Z. That is
     right, and clamping it would pull codes to where they need not be. It leaves out the pairs that are not
     independent: a code with itself, and the codes of one datum's particles with each other. With more than one
-    particle and a known data set size N, pairs of different particles of one datum come back with weight 1/N, which
+    particle and a known data set size N, pairs of different particles of one datum have the weight 1/N, which
     is their share in a Q_Z that averages over N data.
 
     Args:
-        kernel: A :class:`~pyro_wae.kernels.Kernel`, a Pyro GP kernel (frozen) or a function k(x, y). Default: the
-            authors' sum of inverse multiquadratic kernels at seven scales.
+        kernel: A :class:`~pyro_wae.kernels.Kernel`, a Pyro GP kernel (frozen) or a function k(x, y). Default:
+            :meth:`Laplace.multiscale() <pyro_wae.kernels.Laplace.multiscale>`, whose short lengths detect gaps between
+            codes; the source takes :meth:`~pyro_wae.kernels.InverseMultiquadratic.multiscale`.
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
         standardize: Whether the estimate is divided by its standard deviation when Q_Z = P_Z, so that it has mean 0
             and variance 1 there and a penalty weight carries over between sizes and kernels. The deviation is known in
             closed form or estimated from the first prior draws, then kept in ``state_dict``. It counts data, not
             particles.
         closed_form: Whether means of the kernel against the prior are taken from
-            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian or
-            inverse multiquadratic kernel and a Normal or a mixture of Normals. The prior then adds no noise.
+            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian,
+            inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
+            then adds no noise. Of more components, which cost more than draws, the draws are taken.
         condition_kernel: What compares the conditions y where the context has them, k_y in the product
             ``k(z, z') k_y(y, y')``: a kernel or a function of rows (n, c). It must be positive definite. Default, for
             labels: ``UnitMean(SameLabel())``, the mean over pairs of one label; for floats: a Gaussian of half the
             length that :class:`~pyro_wae.kernels.Gaussian` takes, over its mean.
 
     Raises:
-        TypeError: If the kernel cannot be called.
+        TypeError: If a kernel cannot be called, or an option is neither True nor False.
         ValueError: If ``standardize`` is asked of the V-statistic.
         ValueError: When called, if the prior draws share their data with the codes and are no multiple of them.
 
@@ -77,29 +85,33 @@ class MMD(Penalty):
         condition_kernel: Kernel | Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.unbiased = checks.flag("MMD's unbiased", unbiased, write="MMD(unbiased=True)")
+        self.standardize = checks.flag("MMD's standardize", standardize, write="MMD(standardize=True)")
+        self.closed_form = checks.flag("MMD's closed_form", closed_form, write="MMD(closed_form=True)")
         if standardize and not unbiased:
             raise ValueError(
                 "standardize=True divides an estimate whose mean is 0 when Q_Z = P_Z, and the V-statistic's is not. "
                 "Write MMD(unbiased=True, standardize=True)."
             )
-        self.kernel = InverseMultiquadratic.multiscale() if kernel is None else as_kernel(kernel)
-        self.unbiased = unbiased
-        self.standardize = standardize
-        self.closed_form = closed_form
-        self.condition_kernel = None if condition_kernel is None else as_kernel(condition_kernel)
+        self.kernel = Laplace.multiscale() if kernel is None else as_kernel(kernel)
+        self.condition_kernel = None
+        if condition_kernel is not None:
+            self.condition_kernel = as_kernel(condition_kernel, name="condition_kernel")
         self.null = NullVariance() if standardize else None
-        self._last_mean = LastKernelMean()
         self.condition_defaults = DefaultConditionKernels()
+
+    def fit(self, prior: Tensor) -> None:
+        self.kernel.fit(prior)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         self.kernel.fit(prior)
         if context.condition is not None:
             return self._conditional(codes, prior, context, context.condition)
-        known = self._known(context)
-        value = self._from_draws(codes, prior, context) if known is None else self._from_means(codes, known, context)
+        known = known_mean(self.kernel, context) if self.closed_form else None
+        value = squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)
         if self.null is None:
             return value
-        square = self.null.of_means(known) if known is not None else None
+        square = None if known is None else self.null.of_means(known)
         if square is None:
             square = self.null.of_draws(self.kernel, prior)
         return value / (square * pair_variance(codes.shape[1], None if known is not None else len(prior))).sqrt()
@@ -109,48 +121,76 @@ class MMD(Penalty):
         condition_kernel = self.condition_kernel or self.condition_defaults.of(condition)
         kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
         columns = label_columns(condition)
-        value = MMD(kernel, unbiased=self.unbiased).estimate(*join(codes, prior, context, columns))
+        joint, draws, context = join(codes, prior, context, columns)
+        kernel.fit(draws)
+        value = squared_discrepancy(kernel, joint, draws, context, unbiased=self.unbiased)
         if self.null is None:
             return value
         # Given the conditions, each pair enters with its own factor k_y, and codes that match are independent of it.
         rows = columns.to(value)
-        square = mean_within(condition_kernel.gram(rows, rows).square(), 1)
+        square = within(len(rows), 1).total(condition_kernel.gram(rows, rows).square(), symmetric=True)
         return value / (square * self.null.of_draws(self.kernel, prior) * pair_variance(len(rows), len(prior))).sqrt()
 
-    def _known(self, context: PenaltyContext) -> KernelMean | None:
-        """What is known of the kernel against the prior, if it may be used."""
-        if not self.closed_form or context.shared_data or context.prior is None:
-            return None
-        prior = context.prior()
-        return None if prior is None else self._last_mean.of(self.kernel, prior)
 
-    def _from_means(self, codes: Tensor, known: KernelMean, context: PenaltyContext) -> Tensor:
-        # Once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
-        rows = codes.flatten(0, 1) if holds_function(self.kernel) else working_precision(codes.flatten(0, 1))
-        weights = within(len(rows), len(codes), context.data_size) if self.unbiased else every(len(rows), len(rows))
-        qq = pair_total(self.kernel, (rows,), (PairTerm(0, 0, weights),))
-        return qq + known.norm() - 2 * row_total(known.at, rows, MOST_ROWS) / len(rows)
+def known_mean(kernel: Kernel, context: PenaltyContext) -> KernelMean | None:
+    """The kernel's means against the context's prior, where both are known and rows are independent."""
+    if context.shared_data or context.prior is None:
+        return None
+    prior = context.prior()
+    components = getattr(getattr(prior, "mixture_distribution", None), "probs", None)
+    if prior is None or (components is not None and components.shape[-1] > MOST_COMPONENTS):
+        return None
+    return kernel_mean(kernel, prior)
 
-    def _from_draws(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        rows = codes.flatten(0, 1)
-        qq, pp, qp = self._weights(codes, prior, context)
-        return pair_total(self.kernel, (rows, prior), (PairTerm(0, 0, qq), PairTerm(1, 1, pp), PairTerm(0, 1, -2 * qp)))
 
-    def _weights(
-        self, codes: Tensor, prior: Tensor, context: PenaltyContext
-    ) -> tuple[PairWeights, PairWeights, PairWeights]:
-        """Those of the means over pairs of codes, of prior draws, and of both."""
-        (particles, n), m = codes.shape[:2], len(prior)
-        if not self.unbiased:
-            return every(particles * n, particles * n), every(m, m), every(particles * n, m)
-        if not context.shared_data:
-            return within(particles * n, particles, context.data_size), within(m, 1), every(particles * n, m)
-        repeats, rest = divmod(m, n)
-        if rest or not repeats:
-            raise ValueError(
-                f"With shared_data, row i of the prior draws has the datum of code i, so that they come in multiples "
-                f"of the {n} data, found {m}. Draw the prior once or several times for each datum."
-            )
-        # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
-        size = context.data_size if min(particles, repeats) > 1 else None
-        return within(particles * n, particles, size), within(m, repeats, size), across(particles * n, m, n, size)
+def squared_discrepancy(
+    kernel: Kernel,
+    codes: Tensor,
+    prior: Tensor,
+    context: PenaltyContext,
+    known: KernelMean | None = None,
+    *,
+    unbiased: bool = True,
+) -> Tensor:
+    """Estimates the squared maximum mean discrepancy.
+
+    Args:
+        kernel: Its lengths are set.
+        codes: Shape (K, n, d).
+        prior: Shape (m, d).
+        context: How they were drawn.
+        known: The kernel's means against the prior, taken in place of the draws, or None.
+        unbiased: As in :class:`MMD`.
+
+    Raises:
+        ValueError: If the prior draws share their data with the codes and are no multiple of them.
+    """
+    rows = codes.flatten(0, 1)
+    if known is None:
+        qq, pp, qp = _weights(codes, prior, context, unbiased)
+        return pair_total(kernel, (rows, prior), (PairTerm(0, 0, qq), PairTerm(1, 1, pp), PairTerm(0, 1, -2 * qp)))
+    # Cast once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
+    rows = rows if kernel.holds_function else working_precision(rows)
+    weights = within(len(rows), len(codes), context.data_size) if unbiased else every(len(rows), len(rows))
+    pairs = pair_total(kernel, (rows,), (PairTerm(0, 0, weights),))
+    return pairs + known.norm() - 2 * row_total(known.at, rows, MOST_ROWS) / len(rows)
+
+
+def _weights(
+    codes: Tensor, prior: Tensor, context: PenaltyContext, unbiased: bool
+) -> tuple[PairWeights, PairWeights, PairWeights]:
+    """Those of the means over pairs of codes, of prior draws, and of both."""
+    (particles, n), m = codes.shape[:2], len(prior)
+    if not unbiased:
+        return every(particles * n, particles * n), every(m, m), every(particles * n, m)
+    if not context.shared_data:
+        return within(particles * n, particles, context.data_size), within(m, 1), every(particles * n, m)
+    repeats, rest = divmod(m, n)
+    if rest or not repeats:
+        raise ValueError(
+            f"With shared_data, row i of the prior draws has the datum of code i, and they come in multiples "
+            f"of the {n} data, found {m}. Draw the prior once or several times for each datum."
+        )
+    # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
+    size = context.data_size if min(particles, repeats) > 1 else None
+    return within(particles * n, particles, size), within(m, repeats, size), across(particles * n, m, n, size)

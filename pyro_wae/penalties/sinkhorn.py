@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_wae._core import checks
+from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 __all__ = ["Sinkhorn"]
 
@@ -17,7 +20,7 @@ BLUR_FRACTION = 0.5
 DIAMETER_MULTIPLE = 4.0
 
 
-class Sinkhorn(Penalty):
+class Sinkhorn(FittedBuffers, Penalty):
     r"""The Sinkhorn divergence in the scale of W_p^p, with squared distances for p = 2.
 
     It is made of three terms::
@@ -54,7 +57,7 @@ class Sinkhorn(Penalty):
         ImportError: If geomloss is not installed.
         ValueError: If p is not 1 or 2, blur is not positive, or scaling lies outside (0, 1). In a call, if the prior
             draws have no finite, positive spread to take the blur from.
-        TypeError: If blur or scaling is not a number.
+        TypeError: If p, blur or scaling is not a number, or debias neither True nor False.
 
     Source: Genevay, Peyre, Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018, arXiv:1706.00292;
     Feydy, Sejourne, Vialard, Amari, Trouve, Peyre, "Interpolating between Optimal Transport and MMD using Sinkhorn
@@ -72,31 +75,25 @@ class Sinkhorn(Penalty):
     def __init__(self, p: float = 2, *, blur: float | None = None, scaling: float = 0.5, debias: bool = True) -> None:
         super().__init__()
         _import_samples_loss()
-        if isinstance(p, bool) or p not in (1, 2):
-            raise ValueError(f"Sinkhorn takes a p of 1 or 2, found {p!r}. Write Sinkhorn(p=2).")
+        write = "Sinkhorn(p=2)"
+        self.p = checks.choice("Sinkhorn's p", checks.number("Sinkhorn's p", p, write=write), (1.0, 2.0), write=write)
         if blur is not None:
-            _check_number("blur", blur, 1.0)
-            if not (blur > 0 and math.isfinite(blur)):
-                raise ValueError(f"Sinkhorn takes a finite blur > 0, found {blur!r}. Write Sinkhorn(blur=1.0).")
-        _check_number("scaling", scaling, 0.5)
-        if not 0 < scaling < 1:
-            raise ValueError(f"Sinkhorn takes a scaling in (0, 1), found {scaling!r}. Write Sinkhorn(scaling=0.5).")
-        self.p = p
+            blur = checks.number("Sinkhorn's blur", blur, above=0, write="Sinkhorn(blur=1.0)")
         self.blur = blur
-        self.scaling = scaling
-        self.debias = debias
+        self.scaling = checks.number("Sinkhorn's scaling", scaling, above=0, below=1, write="Sinkhorn(scaling=0.5)")
+        self.debias = checks.flag("Sinkhorn's debias", debias, write="Sinkhorn(debias=True)")
         # geomloss takes numbers, and reading one from a device at every step would wait for it.
-        self._spread: float | None = None
-        self.register_buffer("spread", torch.tensor(math.nan))
+        self._spread = math.nan
+        self.register_fitted("spread")
 
-    def fit(self, prior: Tensor) -> float:
+    def fit(self, prior: Tensor) -> None:
         """Takes the spread from prior draws (m, d), once: the blur's unit, and where its descent begins.
 
         Raises:
             ValueError: If it is not finite, or it is 0 and no blur was given.
         """
-        if self._spread is not None:
-            return self._spread
+        if self.is_fitted("spread"):
+            return
         spread = (2 * working_precision(prior.detach()).var(0).sum()).sqrt()
         number = spread.item()
         if not math.isfinite(number) or (number == 0 and self.blur is None):
@@ -104,20 +101,24 @@ class Sinkhorn(Penalty):
                 f"The prior draws have a spread (root mean squared distance) of {number:g}, from which {self!r} can "
                 "take no blur. Look at the model's prior, or give the blur, as in Sinkhorn(blur=1.0)."
             )
-        self._spread, self.spread = number, spread
-        return number
+        self.set_fitted("spread", spread)
+        self._spread = number
+
+    def after_loading(self) -> None:
+        if self.is_fitted("spread"):
+            self._spread = self.spread.item()
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        spread = self.fit(prior)
+        self.fit(prior)
         particles, _, d = codes.shape
         whole = len(prior) % particles == 0 and len(prior) >= 2 * particles
         draws = prior.reshape(particles, -1, d) if whole else prior.expand(particles, -1, -1)
-        blur = BLUR_FRACTION * spread if self.blur is None else self.blur
+        blur = BLUR_FRACTION * self._spread if self.blur is None else self.blur
         loss = _import_samples_loss()(
             "sinkhorn",
             p=self.p,
             blur=blur,
-            diameter=max(DIAMETER_MULTIPLE * spread, blur),
+            diameter=max(DIAMETER_MULTIPLE * self._spread, blur),
             scaling=self.scaling,
             debias=self.debias,
             backend="tensorized",
@@ -138,14 +139,6 @@ class Sinkhorn(Penalty):
         # Its cost is |z - z'|^p / p.
         return (shifted + self.p * smoothed).mean()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "spread")
-        if value is not None:
-            # Assigned and not copied, so that the number keeps its precision.
-            self.spread = value.detach().clone().to(self.spread.device)
-            self._spread = None if value.isnan() else value.item()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def _import_samples_loss() -> Any:
     try:
@@ -155,11 +148,3 @@ def _import_samples_loss() -> Any:
             'Sinkhorn needs geomloss, which is not installed. Run: pip install "pyro-wae[sinkhorn]"'
         ) from error
     return SamplesLoss
-
-
-def _check_number(argument: str, value: float, example: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(
-            f"Sinkhorn takes a number as {argument}, found {type(value).__name__}. "
-            f"Write Sinkhorn({argument}={example})."
-        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae._core import checks
+from pyro_wae._core.fitted import FittedBuffers
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 __all__ = ["MaxSlicedWasserstein", "SlicedWasserstein"]
 
@@ -46,8 +48,8 @@ class SlicedWasserstein(Penalty):
         p: Order, >= 1; any number.
 
     Raises:
-        ValueError: If projections is no whole number >= 1, or p is not finite and >= 1.
-        TypeError: If p is not a number.
+        TypeError: If projections is no whole number, or p no number.
+        ValueError: If one is below 1 or not finite.
 
     Source: Bonneel, Rabin, Peyre, Pfister, "Sliced and Radon Wasserstein Barycenters of Measures", 2015,
     doi:10.1007/s10851-014-0506-3; Kolouri, Pope, Martin, Rohde, "Sliced-Wasserstein Autoencoder", 2018,
@@ -65,17 +67,15 @@ class SlicedWasserstein(Penalty):
 
     def __init__(self, projections: int = 50, *, p: float = 2) -> None:
         super().__init__()
-        check_count("projections", projections, 50)
-        check_order(type(self).__name__, p)
-        self.projections = projections
-        self.p = p
+        self.projections = checks.whole("SlicedWasserstein's projections", projections, write="projections=50")
+        self.p = checks.number("SlicedWasserstein's p", p, least=1, write="SlicedWasserstein(p=2)")
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         directions = nn.functional.normalize(codes.new_empty(self.projections, codes.shape[-1]).normal_(), dim=-1)
         return transport_along(directions, codes, prior, self.p).mean()
 
 
-class MaxSlicedWasserstein(Penalty):
+class MaxSlicedWasserstein(FittedBuffers, Penalty):
     r"""The max-sliced Wasserstein distance to the power p: W_p^p on the line where it is largest.
 
     In one formula::
@@ -101,8 +101,8 @@ class MaxSlicedWasserstein(Penalty):
         restarts: Random directions, >= 1, from which the ascent starts besides.
 
     Raises:
-        ValueError: If steps or restarts is no whole number >= 1, or p is not finite and >= 1.
-        TypeError: If p is not a number.
+        TypeError: If steps or restarts is no whole number, or p no number.
+        ValueError: If one is below 1 or not finite.
 
     Source: Deshpande, Hu, Sun, Pyrros, Siddiqui, Koyejo, Zhao, Forsyth, Schwing, "Max-Sliced Wasserstein Distance and
     its use for GANs", 2019, arXiv:1904.05877.
@@ -118,20 +118,19 @@ class MaxSlicedWasserstein(Penalty):
 
     def __init__(self, steps: int = 10, *, p: float = 2, restarts: int = 4) -> None:
         super().__init__()
-        check_count("steps", steps, 10)
-        check_count("restarts", restarts, 4)
-        check_order(type(self).__name__, p)
-        self.steps = steps
-        self.p = p
-        self.restarts = restarts
-        self.register_buffer("direction", torch.empty(0))
+        self.steps = checks.whole("MaxSlicedWasserstein's steps", steps, write="steps=10")
+        self.p = checks.number("MaxSlicedWasserstein's p", p, least=1, write="MaxSlicedWasserstein(p=2)")
+        self.restarts = checks.whole("MaxSlicedWasserstein's restarts", restarts, write="restarts=4")
+        self.register_fitted("direction", torch.empty(0), any_shape=True)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         direction = self.search(codes.detach(), prior.detach())
         if torch.is_grad_enabled():
-            # A copy, because whoever writes into buffers (DDP does) must not touch what backward still needs;
-            # without NaN, which would spoil every later step.
-            self.direction = direction.nan_to_num()
+            # A copy, because whoever writes into buffers (DDP does) must not touch what backward still needs. That of
+            # a batch with NaN would spoil every later step.
+            known = self.direction.shape == direction.shape
+            last = self.direction.to(direction) if known else torch.zeros_like(direction)
+            self.set_fitted("direction", direction.where(direction.isfinite().all(), last))
         return transport_along(direction[None], codes, prior, self.p).mean()
 
     def search(self, codes: Tensor, prior: Tensor) -> Tensor:
@@ -156,13 +155,6 @@ class MaxSlicedWasserstein(Penalty):
             met.append(directions)
         values.append(transport_along(directions, codes, prior, self.p).mean(0))
         return torch.cat(met).detach().index_select(0, torch.cat(values).argmax()[None])[0]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The saved direction has the size of a code, which an unused penalty does not know yet.
-        value = state_dict.get(prefix + "direction")
-        if value is not None:
-            self.direction = value.detach().clone().to(self.direction.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def transport_along(directions: Tensor, codes: Tensor, prior: Tensor, p: float) -> Tensor:
@@ -206,17 +198,3 @@ def match_quantiles(n: int, m: int, shift: Tensor) -> tuple[Tensor, Tensor, Tens
 def power(difference: Tensor, p: float) -> Tensor:
     """|difference|^p, with a gradient that is finite at 0."""
     return difference.square() if p == 2 else difference.abs().pow(p)
-
-
-def check_count(argument: str, value: int, example: int) -> None:
-    """Raises ValueError unless ``value`` is a whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write {argument}={example}.")
-
-
-def check_order(owner: str, p: float) -> None:
-    """Raises unless ``p`` is a finite number >= 1."""
-    if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"{owner} takes a number as p, found {type(p).__name__}. Write {owner}(p=2).")
-    if not (p >= 1 and math.isfinite(p)):
-        raise ValueError(f"{owner} takes a finite p >= 1, found {p!r}. Write {owner}(p=2).")

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.sliced import check_count, check_order, match_quantiles, power
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.sliced import match_quantiles, power
 
 __all__ = ["SphericalSlicedWasserstein"]
 
@@ -40,10 +42,10 @@ class SphericalSlicedWasserstein(Penalty):
         p: Order, >= 1; any number.
 
     Raises:
-        ValueError: If projections is no whole number >= 1, or p is not finite and >= 1. In a call, if d < 2, or if the
+        TypeError: If projections is no whole number, or p no number.
+        ValueError: If one is below 1 or not finite. In a call, if d < 2, or if the
             norm of a code or of a prior draw differs from 1 by more than 1e-3. On an accelerator the norms are read
             back at the first call only; later a code off the sphere makes the value NaN, which a WAELoss reports.
-        TypeError: If p is not a number.
 
     Source: Bonet, Berg, Courty, Septier, Drumetz, Pham, "Spherical Sliced-Wasserstein", 2023, arXiv:2206.08776; for
     the circle Delon, Salomon, Sobolevski, "Fast Transport Optimization for Monge Costs on the Circle", 2010,
@@ -59,10 +61,8 @@ class SphericalSlicedWasserstein(Penalty):
 
     def __init__(self, projections: int = 50, *, p: float = 2) -> None:
         super().__init__()
-        check_count("projections", projections, 50)
-        check_order(type(self).__name__, p)
-        self.projections = projections
-        self.p = p
+        self.projections = checks.whole("SphericalSlicedWasserstein's projections", projections, write="projections=50")
+        self.p = checks.number("SphericalSlicedWasserstein's p", p, least=1, write="SphericalSlicedWasserstein(p=2)")
         self._was_read_back = False
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae._core.numerics import squared_distances, working_precision
-from pyro_wae.kernels import Kernel, Laplace, Matern, MultiScale, Product, RadialKernel, RationalQuadratic, Scaled, Sum
-from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.blocks import PairTerm, pair_total
-from pyro_wae.penalties.pairs import within
+from pyro_wae.kernels import Kernel, RadialKernel, RationalQuadratic
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.pair_sums import PairTerm, pair_total
+from pyro_wae.penalties.pair_weights import within
 
 __all__ = ["KernelStein"]
 
@@ -32,7 +34,7 @@ class KernelStein(Penalty):
     of every datum follow their own prior, not already if all of them together do.
 
     The estimate is a U-statistic and therefore sometimes negative. It leaves out the pairs of one datum, a code with
-    itself and particles with each other; with several particles and a known data set size N the latter come back with
+    itself and particles with each other; with several particles and a known data set size N the latter have the
     weight 1/N, as in :class:`~pyro_wae.penalties.MMD`. It is meant for the codes of an encoder: codes that are free
     parameters, one for each datum, can make it ever more negative.
 
@@ -65,16 +67,20 @@ class KernelStein(Penalty):
     """
 
     needs_prior_draws = False
+    accepts_condition = False
 
     def __init__(self, kernel: Kernel | None = None, *, log_prob: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.kernel = RationalQuadratic(0.5) if kernel is None else kernel
-        _check_kernel(self.kernel)
-        if log_prob is not None and not callable(log_prob):
+        if not (isinstance(self.kernel, Kernel) and self.kernel.is_smooth):
             raise TypeError(
-                f"log_prob must be a function of codes (n, d) with values (n,), found {log_prob!r}. "
-                "Write KernelStein(log_prob=lambda z: -z.square().sum(1) / 2)."
+                f"KernelStein's kernel must be a radial kernel that is twice differentiable, found {kernel!r}. "
+                "Write KernelStein(RationalQuadratic(0.5)), KernelStein(Gaussian()) or KernelStein(Matern(2.5))."
             )
+        if log_prob is not None:
+            what = "a function of codes (n, d) with values (n,)"
+            write = "KernelStein(log_prob=lambda z: -z.square().sum(1) / 2)"
+            log_prob = checks.function("KernelStein's log_prob", log_prob, what, write=write)
         self.log_prob = log_prob
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
@@ -88,7 +94,7 @@ class KernelStein(Penalty):
             codes.requires_grad or self._log_prob(codes, context).requires_grad
         )
         with torch.inference_mode(False), torch.enable_grad():
-            self._fit(context)
+            self._fit_to(context)
             # A variable of its own, so that a derivative by it is the partial one: the codes may depend on each other.
             z = (codes if differentiable else codes.detach()).clone()
             z = z if z.requires_grad else z.requires_grad_()
@@ -99,8 +105,8 @@ class KernelStein(Penalty):
             value = pair_total(kernel, (rows,), (PairTerm(0, 0, within(len(rows), len(codes), context.data_size)),))
         return value if differentiable else value.detach()
 
-    def _fit(self, context: PenaltyContext) -> None:
-        unset = [part for part in self.kernel.modules() if isinstance(part, RadialKernel) and not part.is_set]
+    def _fit_to(self, context: PenaltyContext) -> None:
+        unset = self.kernel.unset()
         if not unset:
             return
         total = _total_variance(context)
@@ -111,7 +117,7 @@ class KernelStein(Penalty):
                 "length, as in KernelStein(RationalQuadratic(0.5, bandwidth=1.0))."
             )
         for part in unset:
-            part.set_squared_length(total * part.squared_length_factor)
+            part.take_length(total)
 
     def _score(self, z: Tensor, context: PenaltyContext, *, create_graph: bool) -> Tensor:
         """The gradient of log p at each code, (K, n, d)."""
@@ -195,22 +201,6 @@ class _SteinKernel(Kernel):
         pull = (x_score * x).sum(1)[:, None] + (y_score * y).sum(1) - x_score @ y.mT - x @ y_score.mT
         values = (x_score @ y_score.mT) * f - 2 * slope * pull - 2 * d * slope - 4 * apart * curvature
         return values if create_graph else values.detach()
-
-
-def _check_kernel(kernel: object) -> None:
-    rough = isinstance(kernel, Laplace) or (isinstance(kernel, Matern) and kernel.nu < 1)
-    if isinstance(kernel, RadialKernel) and not rough:
-        return
-    if isinstance(kernel, MultiScale | Scaled):
-        return _check_kernel(kernel.kernel)
-    if isinstance(kernel, Sum | Product):
-        for part in kernel.parts():
-            _check_kernel(part)
-        return
-    raise TypeError(
-        f"KernelStein takes a radial kernel that is twice differentiable, found {kernel!r}. "
-        "Write KernelStein(RationalQuadratic(0.5)), KernelStein(Gaussian()) or KernelStein(Matern(2.5))."
-    )
 
 
 def _derivative(values: Tensor, by: Tensor, *, create_graph: bool) -> Tensor:

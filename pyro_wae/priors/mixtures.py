@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.checks import accepted, flag, function, number, whole
+from pyro_wae._core.distributions import innermost
 
 __all__ = ["MixturePrior", "NormalMixture", "VampPrior"]
 
@@ -36,7 +38,7 @@ class NormalMixture(dist.MixtureSameFamily):
             with ``batch_shape`` (..., K) and ``event_shape`` (d,).
 
     Raises:
-        TypeError: If the components are no Normals.
+        TypeError: If the weights are no Categorical, or the components no Normals with one event dimension.
 
     Source: Figurnov, Mohamed, Mnih, "Implicit Reparameterization Gradients", 2018, arXiv:1805.08498, section 3.
 
@@ -52,20 +54,15 @@ class NormalMixture(dist.MixtureSameFamily):
     has_rsample = True
 
     def __init__(self, mixture_distribution: Any, component_distribution: Any, validate_args: bool | None = None):
-        inner = component_distribution
-        while isinstance(inner, torch.distributions.Independent):
-            inner = inner.base_dist
-        if not isinstance(inner, torch.distributions.Normal | torch.distributions.MultivariateNormal):
-            raise TypeError(
-                f"NormalMixture takes Normal components, found {type(inner).__name__}. Write "
-                "NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1)), or take "
-                "dist.MixtureSameFamily for another family."
-            )
-        if len(component_distribution.event_shape) != 1:
-            raise TypeError(
-                "NormalMixture takes components with one event dimension, found event_shape "
-                f"{tuple(component_distribution.event_shape)}. Write dist.Normal(loc, scale).to_event(1)."
-            )
+        write = "NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))"
+        is_categorical = isinstance(mixture_distribution, torch.distributions.Categorical)
+        accepted("mixture_distribution", mixture_distribution, is_categorical, "a Categorical", write=write)
+        normals = torch.distributions.Normal | torch.distributions.MultivariateNormal
+        is_normal = isinstance(component_distribution, torch.distributions.Distribution) and (
+            isinstance(innermost(component_distribution), normals) and len(component_distribution.event_shape) == 1
+        )
+        what = "Normals with one event dimension (dist.MixtureSameFamily takes other families)"
+        accepted("component_distribution", component_distribution, is_normal, what, write=write)
         super().__init__(mixture_distribution, component_distribution, validate_args=validate_args)
         self._one: NormalMixture | None = None
 
@@ -132,7 +129,8 @@ class MixturePrior(nn.Module):
         standardized: Whether the whole has mean 0 and variance 1.
 
     Raises:
-        ValueError: If a size is no whole number >= 1.
+        TypeError: If a size is no whole number, or an option is neither True nor False.
+        ValueError: If a size is less than 1.
 
     Example:
         >>> import pyro
@@ -145,10 +143,10 @@ class MixturePrior(nn.Module):
 
     def __init__(self, components: int, d: int, *, full_covariance: bool = False, standardized: bool = True) -> None:
         super().__init__()
-        for argument, value in (("components", components), ("d", d)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument} must be a whole number >= 1, found {value!r}. Write MixturePrior(50, 8).")
-        self.standardized = standardized
+        components = whole("components", components, write="MixturePrior(50, 8)")
+        d = whole("d", d, write="MixturePrior(50, 8)")
+        full_covariance = flag("full_covariance", full_covariance)
+        self.standardized = flag("standardized", standardized)
         # Half of the variance between components, half within: neither a heap of points nor one Normal.
         self.logits = nn.Parameter(torch.zeros(components))
         self.locs = nn.Parameter(math.sqrt(0.5) * torch.randn(components, d))
@@ -173,16 +171,20 @@ class MixturePrior(nn.Module):
             codes: Shape (n, d), n >= K.
 
         Raises:
-            ValueError: If the shape is another.
+            TypeError: If codes are no tensor.
+            ValueError: If the shape is another, or a code is not finite.
 
         Source: Arthur, Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
         """
         count, d = self.locs.shape
+        write = "Write prior.initialise(encoder(images[:1000]))."
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes must be a tensor of shape (n, {d}), found {type(codes).__name__}. {write}")
         if codes.ndim != 2 or codes.shape[1] != d or len(codes) < count:
-            raise ValueError(
-                f"initialise takes codes of shape (n, {d}) with n >= {count}, found {tuple(codes.shape)}. "
-                "Write prior.initialise(encoder(images[:1000]))."
-            )
+            raise ValueError(f"codes must be of shape (n, {d}) with n >= {count}, found {tuple(codes.shape)}. {write}")
+        codes = codes.to(self.locs)
+        if not codes.isfinite().all():
+            raise ValueError(f"codes must be finite, found NaN or infinity. {write}")
         centres = codes[torch.randint(len(codes), (1,), device=codes.device)]
         squares = (codes - centres).square().sum(1)
         for _ in range(count - 1):
@@ -204,7 +206,7 @@ class MixturePrior(nn.Module):
 
 
 class VampPrior(nn.Module):
-    r"""The encoder's own answer to learnable pseudo-inputs: :math:`\sum_k \pi_k\,Q(z \mid u_k)`.
+    r"""The encoder's distribution at learnable pseudo-inputs: :math:`\sum_k \pi_k\,Q(z \mid u_k)`.
 
     The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder gives points, so that each
     component has a learnable scale around its own; of a stochastic encoder give the mean.
@@ -219,7 +221,7 @@ class VampPrior(nn.Module):
 
     Raises:
         ValueError: If the scale is not > 0; when called, if the encoder's codes have another shape than (K, d).
-        TypeError: If the encoder cannot be called.
+        TypeError: If the encoder cannot be called, the pseudo-inputs are no floats, or an option is of another kind.
 
     Source: Tomczak, Welling, "VAE with a VampPrior", AISTATS 2018, arXiv:1705.07120.
 
@@ -240,12 +242,17 @@ class VampPrior(nn.Module):
         standardized: bool = True,
     ) -> None:
         super().__init__()
-        if not callable(encoder):
-            raise TypeError(f"encoder must map data to codes, found {encoder!r}. Write VampPrior(encoder, x[:100]).")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be finite and > 0, found {scale!r}. Write scale=0.5.")
-        self._encoder = (encoder,)  # in a tuple, a module is not registered a second time
-        self.standardized = standardized
+        write = "VampPrior(encoder, x[:100])"
+        scale = number("scale", scale, above=0, write="scale=0.5")
+        # In a tuple, a module is not registered a second time.
+        self._encoder = (function("encoder", encoder, "a module or a function from data to codes", write=write),)
+        self.standardized = flag("standardized", standardized)
+        if not isinstance(pseudo_inputs, Tensor) or not pseudo_inputs.is_floating_point() or pseudo_inputs.ndim < 2:
+            found = getattr(pseudo_inputs, "dtype", type(pseudo_inputs).__name__)
+            raise TypeError(
+                f"pseudo_inputs must be a tensor of floats of shape (K, ...), found {found} of shape "
+                f"{tuple(getattr(pseudo_inputs, 'shape', ()))}. Write {write}."
+            )
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.logits = nn.Parameter(pseudo_inputs.new_zeros(len(pseudo_inputs)))
         self.log_scales = nn.Parameter(pseudo_inputs.new_full((len(pseudo_inputs), 1), math.log(scale)))
@@ -280,8 +287,7 @@ def _mixture(logits: Tensor, locs: Tensor, tril: Tensor, standardized: bool) -> 
 
 
 def _loc_and_tril(component: Any) -> tuple[Tensor, Tensor]:
-    while isinstance(component, torch.distributions.Independent):
-        component = component.base_dist
+    component = innermost(component)
     if isinstance(component, torch.distributions.Normal):
         return component.loc, component.scale
     return component.loc, component.scale_tril

@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_wae.penalties import MMD, Chain, Penalty, PenaltyContext, as_penalty
-from pyro_wae.penalties.joint import beside
-from pyro_wae.step.condition import Given
-from pyro_wae.step.program import Structure
-from pyro_wae.step.records import Codes
+from pyro_wae.penalties import MMD, Penalty, as_penalty
+from pyro_wae.penalties.condition_columns import beside
+from pyro_wae.step.condition import Condition, with_condition
+from pyro_wae.step.observe import check_names
+from pyro_wae.step.records import Step
 
 __all__ = [
     "PenaltyLike",
     "PenaltyOption",
     "SiteKey",
     "as_option",
-    "check_names",
     "compare",
     "compared",
     "each_penalty",
+    "joint_scale",
     "prepare",
     "site_label",
 ]
@@ -65,85 +65,73 @@ def each_penalty(option: PenaltyOption) -> Iterator[Penalty]:
     yield from (penalty for penalty in options if penalty is not None)
 
 
-def compared(option: PenaltyOption, codes: Codes, prior: Tensor | None) -> tuple[Codes, Tensor | None]:
-    """The codes and prior draws of the sites that have a penalty."""
+def compared(option: PenaltyOption, step: Step) -> Step:
+    """The step with the codes of the sites that have a penalty."""
     if not isinstance(option, dict) or None not in option.values():
-        return codes, prior
-    sites = [site for key, penalty in option.items() if penalty is not None for site in _sites(key, codes.columns)]
-    return codes.site(*sites), None if prior is None else codes.cut(prior, sites)
+        return step
+    return step.part([site for key, own in option.items() if own is not None for site in _sites(key, step.columns)])
 
 
-def prepare(option: PenaltyOption, codes: Codes, structure: Structure, given: Given | None = None) -> None:
+def prepare(option: PenaltyOption, step: Step) -> None:
     """Lets penalties make what depends on the size of a code.
 
     Raises:
         ValueError: If a dict names a site that is no latent, or misses one.
     """
-    if not isinstance(option, dict):
-        _prepare(option, codes, given)
-        return
-    groups = {key: _sites(key, structure.latents) for key in option}
-    names = {name: None for group in groups.values() for name in group}
-    check_names("penalty", names, list(structure.latents), "latent", "MMD()")
-    for key, penalty in option.items():
-        if penalty is not None:
-            _prepare(penalty, codes.site(*groups[key]), given)
+    if isinstance(option, dict):
+        names = {name: None for key in option for name in _sites(key, step.columns)}
+        check_names("penalty", names, list(step.columns), "latent", "MMD()")
+    for _, _, own, penalty in _parts(option, step):
+        penalty.prepare_sites(beside(own.codes, own.condition), own.columns)
 
 
-def compare(
-    option: PenaltyOption,
-    codes: Codes,
-    prior: Tensor | None,
-    context_of: Callable[[Codes], PenaltyContext],
-    structure: Structure,
-    given: Given | None = None,
-) -> dict[str, Tensor]:
+def compare(option: PenaltyOption, step: Step, condition: Condition | None) -> dict[str, Tensor]:
     """The scaled penalty of each latent site or group, or under the name "" that of the joint code.
 
     Args:
         option: The penalties.
-        codes: All codes of the step.
-        prior: Prior draws of the same layout, shape (J, n, d), or None where no penalty needs them.
-        context_of: What is known of the codes at some or all latent sites.
-        structure: What the sites are.
-        given: What codes and prior draws are conditional on, or None.
+        step: The step.
+        condition: The units of conditions, or None without a condition.
 
     Raises:
         ValueError: If one penalty compares sites that have different scales.
     """
-
-    def value(entry: int, penalty: Penalty, own: Codes, draws: Tensor | None) -> Tensor:
-        context = context_of(own)
-        rows, draws = own.masked(draws)
-        if given is not None:
-            context = given.extend(context, entry, penalty, own, draws)
-        return _joint_scale(structure, own.columns) * penalty(rows, draws, context)
-
-    if not isinstance(option, dict):
-        return {"": value(0, option, codes, prior)}
     values = {}
-    for entry, (key, penalty) in enumerate(option.items()):
-        if penalty is not None:
-            sites = _sites(key, structure.latents)
-            own = codes.site(*sites)
-            draws = None if prior is None else codes.cut(prior, sites)
-            values[site_label(key)] = value(entry, penalty, own, draws)
+    for entry, label, own, penalty in _parts(option, step):
+        codes, draws = own.rows()
+        context = own.context()
+        if condition is not None:
+            context = with_condition(context, own, condition, entry, penalty, draws)
+        values[label] = joint_scale(own) * penalty(codes, draws, context)
     return values
 
 
-def check_names(argument: str, options: Mapping[str, object], sites: list[str], kind: str, example: str) -> None:
-    """Raises ValueError unless the options name just the sites there are."""
-    unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
-    if unknown:
-        raise ValueError(
-            f"{argument} names '{unknown[0]}', which is no {kind} site; these are {sites}. "
-            f"Write {argument}={{'{sites[0]}': {example}, ...}}."
-        )
-    if missing:
-        raise ValueError(
-            f"{argument} has no entry for the {kind} site '{missing[0]}'. Write {argument}={{..., '{missing[0]}': "
-            f"{example}}}" + (", or None to leave it free." if kind == "latent" else ".")
-        )
+def joint_scale(step: Step) -> float | Tensor:
+    """The one ``poutine.scale`` of the latent sites.
+
+    Raises:
+        ValueError: If they have different ones.
+    """
+    scales = {site: step.first.latents[site].scale for site in step.columns}
+    if len(scales) > 1:
+        numbers = {site: scale.item() if isinstance(scale, Tensor) else scale for site, scale in scales.items()}
+        if len(set(numbers.values())) > 1:
+            found = ", ".join(f"'{site}': {number:g}" for site, number in numbers.items())
+            raise ValueError(
+                f"The latent sites have different scales ({found}), and one penalty compares their joint code. Give "
+                "them one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
+            )
+    return next(iter(scales.values()))
+
+
+def _parts(option: PenaltyOption, step: Step) -> Iterator[tuple[int, str, Step, Penalty]]:
+    """The number and label of each penalty, the step with the codes of its sites, and the penalty."""
+    if not isinstance(option, dict):
+        yield 0, "", step, option
+        return
+    for entry, (key, penalty) in enumerate(option.items()):
+        if penalty is not None:
+            yield entry, site_label(key), step.part(_sites(key, step.columns)), penalty
 
 
 def _check_keys(given: Mapping[Any, object]) -> None:
@@ -170,23 +158,3 @@ def _sites(key: SiteKey, latents: Iterable[str]) -> list[str]:
         pattern = re.compile(".*".join(map(re.escape, name.split("*"))))
         sites += [site for site in latents if pattern.fullmatch(site)] or [name]
     return sites
-
-
-def _prepare(penalty: Penalty, codes: Codes, given: Given | None) -> None:
-    for part in penalty.modules():
-        if isinstance(part, Chain):
-            part.prepare(codes.values, codes.columns)
-    penalty.prepare(beside(codes.values, given.values if given else None))
-
-
-def _joint_scale(structure: Structure, sites: Iterable[str]) -> float | Tensor:
-    scales = {site: structure.scale[site] for site in sites}
-    if len(scales) > 1:
-        numbers = {site: scale.item() if isinstance(scale, Tensor) else scale for site, scale in scales.items()}
-        if len(set(numbers.values())) > 1:
-            found = ", ".join(f"'{site}': {number:g}" for site, number in numbers.items())
-            raise ValueError(
-                f"The latent sites have different scales ({found}), and one penalty compares their joint code. Give "
-                "them one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
-            )
-    return next(iter(scales.values()))

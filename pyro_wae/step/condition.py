@@ -6,23 +6,20 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import at_least_float32, working_precision
-from pyro_wae.costs import Observation
-from pyro_wae.penalties import Chain, KernelStein, Penalty, PenaltyContext
-from pyro_wae.step.program import Particle, Structure
-from pyro_wae.step.records import Codes
+from pyro_wae.penalties import Penalty, PenaltyContext
+from pyro_wae.step.program import Program, Run
+from pyro_wae.step.records import Step
 
-__all__ = ["Condition", "Given"]
-
-Program = Callable[..., Any]
+__all__ = ["Condition", "read_condition", "with_condition"]
 
 SPREAD = 4.0
 """The spread of a condition over that of the prior draws, where both are columns of one row. A penalty that sees rows
@@ -30,7 +27,7 @@ alone is slow to tell conditions apart that lie closer than codes do, and has fe
 far apart."""
 
 
-class Condition(nn.Module):
+class Condition(FittedBuffers):
     """The y that a model is conditional on, and the unit that it has beside the codes of each penalty.
 
     A unit is taken at the first step, so that y has :data:`SPREAD` times the standard deviation of the prior draws in
@@ -47,41 +44,8 @@ class Condition(nn.Module):
     def __init__(self, name: str, entries: int) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("scales", torch.full((entries,), math.nan))
-        self._is_fitted = [False] * entries
-
-    def read(
-        self,
-        observations: Sequence[Observation],
-        particle: Particle,
-        structure: Structure,
-        program: tuple[Program, Sequence[Any], Mapping[str, Any]],
-    ) -> Given:
-        """Finds the condition of each datum of this step.
-
-        Args:
-            observations: The observed sites of one run.
-            particle: That run.
-            structure: What its sites are.
-            program: The model, its arguments and its keyword arguments.
-
-        Raises:
-            ValueError: If the name is neither an observed site nor an argument, or there is not a row for each datum.
-            TypeError: If the condition is no tensor.
-        """
-        for observation in observations:
-            if observation.name == self.name:
-                rows = observation.layout.rows(observation.value, observation.distribution.event_dim)[0]
-                return Given(self, self._as_condition(rows), is_masked=observation.mask is not None)
-        arguments = _arguments(*program)
-        if self.name not in arguments:
-            is_latent = " It is latent here; a condition is given: obs=..." if self.name in structure.latents else ""
-            raise ValueError(
-                f"condition='{self.name}' is neither an observed site of the model nor an argument of this call. Its "
-                f"observed sites are {[o.name for o in observations]}, its arguments {list(arguments)}.{is_latent} "
-                f"Write pyro.sample('{self.name}', ..., obs={self.name}) in the data plate, or name an argument."
-            )
-        return Given(self, self._as_condition(self._rows_of(arguments[self.name], particle, structure)))
+        self.register_fitted("scales", torch.full((entries,), math.nan))
+        self._is_known = [False] * entries
 
     def fit(self, entry: int, condition: Tensor, prior: Tensor) -> Tensor:
         """The unit of the penalty number `entry`, from conditions (n, c) and prior draws (m, d).
@@ -89,7 +53,7 @@ class Condition(nn.Module):
         Raises:
             ValueError: At the first step, if the conditions or the prior draws do not vary.
         """
-        if not self._is_fitted[entry]:
+        if not self._is_known[entry]:
             spread = working_precision(condition).var(0).sum()
             scale = SPREAD * (working_precision(prior.detach()).var(0).sum() / spread).sqrt()
             if not (torch.isfinite(scale) and scale > 0):
@@ -97,105 +61,116 @@ class Condition(nn.Module):
                     f"condition='{self.name}' has a total variance of {spread.item():g} over the first batch, from "
                     "which its unit beside a code cannot be taken. Shuffle the data, or take MMD(condition_kernel=...)."
                 )
-            with torch.inference_mode(False):
-                self.scales = self.scales.to(scale).clone()
-                self.scales[entry] = scale
-            self._is_fitted[entry] = True
+            scales = self.scales.to(scale).clone()
+            scales[entry] = scale
+            self.set_fitted("scales", scales)
+            self._is_known[entry] = True
         return self.scales[entry]
 
-    def _rows_of(self, value: Any, particle: Particle, structure: Structure) -> Tensor:
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"condition='{self.name}' names an argument of the model, and it is {type(value).__name__} in this "
-                "call. Give a tensor with a row for each datum."
-            )
-        name, layout = next(iter(structure.latents.items()))
-        frames = particle.model.nodes[name]["cond_indep_stack"]
-        plate = next(frame.name for frame in frames if frame.dim == layout.data_dim)
-        count = len(value) if value.ndim else 0
-        if count == layout.data:
-            return value
-        if structure.data_size is not None and count == structure.data_size:
-            index = torch.as_tensor(particle.model.nodes[plate]["value"], device=value.device)
-            return value[index]
-        whole = "" if structure.data_size is None else f", or {structure.data_size} for all data"
-        raise ValueError(
-            f"condition='{self.name}' has shape {tuple(value.shape)}, and the data plate '{plate}' has {layout.data} "
-            f"data in this step: it needs {layout.data} rows{whole}. Give a tensor whose first dimension is the data."
-        )
-
-    def _as_condition(self, rows: Tensor) -> Tensor:
-        rows = at_least_float32(rows.detach())
-        flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
-        is_labels = not flat.is_floating_point() and not flat.is_complex()
-        if flat.is_complex() or flat.shape[1] == 0 or (is_labels and flat.shape[1] > 1):
-            raise ValueError(
-                f"condition='{self.name}' has rows of shape {tuple(rows.shape[1:])} and {rows.dtype}; it takes one "
-                "whole number for each datum, a label, or floats of any shape, which have a distance. Write "
-                f"{self.name}.float()."
-            )
-        return flat
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "scales")
-        if value is not None and value.shape == self.scales.shape:
-            # Assigned and not copied, so that a float64 unit is not rounded to an unset float32 one.
-            self.scales = value.detach().clone().to(self.scales.device)
-            self._is_fitted = [not number for number in value.isnan().tolist()]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def after_loading(self) -> None:
+        self._is_known = [not number for number in self.scales.isnan().tolist()]
 
 
-@dataclass(frozen=True)
-class Given:
-    """The conditions of one step.
+def read_condition(
+    name: str, run: Run, program: tuple[Program, Sequence[Any], Mapping[str, Any]]
+) -> tuple[Tensor, bool]:
+    """Finds the condition of each datum of this step.
 
     Args:
-        condition: Where they come from.
-        values: Shape (n, c): labels as integers with c = 1, or floats.
-        is_masked: Whether a mask leaves some of them out.
+        name: An observed site of the model, or one of its arguments.
+        run: A run of model and guide.
+        program: The model, its arguments and its keyword arguments.
+
+    Returns:
+        The condition, shape (n, c): labels as integers with c = 1, or floats; and whether a mask leaves some out.
+
+    Raises:
+        ValueError: If the name is neither an observed site nor an argument, or there is not a row for each datum.
+        TypeError: If the condition is no tensor.
     """
+    if name in run.observed:
+        site = run.observed[name]
+        return _flat(name, site.rows(site.value, site.event_dim)[0]), site.mask is not None
+    arguments = _arguments(*program)
+    if name not in arguments:
+        is_latent = " It is latent here; a condition is given: obs=..." if name in run.latents else ""
+        raise ValueError(
+            f"condition='{name}' is neither an observed site of the model nor an argument of this call. Its "
+            f"observed sites are {list(run.observed)}, its arguments {list(arguments)}.{is_latent} "
+            f"Write pyro.sample('{name}', ..., obs={name}) in the data plate, or name an argument."
+        )
+    return _flat(name, _rows_of(name, arguments[name], run)), False
 
-    condition: Condition
-    values: Tensor
-    is_masked: bool = False
 
-    def extend(
-        self, context: PenaltyContext, entry: int, penalty: Penalty, codes: Codes, prior: Tensor | None
-    ) -> PenaltyContext:
-        """Adds the condition to what a penalty learns.
+def with_condition(
+    context: PenaltyContext, step: Step, condition: Condition, entry: int, penalty: Penalty, draws: Tensor | None
+) -> PenaltyContext:
+    """Adds the condition to what a penalty learns.
 
-        Args:
-            context: What it learns without.
-            entry: The penalty's number.
-            penalty: The penalty.
-            codes: Its codes, before masked data are left out.
-            prior: Its prior draws after that, shape (m, d), or None.
+    Args:
+        context: What it learns without.
+        step: The step, with the codes of the penalty's sites.
+        condition: The units of conditions.
+        entry: The penalty's number.
+        penalty: The penalty.
+        draws: Its prior draws without masked data, shape (m, d), or None.
 
-        Raises:
-            ValueError: If the penalty cannot take a condition, or a mask drops conditions and no codes.
-        """
-        name = self.condition.name
-        for part in penalty.modules():
-            if isinstance(part, Chain | KernelStein):
-                raise ValueError(
-                    f"condition='{name}': {type(part).__name__} compares codes without what they are conditional on. "
-                    "Take another penalty, such as MMD()."
-                )
-        if self.is_masked and codes.kept is None:
+    Raises:
+        ValueError: If the penalty cannot take a condition, or a mask drops conditions and no codes.
+    """
+    assert step.condition is not None
+    name = condition.name
+    for part in penalty.modules():
+        if isinstance(part, Penalty) and not part.accepts_condition:
             raise ValueError(
-                f"condition='{name}' is masked and the latent sites {list(codes.columns)} are not, so that some codes "
-                "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
+                f"condition='{name}': {type(part).__name__} compares codes without what they are conditional on. "
+                "Take another penalty, such as MMD()."
             )
-        values = self.values.to(codes.values.device)
-        values = codes.left(values, 0)
-        scale = None
-        if prior is not None and values.is_floating_point() and any(map(_reads_columns, penalty.modules())):
-            scale = self.condition.fit(entry, values, prior)
-        return dataclasses.replace(context, condition=values, condition_scale=scale, shared_data=True)
+    if step.condition_is_masked and step.kept is None:
+        raise ValueError(
+            f"condition='{name}' is masked and the latent sites {list(step.columns)} are not: some codes "
+            "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
+        )
+    values = step.left(step.condition.to(step.codes.device), 0)
+    scale = None
+    if draws is not None and values.is_floating_point() and any(map(_reads_columns, penalty.modules())):
+        scale = condition.fit(entry, values, draws)
+    return dataclasses.replace(context, condition=values, condition_scale=scale, shared_data=True)
 
 
 def _reads_columns(part: nn.Module) -> bool:
     return isinstance(part, Penalty) and part.needs_prior_draws and not part.reads_condition
+
+
+def _rows_of(name: str, value: Any, run: Run) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"condition='{name}' names an argument of the model, and it is {type(value).__name__} in this "
+            "call. Give a tensor with a row for each datum."
+        )
+    count = len(value) if value.ndim else 0
+    if count == run.data:
+        return value
+    if run.data_size is not None and count == run.data_size:
+        return value[torch.as_tensor(run.model.nodes[run.plate]["value"], device=value.device)]
+    whole = "" if run.data_size is None else f", or {run.data_size} for all data"
+    raise ValueError(
+        f"condition='{name}' has shape {tuple(value.shape)}, and the data plate '{run.plate}' has {run.data} "
+        f"data in this step: it needs {run.data} rows{whole}. Give a tensor whose first dimension is the data."
+    )
+
+
+def _flat(name: str, rows: Tensor) -> Tensor:
+    rows = at_least_float32(rows.detach())
+    flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+    is_labels = not flat.is_floating_point() and not flat.is_complex()
+    if flat.is_complex() or flat.shape[1] == 0 or (is_labels and flat.shape[1] > 1):
+        raise ValueError(
+            f"condition='{name}' has rows of shape {tuple(rows.shape[1:])} and {rows.dtype}; it takes one "
+            "whole number for each datum, a label, or floats of any shape, which have a distance. Write "
+            f"{name}.float()."
+        )
+    return flat
 
 
 def _arguments(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,22 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyro_wae.step.records import Layout
-
-__all__ = ["PARTICLE_PLATE", "data_size", "find_data_plate", "plate_scale", "site_layout"]
+__all__ = ["PARTICLE_PLATE", "data_frame", "data_size", "find_data_plate", "layout", "outer_scale"]
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name that ``pyro.infer.ELBO`` gives the plate of its vectorised particles."""
 
-Site = Mapping[str, Any]
+Node = Mapping[str, Any]
 
 
-def find_data_plate(latents: Sequence[Site], observed: Sequence[Site], requested: str | None) -> str:
+def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested: str | None) -> str:
     """Finds the plate whose dimension is the sample dimension of Q_Z.
 
     Args:
-        latents: The sites that make up a code.
-        observed: The sites that have a cost.
+        latents: The nodes of a trace that make up a code.
+        observed: The nodes that have a cost.
         requested: The user's choice, or None for the one vectorised plate that holds every site; of several, the
             subsampled one.
 
@@ -31,8 +29,8 @@ def find_data_plate(latents: Sequence[Site], observed: Sequence[Site], requested
     Raises:
         ValueError: If a site lies outside, or nothing decides between several plates.
     """
-    sites = [*latents, *observed]
-    plates = {site["name"]: _vectorised(site) for site in sites}
+    nodes = [*latents, *observed]
+    plates = {node["name"]: _vectorised(node) for node in nodes}
     known = {name: frame for frames in plates.values() for name, frame in frames.items()}
     if requested is not None:
         if requested not in known:
@@ -44,7 +42,9 @@ def find_data_plate(latents: Sequence[Site], observed: Sequence[Site], requested
         return requested
     common = [name for name in known if all(name in frames for frames in plates.values())]
     if not common:
-        widest = max(known, key=lambda name: sum(name in frames for frames in plates.values()), default=None)
+        # Of two plates that hold as many sites, the one around observed sites is more likely the data's.
+        seen = [plates[node["name"]] for node in observed]
+        widest = max(known, key=lambda name: sum(name in frames for frames in [*plates.values(), *seen]), default=None)
         _check_inside(latents, observed, plates, widest, known)
     if len(common) > 1:
         subsampled = [name for name in common if data_size(known[name]) is not None]
@@ -57,21 +57,26 @@ def find_data_plate(latents: Sequence[Site], observed: Sequence[Site], requested
     return common[0]
 
 
-def site_layout(site: Site, data_plate: str) -> Layout:
-    """The layout that a site's plates give it."""
-    frames = {frame.name: frame for frame in site["cond_indep_stack"] if frame.dim is not None}
+def layout(node: Node, data_plate: str) -> tuple[tuple[int, ...], int, int | None]:
+    """The batch shape that a site's plates give it, the dimension of the data in it, and that of the particles."""
+    frames = {frame.name: frame for frame in node["cond_indep_stack"] if frame.dim is not None}
     shape = [1] * max(-frame.dim for frame in frames.values())
     for frame in frames.values():
-        shape[frame.dim] = _frame_size(site, frame)
+        shape[frame.dim] = _frame_size(node, frame)
     particles = frames.get(PARTICLE_PLATE)
-    return Layout(site["name"], tuple(shape), frames[data_plate].dim, particles.dim if particles else None)
+    return tuple(shape), frames[data_plate].dim, particles.dim if particles else None
 
 
-def _frame_size(site: Site, frame: Any) -> int:
+def data_frame(node: Node, data_plate: str) -> Any | None:
+    """The data plate's frame around a site, or None."""
+    return next((frame for frame in node["cond_indep_stack"] if frame.name == data_plate), None)
+
+
+def _frame_size(node: Node, frame: Any) -> int:
     """The plate's size in this run; one made without a size is as large as the site makes it."""
     if frame.size != -1:
         return frame.size
-    batch = site["fn"].batch_shape
+    batch = node["fn"].batch_shape
     return batch[frame.dim] if len(batch) >= -frame.dim else 1
 
 
@@ -81,63 +86,64 @@ def data_size(frame: Any) -> int | None:
     return full if full is not None and full != frame.size else None
 
 
-def plate_scale(site: Site) -> float:
-    """The product of N/B over a site's plates: Pyro's scale, but for what the user added by ``poutine.scale``."""
-    scale = 1.0
-    for frame in site["cond_indep_stack"]:
-        if data_size(frame) is not None:
-            scale = scale * frame.full_size / frame.size
-    return scale
+def outer_scale(node: Node, data_plate: str) -> float:
+    """The N/B of the data plate, which a mean per datum cancels; 1 where it takes all its data."""
+    frame = data_frame(node, data_plate)
+    return 1.0 if frame is None or data_size(frame) is None else frame.full_size / frame.size
 
 
-def _vectorised(site: Site) -> dict[str, Any]:
-    stack = site["cond_indep_stack"]
+def _vectorised(node: Node) -> dict[str, Any]:
+    stack = node["cond_indep_stack"]
     return {frame.name: frame for frame in stack if frame.dim is not None and frame.name != PARTICLE_PLATE}
 
 
 def _check_inside(
-    latents: Sequence[Site],
-    observed: Sequence[Site],
+    latents: Sequence[Node],
+    observed: Sequence[Node],
     plates: Mapping[str, Mapping[str, Any]],
     data_plate: str | None,
     known: Mapping[str, Any],
 ) -> None:
     size = None if data_plate is None else known[data_plate].size
-    for kind, sites in (("Latent", latents), ("Observed", observed)):
-        for site in sites:
-            if data_plate is None or data_plate not in plates[site["name"]]:
-                raise ValueError(_outside(site, kind, data_plate, size))
+    around_data = {name for node in observed for name in plates[node["name"]]}
+    for kind, nodes in (("Latent", latents), ("Observed", observed)):
+        for node in nodes:
+            own = plates[node["name"]]
+            if data_plate is None or data_plate not in own:
+                has_own_plate = bool(own) and not around_data & own.keys()
+                raise ValueError(_outside(node, kind, data_plate, size, has_own_plate=has_own_plate))
 
 
-def _outside(site: Site, kind: str, data_plate: str | None, size: int | None) -> str:
-    name = site["name"]
-    batch = _batch_shape(site)
+def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *, has_own_plate: bool) -> str:
+    name = node["name"]
+    batch = _batch_shape(node)
     where = f"outside the data plate '{data_plate}'" if data_plate else "in no plate"
     statement = f"pyro.sample('{name}', ...)"
-    sequential = [frame.name for frame in site["cond_indep_stack"] if frame.dim is None]
+    sequential = [frame.name for frame in node["cond_indep_stack"] if frame.dim is None]
     if sequential and data_plate is None:
         return (
             f"{kind} site '{name}' is only inside the sequential plate '{sequential[0]}', and the data plate must be "
             f"vectorised. Write, for all data at once: with pyro.plate('{sequential[0]}', n): {statement}."
         )
-    if kind == "Latent" and math.prod(batch) == 1:
+    if kind == "Latent" and (math.prod(batch) == 1 or has_own_plate):
+        values = "one value" if math.prod(batch) == 1 else f"one set of values, of batch shape {batch},"
         return (
-            f"Latent site '{name}' is global ({where}): it has one value for all data, and a WAE compares the codes "
+            f"Latent site '{name}' is global ({where}): it has {values} for all data, and a WAE compares the codes "
             f"of data. Make it a parameter in the model, {name} = pyro.param('{name}', ...), and leave it out of the "
             "guide."
         )
     plate = f"'{data_plate}', {size}" if data_plate else f"'data', {batch[-1] if batch else 'n'}"
     return (
-        f"{kind} site '{name}' of batch shape {batch} is {where}, so that nothing says which dimension is the data. "
+        f"{kind} site '{name}' of batch shape {batch} is {where}. It is ambiguous which of its dimensions is the data. "
         f"Write, in model and guide: with pyro.plate({plate}): {statement}."
     )
 
 
-def _batch_shape(site: Site) -> tuple[int, ...]:
+def _batch_shape(node: Node) -> tuple[int, ...]:
     """The batch shape without the dimension of vectorised particles and what stands left of it."""
-    value = site["value"]
-    batch = tuple(value.shape[: value.ndim - getattr(site["fn"], "event_dim", 0)])
-    particle = [frame.dim for frame in site["cond_indep_stack"] if frame.name == PARTICLE_PLATE]
+    value = node["value"]
+    batch = tuple(value.shape[: value.ndim - getattr(node["fn"], "event_dim", 0)])
+    particle = [frame.dim for frame in node["cond_indep_stack"] if frame.name == PARTICLE_PLATE]
     return batch[max(0, len(batch) + particle[0] + 1) :] if particle else batch
 
 

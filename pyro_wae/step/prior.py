@@ -4,83 +4,77 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import innermost, is_a
-from pyro_wae.step.program import Particle, ReplaySubsamples, Structure
-from pyro_wae.step.records import Codes, Layout
+from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
+from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae.step.program import ReplaySubsamples, Run
 
-__all__ = [
-    "distribution_tensors",
-    "draw_prior",
-    "leaves",
-    "prior_log_prob",
-    "prior_of_one_code",
-    "warn_of_lost_gradient",
-]
-
-Site = Mapping[str, Any]
+__all__ = ["draw_prior", "prior_log_prob", "prior_of_one_code", "prior_varies", "warn_of_lost_gradient"]
 
 MOST_COMPONENTS = 10
 """Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
 and soon takes longer than drawing."""
 
 
-def draw_prior(particle: Particle, structure: Structure) -> Tensor:
+def draw_prior(run: Run) -> Tensor:
     """Draws the latent sites afresh from the model; the decoder does not run.
 
     A single latent at the root comes from its own distribution. Anything else runs the model again on the same data
     and leaves it right after the last latent; what runs before that leaves BatchNorm's statistics alone. The draws
-    have a graph only if the prior has parameters to learn.
+    have a graph only if the prior has learnable parameters.
 
     Returns:
-        Shape (K, n, d), laid out as :func:`pyro_wae.step.program.gather_codes` lays out the codes.
+        Shape (K, n, d), laid out as the codes of the run.
 
     Raises:
         ValueError: If the model does not reach a latent site when it runs again.
     """
-    if structure.is_root:
-        (name,) = structure.latents
-        fn = particle.model.nodes[name]["fn"]
-        sites: dict[str, Site] = {name: {"fn": fn, "value": fn.rsample() if fn.has_rsample else fn.sample()}}
+    if run.is_root:
+        (site,) = run.latents.values()
+        drawn = {site.name: (site.distribution(), site.event_dim)}
     else:
-        sites = _rerun_to_last_latent(particle, structure)
-    rows = {name: structure.latents[name].rows(site["value"], site["fn"].event_dim) for name, site in sites.items()}
-    return Codes.of_sites(rows, {}).values
+        nodes = _rerun_to_last_latent(run)
+        drawn = {name: (node["value"], node["fn"].event_dim) for name, node in nodes.items()}
+    rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
+    return side_by_side(rows, {})[0]
 
 
-def warn_of_lost_gradient(particle: Particle, structure: Structure, penalty: Tensor) -> None:
-    """Warns if the prior has parameters to learn whose gradient neither its draws nor the penalty give."""
-    for name in structure.latents:
-        fn = particle.model.nodes[name]["fn"]
-        if not torch.is_grad_enabled() or fn.has_rsample:
+def warn_of_lost_gradient(run: Run, penalties: Iterable[Tensor]) -> None:
+    """Warns if the prior has learnable parameters whose gradient neither its draws nor the penalty give."""
+    if not torch.is_grad_enabled():
+        return
+    for name, site in run.latents.items():
+        if site.distribution.has_rsample:
             continue
-        parameters = {leaf for tensor in distribution_tensors(fn) for leaf in leaves(tensor)}
+        parameters = {leaf for tensor in distribution_tensors(site.distribution) for leaf in leaves(tensor)}
         # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
-        if parameters and not parameters <= leaves(penalty).keys():
+        if parameters and not parameters <= {leaf for penalty in penalties for leaf in leaves(penalty)}:
             warnings.warn(
-                f"The prior at site '{name}' ({type(fn).__name__}) has parameters to learn but cannot be "
-                "reparameterised: prior draws give them no gradient. Take a prior with rsample, or detach them.",
+                f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but cannot "
+                "be reparameterised: prior draws give them no gradient. Take a prior with rsample, or detach them.",
                 UserWarning,
                 stacklevel=2,
             )
 
 
-def prior_log_prob(z: Tensor, particles: Sequence[Particle], structure: Structure, codes: Codes) -> Tensor:
-    """The log density of codes under the model's prior, given this step's data.
+def prior_log_prob(z: Tensor, runs: Sequence[Run], columns: Mapping[str, slice], particles: int) -> Tensor:
+    """The log density of codes under the model's prior, given the data of the runs.
 
     Args:
         z: Shape (J, n, d), laid out as the codes.
-        particles: The runs of this step; with several, the j-th (n, d) goes to the run of its turn.
-        structure: What the sites are.
-        codes: The codes of the runs, for their layout.
+        runs: One or several runs on the same n data; the j-th ``particles`` rows go to the run of their turn.
+        columns: The columns of each latent site.
+        particles: Number of vectorised particles in a run.
 
     Returns:
         Shape (J, n).
@@ -88,45 +82,98 @@ def prior_log_prob(z: Tensor, particles: Sequence[Particle], structure: Structur
     Raises:
         ValueError: If a site's prior has no log_prob.
     """
-    size = len(codes.values) // len(particles)
     totals = []
-    for chunk, particle in zip(z.split(size), itertools.cycle(particles), strict=False):
-        values = {}
-        for name, columns in codes.columns.items():
-            event_shape = particle.model.nodes[name]["fn"].event_shape
-            values[name] = structure.latents[name].unrows(chunk[..., columns], event_shape)
-        sites = particle.model.nodes if structure.is_root else _rerun_to_last_latent(particle, structure, values)
+    for chunk, run in zip(z.split(particles), itertools.cycle(runs), strict=False):
+        values = {
+            name: run.latents[name].unrows(chunk[..., here], run.latents[name].distribution.event_shape)
+            for name, here in columns.items()
+        }
+        nodes = run.model.nodes if run.is_root else _rerun_to_last_latent(run, values)
         total = z.new_zeros(chunk.shape[:2])
         for name, value in values.items():
-            total = total + _log_prob_rows(name, sites[name]["fn"], value, structure.latents[name])
+            total = total + _log_prob_rows(run.latents[name], nodes[name]["fn"], value)
         totals.append(total)
     return torch.cat(totals)
 
 
-def prior_of_one_code(particle: Particle, name: str, layout: Layout) -> Any | None:
+def prior_of_one_code(run: Run) -> Any | None:
     """A root site's prior for the first datum, flattened as a code is.
 
     Returns:
         A distribution with ``batch_shape`` () and ``event_shape`` (d,), or None where the family is not known to draw
         each number by itself, or is no mixture of up to :data:`MOST_COMPONENTS` such families.
     """
-    outer = particle.model.nodes[name]["fn"].event_dim
-    fn = _same_family(innermost(particle.model.nodes[name]["fn"]))
-    if not is_a(type(fn), dist.MixtureSameFamily):
-        return _elementwise(fn, lambda value: layout.rows(value, outer)[0, 0].flatten())
+    (site,) = run.latents.values()
+    outer = site.event_dim
+    fn = _same_family(innermost(site.distribution))
+    if not isinstance(fn, dist.MixtureSameFamily):
+        return _elementwise(fn, lambda value: site.rows(value, outer)[0, 0].flatten())
     probs = fn.mixture_distribution.probs
-    if outer != fn.event_dim or layout.rows(probs, 1)[0, 0].numel() != probs.shape[-1]:
-        return None
     count = probs.shape[-1]
-    if count > MOST_COMPONENTS:
+    if outer != fn.event_dim or site.rows(probs, 1)[0, 0].numel() != count or count > MOST_COMPONENTS:
         return None
     component = _elementwise(
         innermost(fn.component_distribution),
-        lambda value: layout.rows(value, 1 + outer)[0, 0].reshape(count, -1),
+        lambda value: site.rows(value, 1 + outer)[0, 0].reshape(count, -1),
     )
     if component is None:
         return None
-    return dist.MixtureSameFamily(dist.Categorical(layout.rows(probs, 1)[0, 0].flatten()), component)
+    return dist.MixtureSameFamily(dist.Categorical(site.rows(probs, 1)[0, 0].flatten()), component)
+
+
+def prior_varies(run: Run) -> bool:
+    """Whether the prior of a datum's code may depend on the datum, as far as can be seen.
+
+    A false alarm is harmless: the pairs that it leaves out of a penalty cost a little variance and no bias.
+    """
+    if not run.is_root:
+        return True
+    (site,) = run.latents.values()
+    batch = len(site.distribution.batch_shape)
+    place = batch + site.data_dim  # of the data among the batch dimensions, from the left
+    return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim)
+
+
+def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 5) -> bool:
+    """Whether what a distribution is made of may differ along the data.
+
+    Args:
+        value: A distribution or a part of one.
+        n: Number of data.
+        place: The dimension of the data in the distribution's batch shape, counted from the left.
+        batch: Number of its batch dimensions.
+        event_dim: Number of dimensions of a tensor to the right of the batch's.
+        depth: How deep to look.
+    """
+    if isinstance(value, Tensor):
+        dim = value.ndim - (batch + event_dim) + place  # a tensor of fewer dimensions is broadcast from the right
+        if not 0 <= dim < value.ndim or value.shape[dim] != n or not value.stride(dim):
+            return False
+        if value.requires_grad or value.device.type != "cpu":  # where looking would wait, or miss a graph
+            return True
+        return bool((value != value.narrow(dim, 0, 1)).any())
+    if depth == 0:
+        return isinstance(value, list | tuple | torch.distributions.Distribution | torch.distributions.Transform)
+    if isinstance(value, list | tuple):
+        return any(_varies(item, n, place, batch, event_dim, depth - 1) for item in value)
+    if isinstance(value, ExpandedDistribution):
+        # The dimensions that it adds on the left are not those of what it repeats.
+        place -= len(value.batch_shape) - len(value.base_dist.batch_shape)
+        return place >= 0 and _varies(value.base_dist, n, place, batch, event_dim, depth - 1)
+    if isinstance(value, torch.distributions.Distribution):
+        inner, constraints = len(value.batch_shape), value.arg_constraints
+        for name, part in vars(value).items():
+            # Some families keep a parameter a second time, as it was before it was broadcast.
+            known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
+            own = len(value.event_shape) if known is None else known.event_dim
+            if _varies(part, n, place, inner, own, depth - 1):
+                return True
+        return False
+    if isinstance(value, torch.distributions.Transform):
+        # A transform keeps its last draw, which is as long as the data and says nothing about them.
+        parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
+        return any(_varies(part, n, place, batch, event_dim, depth - 1) for part in parts)
+    return callable(value) and not isinstance(getattr(value, "__self__", value), nn.Module | type | weakref.ref)
 
 
 class _StopAfter(ReplaySubsamples):
@@ -136,7 +183,7 @@ class _StopAfter(ReplaySubsamples):
         super().__init__(trace)
         self.names = names
         self.values = values or {}
-        self.sites: dict[str, Site] = {}
+        self.nodes: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
@@ -147,8 +194,8 @@ class _StopAfter(ReplaySubsamples):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] not in self.names:
             return
-        self.sites[msg["name"]] = msg.copy()
-        if len(self.sites) == len(self.names):
+        self.nodes[msg["name"]] = msg.copy()
+        if len(self.nodes) == len(self.names):
             # A continuation runs after every other handler has seen the site.
             msg["continuation"] = _leave
 
@@ -157,38 +204,36 @@ def _leave(msg: Any) -> None:
     raise NonlocalExit(msg)
 
 
-def _rerun_to_last_latent(
-    particle: Particle, structure: Structure, values: Mapping[str, Tensor] | None = None
-) -> dict[str, Site]:
-    stop = _StopAfter(particle.model, set(structure.latents), values)
+def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    stop = _StopAfter(run.model, set(run.latents), values)
     try:
         with batch_norm_at_rest(), stop:
-            particle.rerun()
+            run.rerun()
     except NonlocalExit:
         pass
-    missing = [name for name in structure.latents if name not in stop.sites]
+    missing = [name for name in run.latents if name not in stop.nodes]
     if missing:
         raise ValueError(
             f"When the model ran again for prior draws it did not sample site '{missing[0]}'. A WAE needs a model "
             "that samples the same sites in every run."
         )
-    return {name: stop.sites[name] for name in structure.latents}
+    return {name: stop.nodes[name] for name in run.latents}
 
 
-def _log_prob_rows(name: str, fn: Any, value: Tensor, layout: Layout) -> Tensor:
+def _log_prob_rows(site: Site, fn: Any, value: Tensor) -> Tensor:
     try:
-        rows = layout.rows(fn.log_prob(value), 0)
+        rows = site.rows(fn.log_prob(value), 0)
     except NotImplementedError as error:
         raise ValueError(
-            f"The prior at site '{name}' ({type(fn).__name__}) has no log_prob. Take a penalty that needs draws alone, "
-            "such as MMD() or SlicedWasserstein()."
+            f"The prior at site '{site.name}' ({type(fn).__name__}) has no log_prob. Take a penalty that needs draws "
+            "alone, such as MMD() or SlicedWasserstein()."
         ) from error
     return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
 
 def _same_family(fn: Any) -> Any:
     """Pyro's own mixtures of Normals as a ``MixtureSameFamily``; anything else as it is."""
-    if not is_a(type(fn), dist.MixtureOfDiagNormals, dist.MixtureOfDiagNormalsSharedCovariance):
+    if not isinstance(fn, dist.MixtureOfDiagNormals | dist.MixtureOfDiagNormalsSharedCovariance):
         return fn
     shared = isinstance(fn, dist.MixtureOfDiagNormalsSharedCovariance)
     scales = fn.coord_scale.unsqueeze(-2).expand_as(fn.locs) if shared else fn.coord_scale
@@ -198,41 +243,7 @@ def _same_family(fn: Any) -> Any:
 
 def _elementwise(fn: Any, take: Callable[[Tensor], Tensor]) -> Any | None:
     """The same family with its parameters cut out by `take`, if it draws each number by itself."""
-    if not is_a(type(fn), dist.Normal, dist.Laplace, dist.Uniform, dist.StudentT):
+    if not isinstance(fn, dist.Normal | dist.Laplace | dist.Uniform | dist.StudentT):
         return None
     parameters = {name: take(getattr(fn, name).expand(fn.batch_shape)) for name in fn.arg_constraints}
     return type(fn)(**parameters, validate_args=False).to_event(1)
-
-
-def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
-    """The tensors of a distribution, those of its modules included."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
-    if depth and isinstance(value, list | tuple):
-        for item in value:
-            yield from distribution_tensors(item, depth - 1)
-    if depth and isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
-        for name, item in vars(value).items():
-            # A transform keeps its last draw, which is no parameter.
-            if not name.startswith("_cache"):
-                yield from distribution_tensors(item, depth - 1)
-
-
-def leaves(value: Tensor) -> dict[Tensor, None]:
-    """The parameters that a tensor depends on, in the order of a walk through its graph."""
-    if value.grad_fn is None:
-        return {value: None} if value.requires_grad else {}
-    found: dict[Tensor, None] = {}
-    seen: set[Any] = {value.grad_fn}
-    nodes = [value.grad_fn]
-    while nodes:
-        node: Any = nodes.pop()
-        if hasattr(node, "variable"):
-            found[node.variable] = None
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                nodes.append(parent)
-    return found

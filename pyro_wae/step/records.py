@@ -1,202 +1,291 @@
-"""Codes: latent values as rows, one for each datum. Plain tensors with their layout; nothing of Pyro."""
+"""The record of one step: a row for each datum of codes, prior draws, costs and conditions."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_wae._core.numerics import at_least_float32, joined
+from pyro_wae._core.distributions import innermost
+from pyro_wae._core.numerics import joined, total
+from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae.penalties import PenaltyContext
+from pyro_wae.step.prior import prior_log_prob, prior_of_one_code
+from pyro_wae.step.program import Run
+from pyro_wae.step.terms import Terms
 
-__all__ = ["Codes", "Layout"]
+__all__ = ["Step"]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which batch dimensions of a site are the data and the particles; all others belong to a datum.
+class Step:
+    """What the runs of model and guide in one step have shown of n data, K particles of each.
 
     Args:
-        site: The site's name, for messages.
-        shape: The batch shape that the site's plates give, 1 where a dimension belongs to no plate.
-        data_dim: The data plate's dimension, counted from the right of ``shape`` (negative).
-        particle_dim: The same for vectorised particles, or None without them.
+        runs: The runs: for each micro-batch one for each particle that is not vectorised.
+        codes: Shape (K, n, d).
+        columns: The columns of each latent site.
+        kept: Shape (K, n, d), False where an element of a code is masked; None where nothing is.
+        prior: Prior draws, shape (J, n, d); None where nothing needs them.
+        costs: The cost of each observed site, shape (K, n).
+        seen: Shape (K, n): which data have anything observed; None if all have.
+        condition: Shape (n, c): what the model is conditional on, labels as integers with c = 1, or floats; or None.
+        condition_name: The name of the condition.
+        condition_is_masked: Whether a mask leaves some of the conditions out.
+        data_size: Number of data that the data plate takes a part of; None where it takes all.
+        prior_varies: Whether the prior of a datum's code may depend on the datum, as far as can be seen.
+        mean_costs: The mean of each cost over particles and data that are not masked, once it has been taken.
+        penalties: The scaled penalty of each latent site or group, "" that of the joint code, once it has been taken.
+        weight: The penalty weight.
+        loss: The sum of costs and weighted penalties, once it has been taken.
     """
 
-    site: str
-    shape: tuple[int, ...]
-    data_dim: int
-    particle_dim: int | None = None
+    runs: Sequence[Sequence[Run]]
+    codes: Tensor
+    columns: Mapping[str, slice]
+    kept: Tensor | None
+    prior: Tensor | None
+    costs: Mapping[str, Tensor]
+    seen: Tensor | None
+    condition: Tensor | None
+    condition_name: str | None
+    condition_is_masked: bool
+    data_size: int | None
+    prior_varies: bool
+    mean_costs: Mapping[str, Tensor] = field(default_factory=dict)
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: float | Tensor = 0.0
+    loss: Tensor | None = None
 
     @property
     def data(self) -> int:
-        """The number of data."""
-        return self.shape[self.data_dim]
+        """Number of data."""
+        return self.codes.shape[1]
 
-    def rows(self, x: Tensor, event_dim: int) -> Tensor:
-        """Moves particles and data to the front.
+    @property
+    def first(self) -> Run:
+        """The first run."""
+        return self.runs[0][0]
 
-        Args:
-            x: A tensor whose last ``event_dim`` dimensions are the event and whose others broadcast to ``shape``.
-            event_dim: Number of event dimensions.
-
-        Returns:
-            Shape (K, n, *inner, *event): K particles, n data, then the other batch dimensions, then the event.
-
-        Raises:
-            ValueError: If a batch dimension of x belongs to no plate.
-        """
-        batch, event = x.shape[: x.ndim - event_dim], x.shape[x.ndim - event_dim :]
-        for dim in range(-len(batch), 0):
-            planned = self.shape[dim] if -dim <= len(self.shape) else 1
-            if batch[dim] not in (1, planned):
-                raise ValueError(
-                    f"At site '{self.site}', batch dimension {dim} has size {batch[dim]} where its plates give "
-                    f"{planned}. Write .to_event({-dim}) if it belongs to the value of one datum, or put the site "
-                    f"under pyro.plate(..., {batch[dim]}, dim={dim})."
-                )
-        if batch != self.shape:
-            x = x.reshape(batch[max(0, len(batch) - len(self.shape)) :] + event).expand(self.shape + event)
-        data = self.data_dim - event_dim
-        if self.particle_dim is None:
-            return (x if x.ndim == -data else x.movedim(data, 0)).unsqueeze(0)
-        return x.movedim((self.particle_dim - event_dim, data), (0, 1))
-
-    def unrows(self, rows: Tensor, event_shape: tuple[int, ...]) -> Tensor:
-        """Undoes :meth:`rows` and the flattening of what belongs to a datum.
-
-        Args:
-            rows: Shape (K, n, size).
-            event_shape: The site's event shape.
-
-        Returns:
-            Shape ``shape + event_shape``.
-        """
-        moved = (self.particle_dim, self.data_dim)
-        inner = [size for dim, size in zip(range(-len(self.shape), 0), self.shape, strict=True) if dim not in moved]
-        x = rows.reshape((*rows.shape[:2], *inner, *event_shape))
-        data = self.data_dim - len(event_shape)
-        if self.particle_dim is None:
-            return x.squeeze(0).movedim(0, data)
-        return x.movedim((0, 1), (self.particle_dim - len(event_shape), data))
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The codes of K particles of n data at one or several sites.
-
-    Args:
-        values: Shape (K, n, d).
-        columns: The columns of each site.
-        kept: Shape (K, n, d), False where an element is masked; None where nothing is.
-    """
-
-    values: Tensor
-    columns: Mapping[str, slice]
-    kept: Tensor | None = None
-
-    @classmethod
-    def of_sites(cls, rows: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Codes:
-        """Sets sites side by side.
-
-        Half precision is cast up to float32: under autocast one site may have it, and the next may not.
-
-        Args:
-            rows: For each site a tensor (K, n, ...) as :meth:`Layout.rows` gives it.
-            kept: For the sites that have a mask, a boolean tensor of the same shape.
-
-        Raises:
-            ValueError: If the sites have different dtypes or devices.
-        """
-        rows = {site: at_least_float32(value) for site, value in rows.items()}
-        first = next(iter(rows))
-        for site, value in rows.items():
-            if value.dtype != rows[first].dtype or value.device != rows[first].device:
-                raise ValueError(
-                    f"Site '{site}' has values of {value.dtype} on {value.device}, site '{first}' of "
-                    f"{rows[first].dtype} on {rows[first].device}. One code joins all sites: give them one dtype and "
-                    "device, or compare the sites apart with WAELoss({'" + site + "': MMD(), ...})."
-                )
-        flat = {site: value.flatten(2) if value.ndim > 2 else value.unsqueeze(2) for site, value in rows.items()}
-        columns, start = {}, 0
-        for site, value in flat.items():
-            columns[site] = slice(start, start + value.shape[2])
-            start += value.shape[2]
-        masks = None
-        if kept:
-            masks = torch.cat(
-                [kept[s].reshape(v.shape) if s in kept else v.new_ones(v.shape).bool() for s, v in flat.items()], dim=2
-            )
-        return cls(joined(list(flat.values()), 2), columns, masks)
-
-    @classmethod
-    def stack(cls, parts: Sequence[Codes]) -> Codes:
-        """Sets the particles of several runs one after the other.
-
-        Raises:
-            ValueError: If the runs disagree in the number of data or the size of a code.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        shapes = [tuple(part.values.shape[1:]) for part in parts]
-        if len(set(shapes)) > 1:
-            raise ValueError(
-                f"Runs of one step gave codes of different shapes (data, size): {shapes}. "
-                "The model and guide must have one structure within a step."
-            )
-        masks = [part.kept for part in parts if part.kept is not None]
-        values = torch.cat([part.values for part in parts])
-        return cls(values, parts[0].columns, torch.cat(masks) if len(masks) == len(parts) else None)
-
-    def site(self, *names: str) -> Codes:
-        """The codes of one site alone, or of several in the order they have here."""
+    def part(self, names: Collection[str]) -> Step:
+        """The same with the codes of some sites alone, in the order they have here."""
+        if list(names) == list(self.columns):
+            return self
         columns, start = {}, 0
         for site, here in self.columns.items():
             if site in names:
                 columns[site] = slice(start, start + here.stop - here.start)
                 start = columns[site].stop
-        kept = None if self.kept is None else self.cut(self.kept, names)
-        return Codes(self.cut(self.values, names), columns, kept)
+        codes, kept, prior = (
+            None if rows is None else joined([rows[..., self.columns[site]] for site in columns], -1)
+            for rows in (self.codes, self.kept, self.prior)
+        )
+        assert codes is not None
+        return dataclasses.replace(self, codes=codes, columns=columns, kept=kept, prior=prior)
 
-    def cut(self, rows: Tensor, names: Collection[str]) -> Tensor:
-        """The columns of some sites, from a tensor (..., d) that is laid out as these codes."""
-        return joined([rows[..., columns] for site, columns in self.columns.items() if site in names], -1)
-
-    def masked(self, draws: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Leaves out masked data and sets other masked elements to 0, alike in codes and prior draws.
-
-        Args:
-            draws: Prior draws of the same layout, shape (J, n, d), or None.
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """Codes and prior draws without masked data, other masked elements 0 in both.
 
         Returns:
-            The codes, shape (K, n', d), and the draws, shape (J n', d), with n' data left.
+            The codes, shape (K, n', d), and the draws, shape (J n', d) or None, with n' data left.
         """
-        codes, kept = self.values, self.kept_rows()
+        codes, prior, kept = self.codes, self.prior, self.kept_rows()
         if kept is not None:
             codes = self.left(codes, 1).where(kept, 0.0)
-            if draws is not None:
-                repeats = math.ceil(len(draws) / len(kept))
-                draws = self.left(draws, 1).where(kept.repeat(repeats, 1, 1)[: len(draws)], 0.0)
-        return codes, None if draws is None else draws.flatten(0, 1)
+            if prior is not None:
+                repeats = math.ceil(len(prior) / len(kept))
+                prior = self.left(prior, 1).where(kept.repeat(repeats, 1, 1)[: len(prior)], 0.0)
+        return codes, None if prior is None else prior.flatten(0, 1)
 
     def kept_rows(self) -> Tensor | None:
-        """Which numbers are unmasked, shape (K, n', d), of the n' data that :meth:`masked` leaves; None if all are."""
+        """Which numbers of the codes are unmasked, shape (K, n', d), of the n' data left; None if all are."""
         return None if self.kept is None else self.left(self.kept, 1)
 
     def left(self, rows: Tensor, dim: int) -> Tensor:
         """The data that a mask leaves, of a tensor that has all of them along a dimension, 0 or 1."""
-        data = self._data_left
+        data = self.data_left
         if data is None:
             return rows
         return rows[data] if dim == 0 else rows[:, data]
 
     @functools.cached_property
-    def _data_left(self) -> Tensor | None:
+    def data_left(self) -> Tensor | None:
         """Shape (n,): False for data whose whole code is masked; None if there are none."""
         if self.kept is None:
             return None
         whole = self.kept.any(2).any(0)
         return None if bool(whole.all()) else whole
+
+    def add(self, penalties: Mapping[str, Tensor], weight: Callable[[Tensor], float | Tensor]) -> Step:
+        """The step with its loss: the mean costs, and the penalties times a weight that may start from the cost.
+
+        Codes and prior draws that are not finite make the loss NaN, also where a penalty would not show them.
+        """
+        if self.seen is None:
+            means = {site: costs.mean() for site, costs in self.costs.items()}
+        else:
+            count = self.seen.sum().clamp(min=1)
+            means = {site: costs.where(self.seen, 0.0).sum() / count for site, costs in self.costs.items()}
+        cost = total(means.values())
+        factor = weight(cost.detach())
+        loss = cost + factor * total(penalties.values()).to(cost.device)
+        for rows in self.rows():
+            if rows is not None:
+                loss = loss.where(rows.detach().isfinite().all().to(loss.device), math.nan)
+        return dataclasses.replace(self, mean_costs=means, penalties=penalties, weight=factor, loss=loss)
+
+    def terms(self) -> Terms:
+        """The parts of the loss, detached."""
+        return Terms(
+            cost=total(self.mean_costs.values()).detach(),
+            penalty=total(self.penalties.values()).detach(),
+            weight=self.weight,
+            costs={site: value.detach() for site, value in self.mean_costs.items()},
+            penalties={site: value.detach() for site, value in self.penalties.items() if site},
+        )
+
+    def what_is_not_finite(self) -> str:
+        """Why the loss is not finite, in a sentence that names the part."""
+        codes, prior = self.rows()
+        for site, columns in self.columns.items():
+            if found := _not_finite(codes[..., columns]):
+                return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
+            if prior is not None and (found := _not_finite(prior[..., columns])):
+                return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
+        if self.condition is not None and (found := _not_finite(self.condition)):
+            return f"The condition '{self.condition_name}' holds {found}: look at the data."
+        for site, value in self.mean_costs.items():
+            if found := _not_finite(value):
+                return f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
+        for site, value in self.penalties.items():
+            if found := _not_finite(value):
+                where = f" of latent site '{site}'" if site else ""
+                return f"The penalty{where} is {found}, though the codes are finite."
+        return (
+            f"The loss is not finite, though its parts are: the penalty weight ({float(self.weight):g}) times the "
+            "penalty overflows."
+        )
+
+    def context(self) -> PenaltyContext:
+        """What a penalty may know of the codes and the prior beyond their draws."""
+        # Under a mask or for a part of the sites, the rows are not draws of the model's joint prior any more.
+        is_whole = self.kept is None and list(self.columns) == list(self.first.latents)
+        return PenaltyContext(
+            data_size=self.data_size,
+            shared_data=self.kept is not None or self.prior_varies,
+            prior=functools.partial(prior_of_one_code, self.first) if is_whole and not self.prior_varies else None,
+            prior_log_prob=self.prior_log_prob if is_whole else None,
+            encoder_variance=self.encoder_variance,
+            sites=self.columns,
+            kept=self.kept_rows,
+        )
+
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        """The log density of the model's prior at codes (J, n, d), given the data of this step: shape (J, n)."""
+        particles = len(self.codes) // len(self.runs[0])
+        parts = zip(self.runs, z.split([runs[0].data for runs in self.runs], 1), strict=True)
+        return joined([prior_log_prob(rows, runs, self.columns, particles) for runs, rows in parts], 1)
+
+    def encoder_variance(self) -> Tensor:
+        """The variance that the guide gives each number of a code, shape (K, n', d); 1 where it is masked."""
+        return self.of_kept(self.variances())
+
+    def variances(self) -> Tensor:
+        """The variance that the guide gives each number of a code, masked or not, shape (K, n, d)."""
+        return joined([joined([self._variance_of(run) for run in runs]) for runs in self.runs], 1)
+
+    def of_kept(self, variances: Tensor) -> Tensor:
+        """The variances (K, n', d) of the data that a mask leaves, 1 for a masked number, at which guards are 0."""
+        return variances if self.kept is None else self.left(variances, 1).where(self.left(self.kept, 1), 1.0)
+
+    def _variance_of(self, run: Run) -> Tensor:
+        rows = {}
+        for name in self.columns:
+            site, node = run.latents[name], run.guide.nodes[name]
+            variance = _variance(site, node["fn"]).expand(node["value"].shape)
+            rows[name] = site.rows(variance, node["fn"].event_dim)
+        return side_by_side(rows, {})[0]
+
+    @staticmethod
+    def join(parts: Sequence[Step], dim: int) -> Step:
+        """Joins steps of other particles of the same data (dim 0), or of other data (dim 1).
+
+        Raises:
+            ValueError: If they have other sites, or codes of other sizes.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        for part in parts:
+            part._check_like(first, dim)
+        changes: dict[str, Any] = {
+            name: joined([getattr(part, name) for part in parts], dim)
+            for name in ("codes", "prior")
+            if getattr(first, name) is not None
+        }
+        changes["costs"] = {site: joined([part.costs[site] for part in parts], dim) for site in first.costs}
+        for name, like in (("kept", "codes"), ("seen", "costs")):
+            masks = [getattr(part, name) for part in parts]
+            if any(mask is not None for mask in masks):
+                wholes = [part.codes if like == "codes" else next(iter(part.costs.values())) for part in parts]
+                filled = [
+                    torch.ones_like(whole, dtype=torch.bool) if mask is None else mask
+                    for mask, whole in zip(masks, wholes, strict=True)
+                ]
+                changes[name] = joined(filled, dim)
+        if dim == 1:
+            changes["condition_is_masked"] = any(part.condition_is_masked for part in parts)
+            changes["prior_varies"] = any(part.prior_varies for part in parts)
+            if first.condition is not None:
+                changes["condition"] = joined([part.condition for part in parts if part.condition is not None])
+            n = sum(part.data for part in parts)
+            changes["data_size"] = None if first.data_size == n else first.data_size
+            changes["runs"] = [runs for part in parts for runs in part.runs]
+        else:
+            changes["runs"] = [[run for part in parts for runs in part.runs for run in runs]]
+        return dataclasses.replace(first, **changes)
+
+    def _check_like(self, first: Step, dim: int) -> None:
+        found, expected = ({site: (c.start, c.stop) for site, c in s.columns.items()} for s in (self, first))
+        if found != expected or self.costs.keys() != first.costs.keys():
+            raise ValueError(
+                f"{'Runs' if dim == 0 else 'Micro-batches'} of one step gave codes of different sites or sizes: "
+                f"{expected} and {found} (site: first and last column), or costs of different sites: "
+                f"{list(first.costs)} and {list(self.costs)}. The model and guide must have one structure within a "
+                "step: write the choice into the site's distribution, not around the site."
+            )
+        if dim == 0 and self.data != first.data:
+            raise ValueError(
+                f"Runs of one step gave codes of different numbers of data: {first.data} and {self.data}. The model "
+                "and guide must have one structure within a step."
+            )
+
+
+def _not_finite(values: Tensor) -> str | None:
+    """What is not finite in a tensor, in a word; None where all is."""
+    if not values.is_floating_point() or bool(values.isfinite().all()):
+        return None
+    return "NaN" if bool(values.isnan().any()) else "infinity"
+
+
+def _variance(site: Site, guide: Any) -> Tensor:
+    inner = innermost(guide)
+    if isinstance(inner, dist.Delta):
+        raise ValueError(
+            f"The guide is deterministic at site '{site.name}' (Delta): there is no variance to guard. Leave the "
+            "guard out, or write dist.Normal(loc, scale) in the guide."
+        )
+    try:
+        return guide.variance
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The guide's {type(inner).__name__} at site '{site.name}' has no variance in closed form, which the guard "
+            "needs. Write dist.Normal(loc, scale) in the guide."
+        ) from error

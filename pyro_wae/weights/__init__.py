@@ -1,6 +1,6 @@
-"""Penalty weights: the lambda of a Wasserstein auto-encoder as a number, as a plan, or as the answer to a question."""
+"""Penalty weights: the lambda of a Wasserstein auto-encoder as a number, a schedule, or a Lagrange multiplier."""
 
-from pyro_wae.weights.base import Constant, Linear, Schedule, Weight, as_weight
+from pyro_wae.weights.base import Constant, LinearSchedule, Schedule, Weight, as_weight
 from pyro_wae.weights.constraint import Constraint
 
-__all__ = ["Constant", "Constraint", "Linear", "Schedule", "Weight", "as_weight"]
+__all__ = ["Constant", "Constraint", "LinearSchedule", "Schedule", "Weight", "as_weight"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
 
-__all__ = ["Constant", "Linear", "Schedule", "SteppedWeight", "Weight", "as_weight", "check_weight"]
+__all__ = ["Constant", "LinearSchedule", "Schedule", "SteppedWeight", "Weight", "as_weight"]
 
 
 class Weight(CallRepr, nn.Module):
@@ -73,8 +73,7 @@ class Constant(Weight):
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        check_weight("penalty_weight", weight)
-        self.weight = weight
+        self.weight = _checked("penalty_weight", weight)
 
     def forward(self, cost: Tensor | None = None) -> float:
         return self.weight
@@ -101,19 +100,15 @@ class Schedule(SteppedWeight):
 
     def __init__(self, function: Callable[[int], float]) -> None:
         super().__init__()
-        if not callable(function):
-            raise TypeError(
-                f"Schedule takes a function of the step, found {function!r}. Write Schedule(lambda step: 100.0)."
-            )
-        self.function = function
+        self.function = checks.function(
+            "Schedule's function", function, "a function of the step", write="Schedule(lambda step: 100.0)"
+        )
 
     def forward(self, cost: Tensor | None = None) -> float:
-        weight = self.function(self.step)
-        check_weight(f"Schedule's weight of step {self.step}", weight)
-        return weight
+        return _checked(f"Schedule's weight of step {self.step}", self.function(self.step))
 
 
-class Linear(SteppedWeight):
+class LinearSchedule(SteppedWeight):
     """A weight that goes from one value to another along a line, and stays there.
 
     Args:
@@ -122,21 +117,19 @@ class Linear(SteppedWeight):
         steps: The number of steps between them, >= 1.
 
     Raises:
-        TypeError: If a weight is no number.
+        TypeError: If a weight is no number, or ``steps`` no whole number.
         ValueError: If a weight is negative or not finite, or there is no step.
 
     Example:
-        >>> Linear(0.0, 100.0, steps=1000)()
+        >>> LinearSchedule(0.0, 100.0, steps=1000)()
         0.0
     """
 
     def __init__(self, start: float, end: float, *, steps: int) -> None:
         super().__init__()
-        check_weight("Linear's start", start)
-        check_weight("Linear's end", end)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"Linear takes steps, a whole number >= 1, found {steps!r}. Write steps=1000.")
-        self.start, self.end, self.steps = start, end, steps
+        self.start = _checked("LinearSchedule's start", start)
+        self.end = _checked("LinearSchedule's end", end)
+        self.steps = checks.whole("LinearSchedule's steps", steps, write="steps=1000")
 
     def forward(self, cost: Tensor | None = None) -> float:
         return self.start + (self.end - self.start) * min(self.step / self.steps, 1.0)
@@ -152,12 +145,11 @@ def as_weight(weight: float | Weight) -> Weight:
     return weight if isinstance(weight, Weight) else Constant(weight)
 
 
-def check_weight(name: str, weight: float) -> None:
-    """Raises TypeError or ValueError unless the weight is a finite number >= 0."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+def _checked(name: str, weight: Any) -> float:
+    """A finite number >= 0."""
+    if not checks.is_number(weight):
         raise TypeError(
             f"{name} must be a number or one of pyro_wae.weights, found {type(weight).__name__}. "
             "Write penalty_weight=100.0."
         )
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"{name} must be finite and >= 0, found {weight}. Write penalty_weight=100.0.")
+    return checks.number(name, weight, least=0, write="penalty_weight=100.0")

@@ -9,29 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_wae.penalties.null import pair_variance
-from pyro_wae.weights.base import SteppedWeight, check_weight
-from pyro_wae.weights.features import RandomFeatures, trace_of_squared_covariance
+from pyro_wae._core import checks
+from pyro_wae._core.fitted import FittedBuffers
+from pyro_wae.penalties.null_variance import pair_variance
+from pyro_wae.weights.base import SteppedWeight
 
-__all__ = ["Constraint"]
+__all__ = ["Constraint", "RandomFeatures", "trace_of_squared_covariance"]
 
 FREQUENCIES = 256
-FIRST_SHARE, LEAST_COST, LARGEST_RISE = 0.1, 1e-6, 300.0
+FACTORS = (0.2, 1.0, 5.0)
+"""Squared lengths of the inverse multiquadratic kernels, in the mean squared distance of prior draws."""
+
+LENGTHS = (0.05, 0.15, 0.5)
+"""Lengths of the Laplace kernels, in the root of half that distance."""
+
+LEAST_SQUARE = 1e-4
+"""Bounds the frequencies: phases of float32 have few digits beyond."""
+
 WARM_UP, MEMORY = 200, 0.01
-"""Steps before the first rise is judged, and the share of a step in the running mean of the discrepancy."""
+"""Steps before the first rise is judged, and the share of a step in the running means."""
 
-NEAR = 1.5
-"""The discrepancy, in slacks, up to which the constraint counts as met."""
+RISE, NEEDED, LEARNING, NEAR = 2.0, 0.8, 0.97, 1.5
+"""A rise of the weight by the first factor must lower the discrepancy to the second share of it, unless the cost falls
+to the third, because the nets still learn, or the discrepancy is below the fourth number of slacks."""
 
-RISE, NEEDED = 2.0, 0.8
-"""A rise of the weight by this factor must lower the discrepancy to this share of it."""
-
+FIRST_SHARE, LEAST_COST, LARGEST_RISE = 0.1, 1e-6, 300.0
 CHECK_EVERY = 100
 LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
 """Prior draws of a step from which the null's variance is estimated, and the step's share in its running mean."""
 
 
-class Constraint(SteppedWeight):
+class Constraint(FittedBuffers, SteppedWeight):
     """The weight that holds the codes so close to the prior that a given number of them cannot be told from it.
 
     It is the Lagrange multiplier of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum mean
@@ -40,13 +48,15 @@ class Constraint(SteppedWeight):
     log lambda falls. The kernel has long lengths and short ones, which detect gaps between codes.
 
     Where a larger weight no longer lowers D, the slack is out of reach of these nets, this penalty or this training,
-    and a larger weight would only raise the cost. Each time that lambda has doubled, D must have fallen by a fifth;
-    otherwise lambda returns to where it was, and rises no more. :attr:`outcome` says which of the two has happened.
+    and a larger weight would only raise the cost. Each time that lambda has doubled, D must have fallen by a fifth, or
+    the cost as well, because the nets still learn; otherwise lambda returns to where it was, and rises no more.
+    :attr:`outcome` is which of the two has happened.
 
-    D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. So it does not see what
-    a layer such as BatchNorm lets the codes of one batch arrange among themselves, and is unbiased for the
-    distribution that one code has over all batches. It looks at the codes of all sites that have a penalty, joined,
-    and not at what they are conditional on. Sequences of different lengths count as filled up with zeros.
+    D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. What a layer such as BatchNorm
+    lets the codes of one batch arrange among themselves has no influence on it, and it is unbiased for the
+    distribution that one code has over all batches. It compares the codes of all sites that have a penalty, joined,
+    without what they are conditional on. Sequences of different lengths count as filled up with zeros. A step whose
+    cost, codes or prior draws are not finite is left out.
 
     Args:
         codes: How many codes a test against the prior would need to tell them apart; more is stricter. It should not
@@ -62,10 +72,10 @@ class Constraint(SteppedWeight):
         weight: lambda, a scalar tensor.
         discrepancy: The last D over its slack, a scalar tensor: near 1 where the constraint holds. NaN before the
             second step.
-        smoothed: Its running mean over about a hundred steps, a scalar tensor.
+        smoothed: Running means of the discrepancy and of the cost, shape (2,).
 
     Raises:
-        TypeError: If a weight is no number.
+        TypeError: If an argument is no number, or ``codes`` or ``pool`` no whole number.
         ValueError: If an argument is out of range.
 
     Source: Rezende, Viola, "Taming VAEs", 2018, arXiv:1810.00597, for a multiplier that is learnt along with an
@@ -99,46 +109,39 @@ class Constraint(SteppedWeight):
         pool: int = 32,
     ) -> None:
         super().__init__()
-        for name, value, least, example in (("codes", codes, 2, 1000), ("pool", pool, 2, 32)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"Constraint takes {name}, a whole number >= {least}, found {value!r}. Write {name}={example}."
-                )
-        for name, weight in (("initial", initial), ("maximum", maximum)):
-            if weight is not None:
-                check_weight(f"Constraint's {name}", weight)
-        if initial is not None and (initial == 0 or (maximum is not None and maximum < initial)):
+        self.codes = checks.whole("Constraint's codes", codes, least=2, write="codes=1000")
+        self.pool = checks.whole("Constraint's pool", pool, least=2, write="pool=32")
+        self.rate = checks.number("Constraint's rate", rate, above=0, below=1, write="rate=0.002")
+        if initial is not None:
+            initial = checks.number("Constraint's initial", initial, above=0, write="initial=100.0")
+        if maximum is not None:
+            maximum = checks.number("Constraint's maximum", maximum, above=0, write="maximum=3000.0")
+        if initial is not None and maximum is not None and maximum < initial:
             raise ValueError(
-                f"Constraint takes 0 < initial <= maximum, found {initial} and {maximum}. Write initial=100.0."
+                f"Constraint takes 0 < initial <= maximum, found {initial:g} and {maximum:g}. Write initial=100.0."
             )
-        if not 0 < rate < 1:
-            raise ValueError(f"Constraint takes a rate between 0 and 1, found {rate}. Write rate=0.002.")
-        self.codes = codes
         self.initial = initial
         self.maximum = maximum
-        self.rate = rate
-        self.pool = pool
         self._has_warned = False
-        self.register_buffer("weight", torch.tensor(math.nan if initial is None else float(initial)))
-        self.register_buffer("discrepancy", torch.tensor(math.nan))
-        self.register_buffer("largest", torch.tensor(math.nan if maximum is None else float(maximum)))
-        self.register_buffer("widths", torch.empty(0))
-        self.register_buffer("frequencies", torch.empty(0))
-        self.register_buffer("differences", torch.empty(0))
-        self.register_buffer("trace", torch.zeros(()))
-        self.register_buffer("smoothed", torch.tensor(math.nan))
-        self.register_buffer("earlier", torch.tensor([math.nan, math.nan]))  # a weight, and the discrepancy then
-        self.register_buffer("plateau", torch.tensor(False))
+        placed: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        for name, number in (("weight", initial), ("discrepancy", None), ("largest", maximum)):
+            self.register_fitted(name, torch.tensor(math.nan if number is None else number, **placed))
+        for name in ("widths", "frequencies", "differences"):
+            self.register_fitted(name, torch.empty(0, **placed), any_shape=True)
+        self.register_fitted("trace", torch.zeros((), **placed))
+        self.register_fitted("smoothed", torch.zeros(2, **placed))
+        self.register_fitted("earlier", torch.zeros(3, **placed))  # weight, discrepancy and cost before the last rise
+        self.register_fitted("plateau", torch.zeros((), **placed))
 
     @property
     def outcome(self) -> str:
         """What has happened up to the last step; reading it waits for the device.
 
-        ``"matched"``: the discrepancy is within its slack or near it. ``"plateau"``: it is above, and a larger weight did
-        not lower it. ``"maximum"``: it is above, and the weight is the largest allowed. ``"rising"``: it is above, and
-        the weight still rises.
+        ``"matched"``: the discrepancy is within its slack or near it. ``"plateau"``: it is above, and a larger weight
+        did not lower it. ``"maximum"``: it is above, and the weight is the largest allowed. ``"rising"``: it is above,
+        and the weight still rises.
         """
-        if bool(self.smoothed <= NEAR):
+        if self.step > 1 and bool(self.smoothed[0] <= NEAR):
             return "matched"
         if bool(self.plateau):
             return "plateau"
@@ -147,21 +150,36 @@ class Constraint(SteppedWeight):
     def forward(self, cost: Tensor | None = None) -> Tensor:
         if cost is None:
             return self.weight
+        weight = self.weight.to(cost)
         # A likelihood's cost may be negative.
-        return torch.where(self.weight.isnan(), FIRST_SHARE * cost.abs().clamp(min=LEAST_COST), self.weight.to(cost))
+        return torch.where(weight.isnan(), FIRST_SHARE * cost.abs().clamp(min=LEAST_COST), weight)
 
     @torch.no_grad()
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
         assert prior is not None  # needs_prior_draws
+        if self.step == 0:
+            if not all(bool(part.isfinite().all()) for part in (cost, codes, prior)):
+                return
+            self._begin(cost, prior)
         # A step may stand under autocast as a whole; phases of half precision would be off by more than the slack.
         with torch.autocast(codes.device.type, enabled=False):
             self._measure(cost, codes, prior)
-        super().observe(cost, codes, prior)
-        self._ascend()
+        self.step += 1
+        if self.step >= 2:
+            self._ascend(cost)
+
+    def _begin(self, cost: Tensor, prior: Tensor) -> None:
+        features = RandomFeatures.draw(prior, FREQUENCIES, seed=0)
+        self.widths, self.frequencies = features.widths, features.frequencies
+        self.differences = self.frequencies.new_zeros(self.pool, 2 * FREQUENCIES)
+        self.weight = self.forward(cost).to(self.frequencies)
+        self.largest = self.largest.to(self.weight)
+        self.largest = torch.where(self.largest.isnan(), LARGEST_RISE * self.weight, self.largest)
+        self.trace = self.trace.to(self.frequencies)
+        self.smoothed, self.earlier = self.smoothed.to(self.weight), self.earlier.to(self.weight)
+        self.plateau = self.plateau.to(self.weight)
 
     def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> None:
-        if self.step == 0:
-            self._begin(cost, prior)
         if self.frequencies.device != prior.device:
             self.to(prior.device)  # the state was loaded from elsewhere
         features = RandomFeatures(self.widths, self.frequencies)
@@ -170,34 +188,27 @@ class Constraint(SteppedWeight):
             features = features.extend(codes.shape[2], seed=0)
             self.frequencies = features.frequencies
         of_prior = features.of(prior)
-        self.differences[self.step % self.pool] = features.of(codes.flatten(0, 1)).mean(0) - of_prior.mean(0)
+        difference = features.of(codes.flatten(0, 1)).mean(0) - of_prior.mean(0)
+        # A row of zeros is an empty one. Reading whether a step is usable would wait for an accelerator.
+        is_finite = cost.isfinite() & difference.isfinite().all()
+        self.differences[self.step % self.pool] = difference.where(is_finite, 0.0)
         if len(prior) >= LEAST_TRACE_ROWS:
             share = max(1 / (self.step + 1), TRACE_SHARE)
-            self.trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior[:TRACE_ROWS]), share)
+            trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior[:TRACE_ROWS]), share)
+            self.trace = trace.where(is_finite, self.trace)
 
-    def _begin(self, cost: Tensor, prior: Tensor) -> None:
-        features = RandomFeatures.draw(prior, FREQUENCIES, seed=0)
-        self.widths, self.frequencies = features.widths, features.frequencies
-        self.differences = self.frequencies.new_zeros(self.pool, 2 * FREQUENCIES)
-        self.weight = self.forward(cost).to(self.frequencies)
-        self.largest = torch.where(self.largest.isnan(), LARGEST_RISE * self.weight, self.largest.to(self.weight))
-        self.trace = self.trace.to(self.frequencies)
-        self.earlier = torch.stack([self.weight, torch.full_like(self.weight, math.inf)])
-        self.smoothed, self.plateau = self.smoothed.to(self.weight), self.plateau.to(self.weight.device)
-
-    def _ascend(self) -> None:
-        steps = min(self.step, self.pool)
-        if steps < 2:
-            return
+    def _ascend(self, cost: Tensor) -> None:
+        steps = self.differences.any(1).sum()
         across = self.differences.sum(0).square().sum() - self.differences.square().sum()
         # Prior draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
         tiny = torch.finfo(self.trace.dtype).tiny
         slack = (self.trace * pair_variance(self.codes, self.codes)).clamp(min=tiny).sqrt()
-        self.discrepancy = across / (steps * (steps - 1)) / slack
-        change = (self.rate * (self.discrepancy - 1).clamp(-1, 1)).exp()
+        discrepancy = across / (steps * (steps - 1)).clamp(min=1) / slack
+        self.discrepancy = discrepancy.where(steps >= 2, self.discrepancy.to(discrepancy))
+        change = (self.rate * (self.discrepancy - 1).nan_to_num().clamp(-1, 1)).exp()
         self.weight = torch.minimum(self.weight * change, self.largest)
-        self._look_for_plateau()
-        if self.step % CHECK_EVERY == 0 and not self._has_warned and bool((self.weight >= self.largest) & ~self.plateau):
+        self._look_for_plateau(cost)
+        if self.step % CHECK_EVERY == 0 and not self._has_warned and self.outcome == "maximum":
             self._has_warned = True
             warnings.warn(
                 f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
@@ -208,26 +219,95 @@ class Constraint(SteppedWeight):
                 stacklevel=2,
             )
 
-    def _look_for_plateau(self) -> None:
-        """Judges each doubling of the weight; in tensors, because nothing here waits for the device."""
+    def _look_for_plateau(self, cost: Tensor) -> None:
+        """Judges each doubling of the weight, in tensors: nothing here waits for the device."""
         share = max(1 / (self.step - 1), MEMORY)
-        self.smoothed = torch.lerp(self.smoothed.nan_to_num(), self.discrepancy, share)
-        if self.step <= WARM_UP:
-            self.earlier = torch.stack([self.weight, self.smoothed])
-            return
-        weight, discrepancy = self.earlier
-        has_risen = self.weight >= RISE * weight
-        is_useless = has_risen & (self.smoothed > NEEDED * discrepancy) & (self.smoothed > NEAR)
-        self.plateau = self.plateau | is_useless
-        self.largest = torch.where(is_useless, weight, self.largest)
-        self.weight = torch.minimum(self.weight, self.largest)
-        now = torch.stack([self.weight, self.smoothed])
-        self.earlier = torch.where(has_risen & ~is_useless, now, self.earlier)
+        now = torch.stack([self.discrepancy, cost.to(self.discrepancy)])
+        self.smoothed = torch.lerp(self.smoothed, now.where(now.isfinite(), self.smoothed), share)
+        if self.step > WARM_UP:
+            weight, discrepancy, cost_then = self.earlier
+            has_risen = self.weight >= RISE * weight
+            is_useless = has_risen & (self.smoothed[0] > (NEEDED * discrepancy).clamp(min=NEAR))
+            # Of a cost that may be negative, a fall is measured in its size.
+            is_useless &= self.smoothed[1] > cost_then - (1 - LEARNING) * cost_then.abs()
+            self.plateau = torch.maximum(self.plateau, is_useless.to(self.plateau))
+            self.largest = torch.where(is_useless, weight, self.largest)
+            self.weight = torch.minimum(self.weight, self.largest)
+            is_kept = ~has_risen | is_useless
+        else:
+            is_kept = torch.zeros_like(self.weight, dtype=torch.bool)
+        self.earlier = torch.where(is_kept, self.earlier, torch.cat([self.weight[None], self.smoothed]))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._buffers:
-            value = state_dict.get(prefix + name)
-            if value is not None:
-                # Assigned and not copied: shape and precision are known only after the first step.
-                setattr(self, name, value.detach().clone())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+class RandomFeatures:
+    """Features phi with ``phi(x) . phi(y)`` near the mean of six kernels, and 1 for x = y.
+
+    Batches are compared with them at the price of their means. Three are inverse multiquadratic, C / (C + |x - y|^2)
+    with C the mean squared distance of prior draws times 0.2, 1 and 5, and detect codes that lie elsewhere. Three are
+    Laplace kernels, exp(-|x - y| / s) with s^2 half that distance times the squares of 0.05, 0.15 and 0.5, and detect
+    gaps between codes. Each is a mixture of Gaussians over their rate g, so its frequencies are Normal with the random
+    variance 2 g: g C is exponential, and 1 / (4 g s^2) has a Gamma distribution of shape 1/2.
+
+    Args:
+        widths: Shape (F,): the standard deviation of each frequency's components.
+        frequencies: Shape (d, F).
+
+    Source: Rahimi, Recht, "Random Features for Large-Scale Kernel Machines", NeurIPS 2007.
+    """
+
+    def __init__(self, widths: Tensor, frequencies: Tensor) -> None:
+        self.widths = widths
+        self.frequencies = frequencies
+
+    @classmethod
+    def draw(cls, prior: Tensor, count: int, seed: int) -> RandomFeatures:
+        """Draws the frequencies from a generator of their own.
+
+        Args:
+            prior: Prior draws, shape (m, d) with m >= 2, which give the length.
+            count: The number F of frequencies; there are twice as many features.
+            seed: Of the generator.
+        """
+        generator = torch.Generator("cpu").manual_seed(seed)
+        placed: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
+        def cycled(values: tuple[float, ...], size: int) -> Tensor:
+            return torch.tensor(values, **placed).repeat(math.ceil(size / len(values)))[:size]
+
+        fine, coarse = count // 2, count - count // 2
+        rates = torch.empty(coarse, **placed).exponential_(generator=generator) / cycled(FACTORS, coarse)
+        # The square of a standard Normal is twice such a Gamma variable, and s^2 is half of the unit.
+        squares = torch.empty(fine, **placed).normal_(generator=generator).square().clamp(min=LEAST_SQUARE)
+        rates = torch.cat([rates, 1 / (squares * cycled(LENGTHS, fine).square())])
+        # Draws that coincide have no spread; any length then detects codes that are elsewhere.
+        mean_square = (2 * prior.float().var(0).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+        widths = (2 * rates).sqrt().to(prior.device) / mean_square.sqrt()
+        return cls(widths, widths.new_empty(0, count)).extend(prior.shape[1], seed)
+
+    def extend(self, size: int, seed: int) -> RandomFeatures:
+        """The same features for codes of more numbers; on codes that are filled up with zeros they agree.
+
+        Args:
+            size: The number d of numbers in a code, no smaller than now.
+            seed: Of the generator of what is added.
+        """
+        generator = torch.Generator("cpu").manual_seed(seed + len(self.frequencies))
+        added = torch.empty(size - len(self.frequencies), len(self.widths), dtype=torch.float32, device="cpu")
+        added = added.normal_(generator=generator).to(self.widths)
+        return RandomFeatures(self.widths, torch.cat([self.frequencies, added * self.widths]))
+
+    def of(self, x: Tensor) -> Tensor:
+        """Maps rows (n, d) to features (n, 2 F) in float32, where d may be smaller than that of the frequencies."""
+        phases = x.float() @ self.frequencies[: x.shape[1]]
+        return torch.cat([phases.cos(), phases.sin()], 1) / math.sqrt(self.frequencies.shape[1])
+
+
+def trace_of_squared_covariance(features: Tensor) -> Tensor:
+    """Estimates tr(C^2) of the features' covariance C without bias, from two halves of (n, F) independent rows.
+
+    It is E h(p, p')^2 of the kernel that the features stand for, centred.
+    """
+    halves = features.tensor_split(2)
+    first, second = (half - half.mean(0) for half in halves)
+    # tr(A^T A B^T B) = |A B^T|^2, which is (n/2)^2 numbers in place of F^2.
+    return (first @ second.T).square().sum() / ((len(first) - 1) * (len(second) - 1))

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_wae.kernels import Gaussian, Kernel, MultiScale, SameLabel, UnitMean
+from pyro_wae.penalties.context import PenaltyContext
 
-if TYPE_CHECKING:
-    from pyro_wae.penalties.base import PenaltyContext
-
-__all__ = ["DefaultConditionKernels", "beside", "join", "label_columns", "scaled_columns"]
-
-FLOAT_FACTOR = 0.25
-"""The squared length of the default kernel on floats, over half the mean squared distance of two conditions: of several
-half images the closest tell most, and a longer one sees hardly more than the marginal."""
+__all__ = ["beside", "join", "label_columns", "scaled_columns"]
 
 
 def beside(codes: Tensor, condition: Tensor | None) -> Tensor:
@@ -96,35 +88,6 @@ def label_columns(condition: Tensor) -> Tensor:
     # Large labels differ by less than a float32 can tell; the place in their order is below n.
     labels = condition[:, 0].contiguous().to(torch.int64)
     return torch.searchsorted(labels.sort().values, labels)[:, None]
-
-
-class DefaultConditionKernels(nn.ModuleDict):
-    """The kernels that compare conditions unless one is given, made when they are first needed.
-
-    Over their means, so that a penalty weight is what it is without a condition: labels then give the mean over pairs
-    of one label, whatever the number of labels.
-    """
-
-    def of(self, condition: Tensor) -> Kernel:
-        """The kernel for a condition of this kind."""
-        kind = "floats" if condition.is_floating_point() else "labels"
-        if kind not in self:
-            self[kind] = self._make(kind)
-        kernel = self[kind]
-        assert isinstance(kernel, Kernel)
-        return kernel
-
-    @staticmethod
-    def _make(kind: str) -> Kernel:
-        if kind == "labels":
-            return UnitMean(SameLabel())
-        return UnitMean(MultiScale(Gaussian(), (FLOAT_FACTOR,)))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for kind in ("floats", "labels"):
-            if kind not in self and any(key.startswith(f"{prefix}{kind}.") for key in state_dict):
-                self[kind] = self._make(kind)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _of_codes(log_prob: Callable[[Tensor], Tensor], d: int) -> Callable[[Tensor], Tensor]:

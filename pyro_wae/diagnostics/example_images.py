@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import generator_output
 from pyro_wae.diagnostics.gathering import Gathered
-from pyro_wae.diagnostics.samples import isolated_seed
 from pyro_wae.predict import decode, sample
-from pyro_wae.step.program import Program, gather_observations
+from pyro_wae.step.program import Program
 
 __all__ = ["Pictures", "collect_pictures"]
 
@@ -60,13 +60,11 @@ def collect_pictures(
     Raises:
         ValueError: If ``shape`` names no observed site, or does not fit its data.
     """
-    args, particle, structure = gathered.first
-    observations = {o.name: o for o in gather_observations(particle, structure)}
-    shapes = _by_site(shape, list(observations))
+    args, run = gathered.first
+    shapes = _by_site(shape, list(run.observed))
     found: dict[str, Pictures] = {}
-    for name, observation in observations.items():
-        layout, event_dim = observation.layout, observation.event_dim
-        inputs = layout.rows(observation.value, event_dim)[0]
+    for name, site in run.observed.items():
+        inputs = site.rows(site.value, site.event_dim)[0]
         size = shapes[name] if name in shapes else _image_shape(tuple(inputs.shape[1:]))
         if size is None:
             continue
@@ -76,14 +74,13 @@ def collect_pictures(
                 "Write shape=(height, width) or shape=(channels, height, width)."
             )
         try:
-            outputs = layout.rows(generator_output(observation.distribution).expand(observation.value.shape), event_dim)
+            outputs = site.rows(generator_output(site.distribution).expand(site.value.shape), site.event_dim)
         except ValueError:
             continue  # a Categorical, say
         options = {"return_sites": [name], "data_plate": data_plate, **kwargs}
-        data_dim = layout.data_dim - event_dim
         with isolated_seed(seed, inputs.device):
-            samples = sample(model, *args, num_samples=SAMPLES, **options)[name].movedim(data_dim, 0)
-            paths = decode(model, _paths(gathered, len(inputs)), *args, **options)[name].movedim(data_dim, 0)
+            samples = sample(model, *args, num_samples=SAMPLES, **options)[name].movedim(site.value_dim, 0)
+            paths = decode(model, _paths(gathered, len(inputs)), *args, **options)[name].movedim(site.value_dim, 0)
         low, high = inputs.min(), inputs.max()
         if low >= -0.05 and high <= 1.05:
             low, high = low.new_zeros(()), high.new_ones(())
@@ -97,14 +94,12 @@ def collect_pictures(
 
 def _paths(gathered: Gathered, count: int) -> dict[str, Tensor]:
     """Codes on straight lines between data 0 and 1, 2 and 3, and so on, in the shape of their sites."""
-    _, particle, structure = gathered.first
     codes = {}
-    for name, layout in structure.latents.items():
-        value, dim = particle.model.nodes[name]["value"], layout.data_dim - particle.model.nodes[name]["fn"].event_dim
-        rows = value.movedim(dim, 0)
+    for name, site in gathered.first[1].latents.items():
+        rows = site.value.movedim(site.value_dim, 0)
         t = torch.linspace(0, 1, STEPS, dtype=rows.dtype, device=rows.device).reshape(-1, *[1] * (rows.ndim - 1))
         ways = [(1 - t) * rows[2 * i % count] + t * rows[(2 * i + 1) % count] for i in range(PATHS)]
-        codes[name] = torch.cat(ways).movedim(0, dim)
+        codes[name] = torch.cat(ways).movedim(0, site.value_dim)
     return codes
 
 

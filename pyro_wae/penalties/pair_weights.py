@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["PairWeights", "across", "every", "mean_within", "within"]
+__all__ = ["PairWeights", "across", "every", "within"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def within(rows: int, repeats: int, data_size: int | None = None) -> PairWeights
         rows: Number of rows, ``repeats`` draws of each of n data, one block after the other.
         repeats: Number of draws of each datum.
         data_size: Number N of data that the distribution averages over. Pairs of different draws of one datum then
-            come back with weight 1/N, which is their share.
+            have the weight 1/N, which is their share.
     """
     n = rows // repeats
     between = 1 / (repeats**2 * n * (n - 1))
@@ -108,17 +108,3 @@ def across(rows: int, columns: int, n: int, data_size: int | None = None) -> Pai
     if data_size is None:
         return PairWeights(between, 0.0, 0.0, n)
     return PairWeights(between * (1 - 1 / data_size), same / data_size, 0.0, n)
-
-
-def mean_within(gram: Tensor, repeats: int, data_size: int | None = None) -> Tensor:
-    """The mean of a function h over pairs of rows of different data, with the weights of :func:`within`.
-
-    Args:
-        gram: Shape (rows, rows): h of every pair of rows, finite also where it is left out.
-        repeats: Number of draws of each datum.
-        data_size: Number of data that the distribution averages over, if it counts.
-
-    Returns:
-        A scalar.
-    """
-    return within(len(gram), repeats, data_size).total(gram, symmetric=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Kernel
-from pyro_wae.penalties import blocks
+from pyro_wae.penalties import pair_sums
 from pyro_wae.penalties.kernel_means import KernelMean
 
 __all__ = ["NullVariance", "centred_square", "pair_variance"]
@@ -57,10 +58,10 @@ def centred_square(gram: Tensor) -> Tensor:
 def _centred_square_of(kernel: Kernel, prior: Tensor) -> Tensor:
     """The same from the draws themselves, by blocks where there are many."""
     m = len(prior)
-    if m**2 <= blocks.MOST_PAIRS:
+    if m**2 <= pair_sums.MOST_PAIRS:
         return centred_square(kernel.gram(prior, prior))
     _check_draws(m)
-    return blocks.centred_squares(kernel, prior) / (m * (m - 3))
+    return pair_sums.centred_squares(kernel, prior) / (m * (m - 3))
 
 
 def _check_draws(m: int) -> None:
@@ -70,10 +71,11 @@ def _check_draws(m: int) -> None:
         )
 
 
-class NullVariance(nn.Module):
+class NullVariance(FittedBuffers):
     """Keeps E h(p, p')^2: known at once where the prior is, else averaged over the first prior draws.
 
-    It does not follow a prior that learns, so that the penalty's unit stays what it was.
+    It does not follow a prior that learns: the penalty's unit stays what it was. Draws that are not finite are left
+    out.
     """
 
     enough_draws = 8192
@@ -83,7 +85,7 @@ class NullVariance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("square", torch.zeros(()))
+        self.register_fitted("square", torch.zeros(()))
         self.draws = 0
 
     def of_means(self, known: KernelMean) -> Tensor | None:
@@ -92,7 +94,8 @@ class NullVariance(nn.Module):
             square = known.centred_square()
             if square is None:
                 return None
-            self._keep(square, self.enough_draws)
+            self.set_fitted("square", square)
+            self.draws = self.enough_draws
         return self.square if self.draws >= self.enough_draws else None
 
     def of_draws(self, kernel: Kernel, prior: Tensor) -> Tensor:
@@ -100,22 +103,18 @@ class NullVariance(nn.Module):
         if self.draws < self.enough_draws:
             with torch.no_grad():
                 square = _centred_square_of(kernel, working_precision(prior))
-            total = self.draws + len(prior)
-            self._keep(self.square.to(square) + (square - self.square.to(square)) * (len(prior) / total), total)
+            self._average(square, len(prior))
         # Draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
         return self.square.clamp(min=torch.finfo(self.square.dtype).tiny)
 
-    def _keep(self, square: Tensor, draws: int) -> None:
-        with torch.inference_mode(False):
-            self.square = square.detach().clone()
-        self.draws = draws
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "square")
-        if value is not None:
-            # Assigned and not copied, so that a float64 unit is not rounded to an unused float32 one.
-            self.square = value.detach().clone().to(self.square.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _average(self, square: Tensor, draws: int) -> None:
+        # On an accelerator a look at the value would wait for it, after the first one: there a bad one changes nothing.
+        if (self.draws == 0 or square.device.type == "cpu") and not bool(square.isfinite()):
+            return
+        self.draws += draws
+        kept = self.square.to(square)
+        mean = kept + (square - kept) * (draws / self.draws)
+        self.set_fitted("square", torch.where(square.isfinite(), mean, kept))
 
     def get_extra_state(self) -> dict[str, int]:
         """The number of draws, for ``state_dict``."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
-from pyro_wae.diagnostics.classifier import ClassifierTest
+from pyro_wae.diagnostics.alarms import Alarm
 from pyro_wae.diagnostics.comparison import Moments
-from pyro_wae.diagnostics.gathering import BatchNormComparison
+from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary
+from pyro_wae.diagnostics.hypothesis_test import HypothesisTest
 from pyro_wae.diagnostics.site_comparison import Comparison
-from pyro_wae.diagnostics.two_sample import TwoSampleTest
-
-if TYPE_CHECKING:
-    from pyro_wae.diagnostics.report import Report
 
 __all__ = ["report_lines"]
 
@@ -23,21 +19,27 @@ TABLE_ROWS = 10
 TEXT_WIDTH = 90
 
 
-def report_lines(found: Report) -> Iterator[str]:
-    """The lines of the text that ``str(report)`` gives."""
-    yield f"{len(found.codes)} codes against as many prior draws, one code for each datum"
-    for name, comparison in found.comparisons.items():
+def report_lines(
+    count: int,
+    comparisons: Mapping[str, Comparison],
+    costs: Mapping[str, CostSummary],
+    batch_norm: BatchNormComparison | None,
+    alarms: Sequence[Alarm],
+) -> Iterator[str]:
+    """The lines of ``str(report)``, from the number of codes and the report's fields."""
+    yield f"{count} codes against as many prior draws, one code for each datum"
+    for name, comparison in comparisons.items():
         yield ""
         yield from _comparison_lines(name, comparison)
     yield ""
-    for name, cost in found.costs.items():
+    for name, cost in costs.items():
         error = "" if cost.standard_error is None else f" +- {cost.standard_error:.2g}"
         yield f"cost of {name}: {cost.mean:.5g}{error} per datum"
-    if found.batch_norm is not None:
-        yield from _batch_norm_lines(found.batch_norm)
+    if batch_norm is not None:
+        yield from _batch_norm_lines(batch_norm)
     yield ""
-    yield "alarms:" if found.alarms else "alarms: none"
-    for alarm in found.alarms:
+    yield "alarms:" if alarms else "alarms: none"
+    for alarm in alarms:
         text = f"[{alarm.kind}] {f'{alarm.site}: ' if alarm.site else ''}{alarm.message}"
         yield from textwrap.wrap(text, TEXT_WIDTH, initial_indent="  ", subsequent_indent="    ")
 
@@ -45,14 +47,15 @@ def report_lines(found: Report) -> Iterator[str]:
 def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
     test, classifier, shape = found.two_sample, found.classifier, found.moments
     yield f"{name}: {found.size} number{'s' if found.size > 1 else ''} a code"
-    yield f"  two-sample test       p = {test.p_value:.3g}, {test.standardized:+.2f} null deviations ({_verdict(test)})"
+    yield f"  two-sample test       p = {test.p_value:.3g} ({_verdict(test)})"
+    yield f"  {'':22s}MMD^2 of {test.standardized:+.2f} standard deviations under the null"
     yield (
         f"  classifier            right on {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%}), "
         f"p = {classifier.p_value:.3g} ({_verdict(classifier)})"
     )
-    yield f"  {'':48s}{'codes':>9s}{'prior':>9s}"
+    yield f"  {'':50s}{'codes':>9s}{'prior':>9s}"
     rows = [
-        ("farthest apart on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
+        ("largest discrepancy on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
         ("least variance on a line over the prior's", shape.narrowest, shape.narrowest_null),
         ("largest variance on a line over the prior's", shape.widest, shape.widest_null),
         ("largest over smallest eigenvalue of covariance", shape.eigenvalue_ratio, shape.prior_eigenvalue_ratio),
@@ -60,10 +63,10 @@ def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
         ("codes with no prior draw nearby", found.coverage.stray, 0.01),
     ]
     for label, value, null in rows:
-        yield f"  {label:48s}{_number(value):>9s}{_number(null):>9s}"
+        yield f"  {label:50s}{_number(value):>9s}{_number(null):>9s}"
     share = found.noise.share
-    yield f"  {'share of noise in the variance':48s}{'none' if share == 0 else f'{share:.3g}':>9s}"
-    yield f"  farthest apart along {found.loadings()}"
+    yield f"  {'share of noise in the variance':50s}{'none' if share == 0 else f'{share:.3g}':>9s}"
+    yield f"  direction of largest discrepancy: {found.loadings()}"
     yield f"  {'coordinate':>12s}{'mean':>9s}{'spread':>9s}{'noise':>9s}"
     for index in _least_like(shape)[:TABLE_ROWS]:
         noise = found.noise.by_coordinate[index]
@@ -91,8 +94,8 @@ def _least_like(shape: Moments) -> list[int]:
     return sorted(indices, key=lambda i: -(shape.mean[i] ** 2 + (shape.spread[i] - 1) ** 2))
 
 
-def _verdict(test: TwoSampleTest | ClassifierTest) -> str:
-    return f"{'told apart' if test.rejected else 'not told apart'} at level {test.level:g}"
+def _verdict(test: HypothesisTest) -> str:
+    return f"{'distinguishable' if test.rejected else 'not distinguishable'} at level {test.level:g}"
 
 
 def _number(value: float | None) -> str:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.kernels import FunctionKernel, Kernel
+from pyro_wae.kernels import Kernel
 from pyro_wae.kernels.base import Scratch
-from pyro_wae.penalties.pairs import PairWeights
+from pyro_wae.penalties.pair_weights import PairWeights
 
-__all__ = ["PairTerm", "centred_squares", "holds_function", "pair_total", "row_total"]
+__all__ = ["PairTerm", "centred_squares", "pair_total"]
 
 MOST_PAIRS = 512**2
 """The largest number of pairs of rows whose matrix is made as a whole."""
@@ -73,9 +73,9 @@ def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, 
     Returns:
         A scalar in the working precision, differentiable in the sets.
     """
-    most = max(len(sets[term.left]) * len(sets[term.right]) for term in terms)
-    few = MOST_RADIAL_PAIRS if kernel.is_radial else MOST_PAIRS
-    if most <= few or _learns(kernel, sets):
+    most = max([len(sets[term.left]) * len(sets[term.right]) for term in terms])
+    is_radial = kernel.is_radial
+    if most <= (MOST_RADIAL_PAIRS if is_radial else MOST_PAIRS) or (not is_radial and _learns(kernel, sets)):
         return _dense(kernel, sets, terms)
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in sets):
         return cast(Tensor, _PairTotal.apply(kernel, terms, *sets))
@@ -98,7 +98,7 @@ def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
     m, offsets = len(rows), _zeros(rows, len(rows))
     total, mean = _zeros(rows), _zeros(rows)
     with torch.no_grad():
-        rows = rows if holds_function(kernel) else working_precision(rows)
+        rows = rows if kernel.holds_function else working_precision(rows)
         for block in _blocks(m, m, symmetric=True, device=rows.device):
             values = block.gram(kernel, rows)
             offsets[block.rows] += values.sum(1) / (m - 2)
@@ -111,50 +111,6 @@ def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
                 values.fill_diagonal_(0)
             total += block.times * values.square().sum()
     return total
-
-
-def row_total(function: Callable[[Tensor], Tensor], rows: Tensor, most_rows: int) -> Tensor:
-    """Sums a function of single rows, some at a time, with the gradient taken on the way.
-
-    Args:
-        function: Maps rows (k, d) to (k,). Where it has a gradient of its own, all rows are taken at once.
-        rows: Shape (n, d).
-        most_rows: How many are taken at a time.
-
-    Returns:
-        A scalar.
-    """
-    if len(rows) <= most_rows:
-        return function(rows).sum()
-    if not torch.is_grad_enabled():
-        return functools.reduce(torch.add, (function(part).sum() for part in rows.split(most_rows)))
-    if not rows.requires_grad or function(rows[:1].detach()).requires_grad:
-        return function(rows).sum()
-    return cast(Tensor, _RowTotal.apply(function, rows, most_rows))
-
-
-class _RowTotal(torch.autograd.Function):
-    """The sum, whose gradient is known as soon as its value is."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor], Tensor], rows: Tensor, most_rows: int) -> Tensor:
-        total, gradients = _zeros(rows), []
-        for part in rows.detach().split(most_rows):
-            with torch.enable_grad():
-                part = part.requires_grad_()
-                value = function(part).sum()
-            gradients += torch.autograd.grad(value, part)
-            total += value.detach()
-        ctx.function = function
-        ctx.save_for_backward(rows, torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        rows, known = ctx.saved_tensors
-        if torch.is_grad_enabled():  # as in _PairTotal
-            (known,) = torch.autograd.grad(ctx.function(rows).sum(), rows, create_graph=True)
-        return None, gradient * known, None
 
 
 class _PairTotal(torch.autograd.Function):
@@ -180,7 +136,7 @@ class _PairTotal(torch.autograd.Function):
 
 
 def _dense(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
-    if not holds_function(kernel):
+    if not kernel.holds_function:
         # Once and not for each term: their gradients nearly cancel, and have to meet before they are rounded.
         sets = tuple(working_precision(rows) for rows in sets)
     totals = (
@@ -198,9 +154,10 @@ def _blockwise(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sum, and its gradient by each set where that is wanted, in the set's precision and without a graph."""
     with torch.no_grad():
-        if kernel.is_radial and len(sets) == len(terms) == 1 and len(sets[0]) <= MOST_ROWS_AT_ONCE:
+        is_radial = kernel.is_radial
+        if is_radial and len(sets) == len(terms) == 1 and len(sets[0]) <= MOST_ROWS_AT_ONCE:
             return _at_once(kernel, sets[0], terms[0].weights, wanted[0])
-        pairs = _RadialPairs(kernel, sets, wanted) if kernel.is_radial else _AnyPairs(kernel, sets, wanted)
+        pairs = (_RadialPairs if is_radial else _AnyPairs)(kernel, sets, wanted)
         total = _zeros(sets[0])
         for term in terms:
             sizes = len(sets[term.left]), len(sets[term.right])
@@ -346,7 +303,7 @@ class _AnyPairs:
 
     def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self.kernel, self.sets = kernel, sets
-        self.is_function = holds_function(kernel)
+        self.is_function = kernel.holds_function
         self.gradients = [_zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)]
 
     def add(self, term: PairTerm, block: _Block) -> Tensor:
@@ -387,15 +344,9 @@ def _call_profile_and_slope(kernel: Kernel, u: Tensor) -> tuple[Tensor, Tensor]:
     return kernel.profile_and_slope(u)
 
 
-def holds_function(kernel: Kernel) -> bool:
-    """Whether a kernel calls a plain function or module, which receives codes in their own precision."""
-    # A radial kernel holds none, which is quicker to tell.
-    return not kernel.is_radial and any(isinstance(part, FunctionKernel) for part in kernel.modules())
-
-
 def _learns(kernel: Kernel, sets: tuple[Tensor, ...]) -> bool:
     """Whether a function in the kernel has a gradient of its own, which only automatic differentiation can tell."""
-    if not (torch.is_grad_enabled() and holds_function(kernel)):
+    if not (torch.is_grad_enabled() and kernel.holds_function):
         return False
     row = sets[0][:1].detach()
     return kernel.gram(row, row.clone()).requires_grad

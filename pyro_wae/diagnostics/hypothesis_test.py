@@ -1,15 +1,44 @@
-"""What every test of codes against the prior starts with: two checked sets of rows, and random numbers of its own."""
+"""What the tests of codes against the prior have in common: checked rows, random numbers of their own, and a result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "check_level", "isolated_seed", "new_generator", "prior_rows"]
+from pyro_wae._core.checks import whole
+from pyro_wae._core.random_state import isolated_seed
+
+__all__ = ["HypothesisTest", "as_rows", "new_generator", "prior_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypothesisTest:
+    """The result of a test of the null hypothesis that codes are draws of the prior.
+
+    Args:
+        p_value: The probability of so large a difference, or a larger one, under the null.
+        level: Level at which the test was to reject.
+    """
+
+    p_value: float
+    level: float
+
+    @property
+    def rejected(self) -> bool:
+        """Whether codes and prior are distinguishable at the level."""
+        return self.p_value <= self.level
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ``rejected``, as numbers, strings and booleans that JSON takes."""
+        return {**dataclasses.asdict(self), "rejected": self.rejected}
+
+    def _sentence(self, found: str) -> str:
+        verdict = "rejected" if self.rejected else "not rejected"
+        return f"codes = prior {verdict} at level {self.level:g}: p = {self.p_value:.3g}, {found}"
 
 
 def as_rows(codes: Tensor, name: str) -> Tensor:
@@ -21,6 +50,11 @@ def as_rows(codes: Tensor, name: str) -> Tensor:
     """
     if not isinstance(codes, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (n, d), found {codes!r}. Write torch.as_tensor({name}).")
+    if codes.layout != torch.strided or codes.device.type == "meta":
+        raise ValueError(
+            f"{name} must be a dense tensor with values, found layout {codes.layout} on {codes.device}. Write "
+            f"{name}.to_dense()."
+        )
     if codes.ndim != 2:
         particles = f" Take one particle of each datum, as in {name}[0]: those of one datum are not independent."
         raise ValueError(
@@ -45,7 +79,7 @@ def as_rows(codes: Tensor, name: str) -> Tensor:
 
 
 def prior_rows(codes: Tensor, prior: Tensor | Any, *, prior_draws: int, seed: int) -> Tensor:
-    """Gives prior draws beside checked codes: the tensor that was given, or fresh draws of a distribution.
+    """Prior draws beside checked codes: the tensor that was given, or fresh draws of a distribution.
 
     Args:
         codes: Shape (n, d).
@@ -60,12 +94,7 @@ def prior_rows(codes: Tensor, prior: Tensor | Any, *, prior_draws: int, seed: in
         TypeError: If the prior is neither, or ``prior_draws`` is no whole number.
         ValueError: If shape, dtype or device does not fit, or ``prior_draws`` is less than 1.
     """
-    if isinstance(prior_draws, bool) or not isinstance(prior_draws, int):
-        raise TypeError(
-            f"prior_draws must be a whole number of draws a code, found {prior_draws!r}. Write prior_draws=1."
-        )
-    if prior_draws < 1:
-        raise ValueError(f"prior_draws must be at least 1, found {prior_draws}. Write prior_draws=1.")
+    prior_draws = whole("prior_draws", prior_draws)
     n, d = codes.shape
     if not isinstance(prior, Tensor):
         if isinstance(prior, type) or not callable(getattr(prior, "sample", None)):
@@ -98,14 +127,8 @@ def prior_rows(codes: Tensor, prior: Tensor | Any, *, prior_draws: int, seed: in
     return draws
 
 
-def check_level(level: float) -> None:
-    """Raises ValueError unless the level of a test is in (0, 1)."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must be in (0, 1), found {level!r}. Write level=0.05.")
-
-
 def new_generator(seed: int) -> tuple[torch.Generator, int]:
-    """Gives a generator, and a seed for :func:`isolated_seed`, that share no stream with each other or the seed itself.
+    """A generator and a seed for :func:`isolated_seed`, without a stream in common with each other or the seed.
 
     The stream of the seed itself is likely the one the codes came from: ``torch.manual_seed(0)`` at the top of a script
     must not make a test with ``seed=0`` draw the codes once more as prior draws, or permute them by their own values.
@@ -113,21 +136,6 @@ def new_generator(seed: int) -> tuple[torch.Generator, int]:
     Raises:
         TypeError: If the seed is no whole number.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number, found {seed!r}. Write seed=0.")
-    root = torch.Generator().manual_seed(seed)
+    root = torch.Generator().manual_seed(whole("seed", seed, least=-(2**63), most=2**63 - 1, write="seed=0"))
     own, other = torch.randint(2**62, (2,), generator=root, dtype=torch.int64).tolist()
     return torch.Generator().manual_seed(own), other
-
-
-@contextmanager
-def isolated_seed(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds what draws from torch's global state inside, and puts the state back as it was."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        # torch.manual_seed would reach the devices that are not put back.
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

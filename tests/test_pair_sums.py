@@ -9,7 +9,6 @@ import pyro.contrib.gp.kernels as pyro_kernels
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro_wae.decisions import answered
 from references import KERNELS, distances, half_mean_square
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,10 +24,10 @@ from pyro_wae.kernels import (
     RadialKernel,
     RationalQuadratic,
 )
-from pyro_wae.kernels.given import as_kernel
-from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, blocks
-from pyro_wae.penalties.null import NullVariance, centred_square
-from pyro_wae.penalties.pairs import within
+from pyro_wae.kernels.function import as_kernel
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, pair_sums
+from pyro_wae.penalties.null_variance import NullVariance, centred_square
+from pyro_wae.penalties.pair_weights import within
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -41,10 +40,10 @@ def _seeded():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Sums by blocks of 7 x 10 pairs, however few rows there are."""
-    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
+    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
 
 
 def rows(*shape, dtype=torch.float64):
@@ -158,44 +157,19 @@ def test_particles_of_independent_prior_draws_by_blocks(size, small_blocks):
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("name", KERNELS)
 def test_few_rows_of_one_set_at_once_are_the_direct_sum(name, particles, size, monkeypatch):
-    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
     codes, prior = 0.5 * rows(particles * 9, 3) + 1, rows(33, 3)
     h, back = half_mean_square(prior), 1 / size if size and particles > 1 else 0
     kernel = KERNELS[name][0]()
     kernel.fit(prior)
-    term = blocks.PairTerm(0, 0, within(len(codes), particles, size))
+    term = pair_sums.PairTerm(0, 0, within(len(codes), particles, size))
 
     def expected(q):
         other = other_datum(particles, particles, 9)
         total = (1 - back) * mean(name, q, q, h, other)
         return total + back * mean(name, q, q, h, ~other & off_diagonal(len(q))) if back else total
 
-    assert_same(lambda q: blocks.pair_total(kernel, (q,), (term,)), expected, codes)
-
-
-@pytest.mark.parametrize("name", ["authors", "laplace"])
-def test_many_pairs_are_one_operation_of_a_step_that_is_compiled(name, monkeypatch):
-    codes, prior, mmd = rows(2, 20, 3) + 1, rows(60, 3), MMD(KERNELS[name][0]())
-    context = PenaltyContext(shared_data=True, data_size=90)
-    monkeypatch.setattr(blocks, "MOST_COMPILED_PAIRS", 0)
-    usual = value_and_gradients(lambda q, p: mmd(q, p, context), codes, prior)
-    with answered((), compiles=True):
-        found = value_and_gradients(lambda q, p: mmd(q, p, context), codes, prior)
-        value = mmd(codes.requires_grad_(), prior, context)
-    torch.testing.assert_close(found, usual, rtol=1e-12, atol=1e-14)
-    names, nodes = set(), [value.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        names.add(type(node).__name__)
-        nodes += [above for above, _ in node.next_functions if above is not None]
-    assert "_PairTotalBackward" in names
-
-
-def test_the_operation_tells_a_compiler_what_it_gives():
-    kernel = InverseMultiquadratic.multiscale(6.0)
-    blocks._KERNELS[id(kernel)] = kernel
-    sets, weights = [rows(9, 3).float(), rows(7, 3)], [0.5, 0.0, 0.0, 0.1, 0.2, 0.3]
-    torch.library.opcheck(blocks._operation, (sets, [0, 0, 0, 0, 1, 0], weights, [True, False], id(kernel)))
+    assert_same(lambda q: pair_sums.pair_total(kernel, (q,), (term,)), expected, codes)
 
 
 NORMAL = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
@@ -204,12 +178,12 @@ NORMAL = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
 @pytest.mark.parametrize("particles", [1, 3])
 def test_closed_forms_by_blocks_are_those_of_the_whole_matrix(particles, monkeypatch):
     codes, prior, context = rows(particles, 30, 3) + 1, rows(40, 3), PenaltyContext(prior=lambda: NORMAL)
-    mmd = MMD(InverseMultiquadratic.multiscale(6.0))
+    mmd = MMD(InverseMultiquadratic.multiscale(6.0**0.5))
     whole = value_and_gradients(lambda q: mmd(q, prior, context), codes)
-    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
+    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
     monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 8)
     parts = value_and_gradients(lambda q: mmd(q, prior, context), codes)
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-13)
@@ -317,10 +291,10 @@ def test_kernels_of_users_by_blocks_are_those_of_the_whole_matrix(name, context,
     codes, prior = rows(2, 14, 3) + 0.5, rows(28, 3)
     mmd = functools.partial(MMD(USERS[name]()), context=context)
     whole = value_and_gradients(mmd, codes, prior)
-    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
+    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
     torch.testing.assert_close(value_and_gradients(mmd, codes, prior), whole, rtol=1e-10, atol=1e-12)
 
 
@@ -367,7 +341,7 @@ def test_only_what_asks_for_a_gradient_gets_one(small_blocks):
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "kernel", [Gaussian(1.0), Cauchy(1.0), OverriddenGram(1.0), InverseMultiquadratic.multiscale(2.0)], ids=repr
+    "kernel", [Gaussian(1.0), Cauchy(1.0), OverriddenGram(1.0), InverseMultiquadratic.multiscale(2.0**0.5)], ids=repr
 )
 def test_without_gradients_the_value_is_the_same(guard, kernel, small_blocks):
     codes, prior = rows(20, 3).requires_grad_(), rows(30, 3)
@@ -398,7 +372,7 @@ def test_the_gradient_is_multiplied_by_what_comes_from_above(small_blocks):
 
 @pytest.mark.parametrize(("most", "whole"), [(400, True), (399, False)])
 def test_few_pairs_are_taken_at_once(most, whole, monkeypatch):
-    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", most)
+    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", most)
     value = MMD(Gaussian(1.0))(rows(20, 3).requires_grad_(), rows(20, 3))
     names, node = [], [value.grad_fn]
     while node:
@@ -514,10 +488,10 @@ def test_other_penalties_by_blocks_are_those_of_the_whole_matrix(name, particles
     codes = rows(particles, 20, 3) + 0.5
     penalty(codes, prior)
     whole = value_and_gradients(lambda q: penalty(q, prior), codes)
-    monkeypatch.setattr(blocks, "MOST_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(blocks, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(blocks, "BLOCK", {"cpu": (7, 10)})
+    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
+    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
+    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
     torch.testing.assert_close(value_and_gradients(lambda q: penalty(q, prior), codes), whole, rtol=1e-9, atol=1e-12)
 
 
@@ -565,24 +539,11 @@ def test_a_compiled_kernel_gives_the_same():
     for kernel in (InverseMultiquadratic.multiscale(), Gaussian() + 0.5 * Laplace()):
         mmd = MMD(kernel)
         plain = value_and_gradients(mmd, codes, prior)
-        kernel.compile()
+        kernel.compile_profile()
         assert kernel.compiles
         torch.testing.assert_close(value_and_gradients(mmd, codes, prior), plain, rtol=1e-9, atol=1e-13)
 
 
 def test_only_a_radial_kernel_compiles():
     with pytest.raises(TypeError, match=r"a kernel of the distance alone, found FunctionKernel"):
-        as_kernel(bilinear).compile()
-    with pytest.raises(TypeError, match=r"takes no arguments\. Write kernel\.compile\(\)"):
-        Gaussian().compile(mode="max-autotune")
-
-
-def test_the_kernel_of_a_recorded_operation_outlives_the_penalty_that_made_it():
-    sets, weights = [rows(9, 3)], [0.5, 0.0, 0.0]
-    with answered((), compiles=True):
-        kernel = Gaussian(1.0)
-        blocks._summed(kernel, tuple(sets), (blocks.PairTerm(0, 0, within(9, 1)),), (False,))
-        key = id(kernel)
-        del kernel
-    (value,) = blocks._operation(sets, [0, 0, 0], weights, [False], key)
-    assert value > 0
+        as_kernel(bilinear).compile_profile()

@@ -1,0 +1,65 @@
+"""Buffers whose values are decided by the first step of a training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FittedBuffers"]
+
+
+class FittedBuffers(nn.Module):
+    """A module with buffers that are unset at first, such as the length of a kernel.
+
+    A saved value is assigned and not copied: precision and shape of an unset buffer are no decision, and a float64
+    length would be rounded to a float32 placeholder. Whether a buffer is set is kept as a plain bool, because reading a
+    tensor on an accelerator waits for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_fitted: dict[str, bool] = {}
+        self._any_shape: set[str] = set()
+
+    def register_fitted(self, name: str, value: Tensor | None = None, *, any_shape: bool = False) -> None:
+        """Registers a buffer.
+
+        Args:
+            name: Its name.
+            value: What it holds while unset. Default: a scalar NaN.
+            any_shape: Whether a saved value may have another shape.
+        """
+        self._is_fitted[name] = False
+        if any_shape:
+            self._any_shape.add(name)
+        self.register_buffer(name, torch.tensor(math.nan) if value is None else value)
+
+    def is_fitted(self, name: str) -> bool:
+        """Whether a buffer has been set, by :meth:`set_fitted` or from a saved value that is not NaN or empty."""
+        return self._is_fitted[name]
+
+    def set_fitted(self, name: str, value: Tensor) -> None:
+        """Keeps a copy of a value, without its graph."""
+        with torch.inference_mode(False):  # what is first needed there could otherwise never be trained with
+            setattr(self, name, value.detach().clone())
+        self._is_fitted[name] = True
+
+    def before_loading(self, saved: dict[str, Any]) -> None:
+        """Makes what a saved state needs in order to be loaded; ``saved`` is the part below this module."""
+
+    def after_loading(self) -> None:
+        """Reads what is kept beside the buffers once they are loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.before_loading(saved)
+        for name in self._is_fitted:
+            value, own = saved.get(name), getattr(self, name)
+            if isinstance(value, Tensor) and (value.shape == own.shape or name in self._any_shape):
+                self.set_fitted(name, value if own.is_meta else value.to(own.device))
+                self._is_fitted[name] = value.numel() > 0 and not bool(value.isnan().any())
+        self.after_loading()
+        super()._load_from_state_dict(state_dict, prefix, *args)

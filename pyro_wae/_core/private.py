@@ -1,0 +1,66 @@
+"""Private names of torch and Pyro that this package reads, each with the reason.
+
+They are what has to be looked at for a new version of either. Methods that a subclass overrides are named there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK as HANDLERS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.optim import Optimizer
+
+__all__ = [
+    "HANDLERS",
+    "BatchNorm",
+    "kept_tensors",
+    "new_clip",
+    "new_optimizer",
+    "schedulers_within",
+    "waiting_states",
+    "without_states",
+]
+
+# HANDLERS: a micro-batch runs again in the backward pass, after SVI's handlers have been left, and must run under them.
+# BatchNorm: the one base of BatchNorm1d, 2d, 3d and SyncBatchNorm; torch has no public name for it.
+
+
+def waiting_states(optim: PyroOptim) -> dict[str, Any]:
+    """The states of parameters that have not appeared yet: ``get_state`` leaves them out, and a checkpoint may not."""
+    return optim._state_waiting_to_be_consumed
+
+
+def without_states(optim: PyroOptim) -> PyroOptim:
+    """An optimiser of the same arguments that knows no parameter: Pyro's have no common way to be made again."""
+    twin = copy.copy(optim)
+    for name in ("optim_objs", "grad_clip", "_state_waiting_to_be_consumed", "_names", "_shared"):
+        if hasattr(twin, name):
+            setattr(twin, name, type(getattr(twin, name))())
+    return twin
+
+
+def new_optimizer(optim: PyroOptim, parameter: Tensor) -> Any:
+    """The torch optimiser or scheduler of a parameter: Pyro makes it only in the parameter's own first step."""
+    return optim._get_optim(parameter)
+
+
+def new_clip(optim: PyroOptim, parameter: Tensor) -> Any:
+    """What clips a parameter's gradient, made along with :func:`new_optimizer`."""
+    return optim._get_grad_clip(parameter)
+
+
+def schedulers_within(scheduler: Any) -> list[Any]:
+    """The schedulers that a ``SequentialLR`` or ``ChainedScheduler`` is made of: it has no other name for them."""
+    return [] if isinstance(scheduler, Optimizer) else list(getattr(scheduler, "_schedulers", ()))
+
+
+def kept_tensors(module: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers that are in its state, which ``named_buffers`` does not say."""
+    for name, value in [*module._parameters.items(), *(module._buffers.items() if buffers else ())]:
+        if value is not None and name not in module._non_persistent_buffers_set:
+            yield name, value

@@ -1,0 +1,121 @@
+"""The modules behind a model or a guide, which need not be a module itself."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["owners", "wrapped_module"]
+
+LIBRARIES = ("torch", "pyro")
+"""Packages whose functions refer to nothing of the user's by global names."""
+
+
+def owners(program: Any) -> list[nn.Module]:
+    """All modules that a program is made of, each once, the outermost only.
+
+    These are the program itself, the owner of a bound method, what a :class:`functools.partial`, a decorator with
+    ``__wrapped__`` or a Pyro handler (``poutine.scale(module, scale=0.1)``) is around, and what a plain function
+    refers to: by its closure, its defaults and the global names that it reads. Of an object that is no module, its
+    attributes are searched. A function or an object that is found by a global name is searched in turn if it is
+    defined in the same package. Lists, tuples, sets and dicts are searched one level deep.
+
+    Example:
+        >>> from pyro import poutine
+        >>> decoder = nn.Linear(2, 3)
+        >>> owners(poutine.scale(lambda z: decoder(z), scale=0.1))
+        [Linear(in_features=2, out_features=3, bias=True)]
+    """
+    found = list(_modules_in(program, set()))
+    inner = {id(part) for module in found for part in module.modules() if part is not module}
+    return [module for module in found if id(module) not in inner]
+
+
+def wrapped_module(program: Any) -> nn.Module | None:
+    """The module that a program is, or is a method of, or is wrapped around; a function's references do not count."""
+    if isinstance(program, nn.Module):
+        return program
+    return next(
+        (m for inner in _wrapped(program) if callable(inner) and (m := wrapped_module(inner)) is not None), None
+    )
+
+
+def _wrapped(program: Any) -> Iterator[Any]:
+    """What a bound method, a partial, a decorated function or one of Pyro's handlers is around."""
+    if isinstance(owner := getattr(program, "__self__", None), nn.Module):
+        yield owner
+        return
+    # Pyro's handlers keep what they are around as an argument of a partial, those that trace as `fn`.
+    yield from (getattr(program, name, None) for name in ("func", "fn", "__wrapped__"))
+    if isinstance(program, functools.partial):
+        yield from program.args
+
+
+def _modules_in(program: Any, seen: set[int]) -> Iterator[nn.Module]:
+    if id(program) in seen:
+        return
+    seen.add(id(program))
+    if isinstance(program, nn.Module):
+        yield program
+        return
+    if isinstance(program, type) or not callable(program):
+        return
+    bound = list(_wrapped(program))
+    read: list[Any] = []
+    package = _package(program)
+    if isinstance(program, FunctionType):
+        bound += [cell.cell_contents for cell in program.__closure__ or () if _is_filled(cell)]
+        bound += [*(program.__defaults__ or ()), *(program.__kwdefaults__ or {}).values()]
+        if package not in LIBRARIES:
+            names = dict.fromkeys(_global_names(program.__code__))
+            read += [program.__globals__[name] for name in names if name in program.__globals__]
+    elif isinstance(program, functools.partial):
+        bound += program.keywords.values()
+    elif package not in LIBRARIES:
+        # A method of an object that is no module, or an object that can itself be called.
+        method = program if isinstance(program, MethodType) else program.__call__
+        owner = getattr(method, "__self__", None)
+        bound += getattr(owner, "__dict__", {}).values()
+        read.append(getattr(method, "__func__", None))
+    for thing in _with_items(bound):
+        yield from _modules_in(thing, seen)
+    for thing in _with_items(read):
+        if isinstance(thing, nn.Module) or _package(thing) == package:
+            yield from _modules_in(thing, seen)
+
+
+def _with_items(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, with those that lists, tuples, sets and dicts among them hold in their place."""
+    for value in values:
+        if isinstance(value, Mapping):
+            yield from value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            yield from value
+        else:
+            yield value
+
+
+def _package(program: Any) -> str:
+    """The outermost package that a function, or the class of an object, is defined in."""
+    home = getattr(program, "__module__", None)
+    return home.partition(".")[0] if isinstance(home, str) else ""
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """The global names that a function and those within it read, without names of attributes."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # the name has not been assigned yet
+        return False

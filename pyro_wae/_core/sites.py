@@ -1,0 +1,148 @@
+"""A sample site as a WAE reads it: which of its dimensions are data and particles. Nothing here knows Pyro's traces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_wae._core.numerics import at_least_float32, joined
+
+__all__ = ["Site", "side_by_side"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample site of one run of the model.
+
+    Args:
+        name: The name that the user gave it.
+        distribution: The model's distribution of it: the prior of a latent, P_G(. | z) of an observed site.
+        value: Its value, shape ``distribution.shape()``.
+        shape: The batch shape that the site's plates give, 1 where a dimension belongs to no plate.
+        data_dim: The data plate's dimension, counted from the right of ``shape`` (negative).
+        particle_dim: The same for vectorised particles, or None without them.
+        mask: Boolean, broadcasts to ``value``; False where the site is masked. None without a mask.
+        scale: The user's ``poutine.scale``, times N/B of subsampled plates inside a datum: a number, or a tensor that
+            broadcasts to the batch shape.
+    """
+
+    name: str
+    distribution: Any
+    value: Tensor
+    shape: tuple[int, ...]
+    data_dim: int
+    particle_dim: int | None = None
+    mask: Tensor | None = None
+    scale: float | Tensor = 1.0
+
+    @property
+    def data(self) -> int:
+        """The number of data."""
+        return self.shape[self.data_dim]
+
+    @property
+    def event_dim(self) -> int:
+        """Number of event dimensions of the value."""
+        return self.distribution.event_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The dimension of the data in the value, counted from its right (negative)."""
+        return self.data_dim - self.event_dim
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Whether any part of a datum is unmasked, shape (K, n). None without a mask."""
+        if self.mask is None:
+            return None
+        rows = self.rows(self.mask.expand(self.value.shape), self.event_dim)
+        return rows.flatten(2).any(2) if rows.ndim > 2 else rows
+
+    def rows(self, x: Tensor, event_dim: int) -> Tensor:
+        """Moves particles and data to the front.
+
+        Args:
+            x: A tensor whose last ``event_dim`` dimensions are the event and whose others broadcast to ``shape``.
+            event_dim: Number of event dimensions.
+
+        Returns:
+            Shape (K, n, *inner, *event): K particles, n data, then the other batch dimensions, then the event.
+
+        Raises:
+            ValueError: If a batch dimension of x belongs to no plate.
+        """
+        batch, event = x.shape[: x.ndim - event_dim], x.shape[x.ndim - event_dim :]
+        for dim in range(-len(batch), 0):
+            planned = self.shape[dim] if -dim <= len(self.shape) else 1
+            if batch[dim] not in (1, planned):
+                raise ValueError(
+                    f"At site '{self.name}', batch dimension {dim} has size {batch[dim]} where its plates give "
+                    f"{planned}. Write .to_event({-dim}) if it belongs to the value of one datum, or put the site "
+                    f"under pyro.plate(..., {batch[dim]}, dim={dim})."
+                )
+        if batch != self.shape:
+            x = x.reshape(batch[max(0, len(batch) - len(self.shape)) :] + event).expand(self.shape + event)
+        data = self.data_dim - event_dim
+        if self.particle_dim is None:
+            return (x if x.ndim == -data else x.movedim(data, 0)).unsqueeze(0)
+        return x.movedim((self.particle_dim - event_dim, data), (0, 1))
+
+    def unrows(self, rows: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+        """Undoes :meth:`rows` and the flattening of what belongs to a datum.
+
+        Args:
+            rows: Shape (K, n, size).
+            event_shape: The site's event shape.
+
+        Returns:
+            Shape ``shape + event_shape``.
+        """
+        moved = (self.particle_dim, self.data_dim)
+        inner = [size for dim, size in zip(range(-len(self.shape), 0), self.shape, strict=True) if dim not in moved]
+        x = rows.reshape((*rows.shape[:2], *inner, *event_shape))
+        data = self.data_dim - len(event_shape)
+        if self.particle_dim is None:
+            return x.squeeze(0).movedim(0, data)
+        return x.movedim((0, 1), (self.particle_dim - len(event_shape), data))
+
+
+def side_by_side(
+    rows: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, slice], Tensor | None]:
+    """Sets the rows of several sites side by side.
+
+    Half precision is cast up to float32: under autocast one site may have it, and the next may not.
+
+    Args:
+        rows: For each site a tensor (K, n, ...).
+        kept: For the sites that have a mask, a boolean tensor of the same shape.
+
+    Returns:
+        Codes (K, n, d), the columns of each site, and the mask (K, n, d) or None.
+
+    Raises:
+        ValueError: If the sites have different dtypes or devices.
+    """
+    rows = {site: at_least_float32(value) for site, value in rows.items()}
+    first = next(iter(rows))
+    for site, value in rows.items():
+        if value.dtype != rows[first].dtype or value.device != rows[first].device:
+            raise ValueError(
+                f"Site '{site}' has values of {value.dtype} on {value.device}, site '{first}' of "
+                f"{rows[first].dtype} on {rows[first].device}. One code joins all sites: give them one dtype and "
+                "device, or compare the sites apart with WAELoss({'" + site + "': MMD(), ...})."
+            )
+    flat = {site: value.flatten(2) if value.ndim > 2 else value.unsqueeze(2) for site, value in rows.items()}
+    columns, start = {}, 0
+    for site, value in flat.items():
+        columns[site] = slice(start, start + value.shape[2])
+        start += value.shape[2]
+    masks = None
+    if kept:
+        parts = [kept[s].reshape(v.shape) if s in kept else v.new_ones(v.shape).bool() for s, v in flat.items()]
+        masks = torch.cat(parts, dim=2)
+    return joined(list(flat.values()), 2), columns, masks

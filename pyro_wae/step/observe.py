@@ -1,0 +1,198 @@
+"""Runs model and guide on a batch, and makes rows of what a loss needs: codes, prior draws, costs, conditions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.random_state import restored_random_state
+from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae.costs import Cost
+from pyro_wae.step.condition import read_condition
+from pyro_wae.step.plates import PARTICLE_PLATE
+from pyro_wae.step.prior import draw_prior, prior_varies
+from pyro_wae.step.program import Program, Run, run, trace_pair
+from pyro_wae.step.records import Step
+
+__all__ = ["Observer", "check_names"]
+
+
+class Observer:
+    """Observes a model and its guide on batches of data.
+
+    Args:
+        model: The Pyro model.
+        guide: Its guide.
+        cost: A cost, one for each observed site, or None to take none.
+        data_plate: Name of the data plate, or None to find it.
+        prior_draws: Prior draws for each code.
+        num_particles: Number of codes for each datum.
+        vectorize_particles: Whether to run them at once in an outermost plate.
+        max_plate_nesting: Bound on nested plates; where vectorised particles need it and it is infinite, it is guessed
+            by one more run.
+        condition: Name of what the model is conditional on, or None.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        cost: Cost | Mapping[str, Cost] | None = None,
+        data_plate: str | None = None,
+        prior_draws: int = 0,
+        num_particles: int = 1,
+        vectorize_particles: bool = False,
+        max_plate_nesting: float = math.inf,
+        condition: str | None = None,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.cost = cost
+        self.data_plate = data_plate
+        self.prior_draws = prior_draws
+        self.num_particles = num_particles
+        self.is_vectorized = vectorize_particles and num_particles > 1
+        self.max_plate_nesting = max_plate_nesting
+        self.condition = condition
+
+    def observe(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, subsample_of: Run | None = None) -> Step:
+        """Runs model and guide, once or for each particle, and reads the step from the runs.
+
+        Args:
+            args: Arguments of model and guide.
+            kwargs: Keyword arguments of both.
+            subsample_of: An earlier run, whose data this step takes too.
+
+        Raises:
+            ValueError: If model and guide do not fit a WAE.
+        """
+        if self.is_vectorized:
+            runs: Iterator[Run] = iter([self._vectorized(args, kwargs, subsample_of)])
+        else:
+            runs = self._particles(args, kwargs, subsample_of)
+        first = next(runs)
+        step = self._read(first, args, kwargs, None)
+        others = [self._read(other, args, kwargs, step) for other in runs]
+        return Step.join([step, *others], 0)
+
+    def _particles(self, args: Sequence[Any], kwargs: Mapping[str, Any], first: Run | None) -> Iterator[Run]:
+        """The runs of one step, all on the same data."""
+        for _ in range(self.num_particles):
+            found = self._run(self.model, self.guide, args, kwargs, first)
+            first = first or found
+            yield found
+
+    def _vectorized(self, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Run | None) -> Run:
+        if self.max_plate_nesting == math.inf:
+            self.max_plate_nesting = self._plate_nesting(args, kwargs)
+
+        def in_plate(program: Program) -> Program:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(self.max_plate_nesting)):
+                    return program(*args, **kwargs)
+
+            return wrapped
+
+        return self._run(in_plate(self.model), in_plate(self.guide), args, kwargs, subsample_of)
+
+    def _plate_nesting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+        # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
+        with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
+            traces = trace_pair(self.model, self.guide, args, kwargs, math.inf)
+        stacks = [
+            node["cond_indep_stack"] for trace in traces for node in trace.nodes.values() if node["type"] == "sample"
+        ]
+        return 1 + max((-f.dim for stack in stacks for f in stack if f.dim is not None), default=0)
+
+    def _run(
+        self, model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Run | None
+    ) -> Run:
+        return run(
+            model,
+            guide,
+            args,
+            kwargs,
+            max_plate_nesting=self.max_plate_nesting,
+            data_plate=self.data_plate,
+            subsample_of=subsample_of,
+        )
+
+    def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
+        """Reads one run; what is the same for all particles is taken from the first."""
+        codes, columns, kept = _codes(found)
+        draws = [draw_prior(found) for _ in range(self.prior_draws)]
+        condition, is_masked = (first and (first.condition, first.condition_is_masked)) or (None, False)
+        if self.condition is not None and first is None:
+            condition, is_masked = read_condition(self.condition, found, (self.model, args, kwargs))
+        sites = self._reconstructed(found.observed)
+        if isinstance(self.cost, Mapping):
+            check_names("cost", self.cost, list(sites), "observed", "SquaredError()")
+        costs = {name: cost.per_datum(site) for name, site in sites.items() if (cost := self._cost(name)) is not None}
+        return Step(
+            runs=[[found]],
+            codes=codes,
+            columns=columns,
+            kept=kept,
+            prior=torch.cat(draws) if len(draws) > 1 else draws[0] if draws else None,
+            costs=costs,
+            seen=_seen(list(sites.values())),
+            condition=condition,
+            condition_name=self.condition,
+            condition_is_masked=is_masked,
+            data_size=found.data_size,
+            prior_varies=prior_varies(found) if first is None else first.prior_varies,
+        )
+
+    def _cost(self, name: str) -> Cost | None:
+        return self.cost[name] if isinstance(self.cost, Mapping) else self.cost
+
+    def _reconstructed(self, observed: Mapping[str, Site]) -> Mapping[str, Site]:
+        """The sites that have a cost: a condition is given, and not to be reconstructed."""
+        if self.condition is None or (isinstance(self.cost, Mapping) and self.condition in self.cost):
+            return observed
+        left = {name: site for name, site in observed.items() if name != self.condition}
+        if not left:
+            raise ValueError(
+                f"The condition '{self.condition}' is the model's only observed site, and so nothing is "
+                "reconstructed. Write pyro.sample('x', ..., obs=x) for the decoder's output."
+            )
+        return left
+
+
+def check_names(argument: str, options: Mapping[str, object], sites: list[str], kind: str, example: str) -> None:
+    """Raises ValueError unless the options name just the sites there are."""
+    unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
+    if unknown:
+        raise ValueError(
+            f"{argument} names '{unknown[0]}', which is no {kind} site; these are {sites}. "
+            f"Write {argument}={{'{sites[0]}': {example}, ...}}."
+        )
+    if missing:
+        raise ValueError(
+            f"{argument} has no entry for the {kind} site '{missing[0]}'. Write {argument}={{..., '{missing[0]}': "
+            f"{example}}}" + (", or None to leave it free." if kind == "latent" else ".")
+        )
+
+
+def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
+    """The codes of one run, a row for each particle and datum, the columns of each site, and the mask."""
+    rows, kept = {}, {}
+    for name, site in found.latents.items():
+        rows[name] = site.rows(site.value, site.event_dim)
+        if site.mask is not None:
+            shape = torch.broadcast_shapes(site.shape + site.distribution.event_shape, site.mask.shape)
+            kept[name] = site.rows(site.mask.expand(shape), site.event_dim).expand(rows[name].shape)
+    return side_by_side(rows, kept)
+
+
+def _seen(sites: Sequence[Site]) -> Tensor | None:
+    """Shape (K, n): which data have anything observed; None if all have."""
+    known = [mask for mask in (site.kept for site in sites) if mask is not None]
+    return torch.stack(known).any(0) if len(known) == len(sites) else None
