@@ -142,7 +142,7 @@ def load_data(name: str, root: str, smoke: bool, classifier_file: Path | None = 
             classifier.load_state_dict(torch.load(classifier_file))
             classifier.requires_grad_(False).eval()
         else:
-            classifier.learn(images, labels, epochs=1 if smoke else 6)
+            classifier.learn(images, labels, epochs=1 if smoke else 8)
         if classifier_file is not None and not classifier_file.exists():
             torch.save(classifier.state_dict(), classifier_file)
         return Data(images, heldout, test, classifier, 40 if name == "bundled" else 10)

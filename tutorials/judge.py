@@ -27,7 +27,7 @@ class DigitClassifier(nn.Module):
         """Maps images (n, 1, 28, 28) to features (n, 84)."""
         return self.features(x)
 
-    def learn(self, images: Tensor, labels: Tensor, *, epochs: int = 6, batch_size: int = 100) -> "DigitClassifier":
+    def learn(self, images: Tensor, labels: Tensor, *, epochs: int = 8, batch_size: int = 100) -> "DigitClassifier":
         """Trains features and head, then freezes them."""
         optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
         steps = epochs * -(-len(images) // batch_size)
