@@ -163,6 +163,8 @@ class JensenShannon(FittedBuffers, Penalty):
         if training and self.optimizer is None:
             players = players + self._loss(q, p, log_prob)
         value = math.log(2) - (softplus(-logits_p).mean() + softplus(logits_q).mean()).detach() / 2
+        # A bounded discriminator, one that ends in a tanh, would hide an infinite code.
+        value = value.where(q.isfinite().all() & p.isfinite().all(), math.nan)
         return value + (players - players.detach())
 
     def _logits(self, adversary: Callable[[Tensor], Any], z: Tensor, log_prob: LogProb | None) -> Tensor:
