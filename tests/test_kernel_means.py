@@ -17,7 +17,7 @@ from references import mean_is_zero
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, RationalQuadratic
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, kernel_mean, kernel_means, register_kernel_mean
 
 N = 12
@@ -40,6 +40,10 @@ def rows(*shape):
 
 
 # Each kernel beside its value at a squared distance, written once more.
+def _t(two_nu, r):
+    return np.sqrt(two_nu * r) / 0.8
+
+
 KERNELS = {
     "gaussian": (lambda: Gaussian(0.8), lambda r: np.exp(-r / (2 * 0.8**2))),
     "imq": (lambda: InverseMultiquadratic(1.5**0.5), lambda r: 1.5 / (1.5 + r)),
@@ -48,6 +52,13 @@ KERNELS = {
         lambda r: sum(4 * c / (4 * c + r) for c in (0.1, 0.2, 0.5, 1, 2, 5, 10)),
     ),
     "multiscale": (lambda: MultiScale(Gaussian(1.0), (0.5, 3.0)), lambda r: np.exp(-r) + np.exp(-r / 6)),
+    "laplace": (lambda: Laplace(0.8), lambda r: np.exp(-np.sqrt(r) / 0.8)),
+    "matern 3/2": (lambda: Matern(1.5, 0.8), lambda r: (1 + _t(3, r)) * np.exp(-_t(3, r))),
+    "matern 5/2": (lambda: Matern(2.5, 0.8), lambda r: (1 + _t(5, r) + _t(5, r) ** 2 / 3) * np.exp(-_t(5, r))),
+    "laplace lengths": (
+        lambda: Laplace.multiscale(2.0, (0.1, 1.0, 5.0)),
+        lambda r: sum(np.exp(-np.sqrt(r) / length) for length in (0.2, 2.0, 10.0)),
+    ),
     "sum": (
         lambda: Gaussian(0.5) + 0.3 * InverseMultiquadratic(2.0**0.5),
         lambda r: np.exp(-r / 0.5) + 0.3 * 2 / (2 + r),
@@ -317,11 +328,11 @@ def test_the_function_is_handed_the_kernel_and_the_prior_and_stays_a_function(re
 @pytest.mark.parametrize(
     ("kernel", "prior"),
     [
-        (Laplace(1.0), diagonal_normal()),
+        (RationalQuadratic(1.5, 1.0), diagonal_normal()),
         (Energy(), diagonal_normal()),
-        (Gaussian(1.0) + Laplace(1.0), diagonal_normal()),
-        (MultiScale(Laplace(1.0), (1.0, 2.0)), diagonal_normal()),
-        (2.0 * Laplace(1.0), diagonal_normal()),
+        (Gaussian(1.0) + RationalQuadratic(1.5, 1.0), diagonal_normal()),
+        (MultiScale(RationalQuadratic(1.5, 1.0), (1.0, 2.0)), diagonal_normal()),
+        (2.0 * RationalQuadratic(1.5, 1.0), diagonal_normal()),
         (Gaussian(1.0) * Gaussian(1.0), diagonal_normal()),
         (Gaussian(1.0), dist.Laplace(torch.zeros(2), 1.0).to_event(1)),
         (Gaussian(1.0), dist.MultivariateNormal(torch.zeros(2), torch.eye(2))),

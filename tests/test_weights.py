@@ -11,11 +11,11 @@ import torch
 from pyro.infer import SVI
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import InverseMultiquadratic
+from pyro_wae.kernels import InverseMultiquadratic, Laplace
 from pyro_wae.penalties import MMD, JensenShannon, KernelStein, SlicedWasserstein
 from pyro_wae.penalties.null_variance import centred_square, pair_variance
 from pyro_wae.weights import Constant, Constraint, LinearSchedule, Schedule, as_weight
-from pyro_wae.weights.constraint import FACTORS, RandomFeatures, trace_of_squared_covariance
+from pyro_wae.weights.constraint import FACTORS, LENGTHS, WARM_UP, RandomFeatures, trace_of_squared_covariance
 
 D = 3
 
@@ -156,7 +156,8 @@ def test_the_features_product_is_the_mean_kernel():
     phi = features.of(x).double()
     scale = 2 * prior.double().var(0).sum().item()
     kernel = InverseMultiquadratic.multiscale(scale**0.5, FACTORS)
-    expected = kernel.gram(x, x) / len(FACTORS)
+    fine = Laplace.multiscale((scale / 2) ** 0.5, LENGTHS)
+    expected = (kernel.gram(x, x) / len(FACTORS) + fine.gram(x, x) / len(LENGTHS)) / 2
     assert (phi @ phi.T - expected).abs().max() < 0.0064
 
 
@@ -213,7 +214,8 @@ def test_the_discrepancy_does_not_see_what_a_batch_arranges_within_itself():
         return codes - codes.mean(0)
 
     drive(constraint, steps=32, n=64, d=D, codes_of_step=centred)
-    within = torch.stack([MMD(closed_form=False)(centred(0, 64, D), torch.randn(64, D)) for _ in range(200)]).mean()
+    mmd = MMD(InverseMultiquadratic.multiscale(), closed_form=False)
+    within = torch.stack([mmd(centred(0, 64, D), torch.randn(64, D)) for _ in range(200)]).mean()
     assert within < -0.01
     assert abs(constraint.discrepancy.item()) < 3.0
 
@@ -259,6 +261,38 @@ def test_a_target_out_of_reach_is_capped_and_reported_once():
         drive(constraint, steps=300, n=64, d=2, codes_of_step=lambda w, n, d: torch.randn(n, d) + 2.0)
     assert constraint.weight == 20.0
     assert len(caught) == 1
+
+
+def test_a_weight_that_lowers_nothing_returns_to_where_it_was_and_stays():
+    # Codes that differ from the prior whatever the weight is: at a rate of 0.01 the weight doubles in 70 steps.
+    torch.manual_seed(0)
+    constraint = Constraint(initial=10.0, maximum=1e9, rate=0.01)
+    far = {"n": 64, "d": 2, "codes_of_step": lambda w, n, d: torch.randn(n, d) + 1.0}
+    drive(constraint, steps=WARM_UP, **far)
+    assert constraint.outcome == "rising"
+    before = constraint.weight.item()
+    drive(constraint, steps=300, **far)
+    assert constraint.outcome == "plateau"
+    assert constraint.weight.item() == pytest.approx(before, rel=0.02)
+    # The discrepancy falls to its slack: the weight falls, and that is what is reported.
+    drive(constraint, steps=600, n=64, d=2, codes_of_step=lambda w, n, d: torch.randn(n, d))
+    assert constraint.outcome == "matched"
+    assert constraint.weight < before
+
+
+def test_a_weight_rises_on_while_it_lowers_the_discrepancy_or_the_cost_falls():
+    torch.manual_seed(0)
+    found = []
+    for shrinks, falls in ((True, False), (False, True)):
+        constraint = Constraint(initial=10.0, maximum=1e9, rate=0.01)
+        for step in range(500):
+            # A shift that is inverse to the weight, as under a cost that pulls evenly; or a cost of nets that learn.
+            shift = 50 / constraint(torch.tensor(1.0)) if shrinks else 1.0
+            cost = 50.0 * 0.999**step if falls else 50.0
+            constraint.observe(torch.tensor(cost), torch.randn(1, 64, 2) + shift, torch.randn(64, 2))
+        found.append((constraint.outcome, bool(constraint.weight > 200)))
+    assert found[0][0] in ("rising", "matched") and found[1] == ("rising", True)
+    assert found[0][1] or found[0][0] == "matched"
 
 
 def test_the_first_weight_is_a_tenth_of_the_first_cost():
