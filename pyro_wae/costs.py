@@ -253,24 +253,25 @@ def generator_output(distribution: Any) -> Tensor:
         ValueError: If the distribution has no mean, none that is finite, one outside its support, or is one of angles,
             which have no difference along a line. On an accelerator, values are not looked at.
     """
-    remedy = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
     try:
-        mean, support = distribution.mean, _support(distribution)
+        mean = distribution.mean
     except (NotImplementedError, AttributeError) as error:
-        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {remedy}") from error
-    if mean.device.type != "cpu" or not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
-        return mean  # parameters that are not finite are the net's fault, and reported as such
+        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
+    _check_angles(distribution, mean)
+    if mean.device.type != "cpu":
+        return mean
     if not bool(mean.isfinite().all()):
-        raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {remedy}")
-    if _is_periodic(distribution, mean):
-        raise ValueError(
-            f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "
-            "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
-            "decode=lambda fn: fn.mean), the squared chord, or cost=NegativeLogLikelihood()."
-        )
-    if not _is_line(support) and not bool(support.check(mean).all()):
-        raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {remedy}")
+        if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
+            return mean  # parameters that are not finite are the net's fault, and reported as such
+        raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
+    support = _support(distribution)
+    # Between whole numbers a mean may lie.
+    if not (support is constraints.real or getattr(support, "is_discrete", False) or bool(support.check(mean).all())):
+        raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
+
+
+_REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
 
 
 def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
@@ -286,24 +287,25 @@ def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
 
 
 def _support(distribution: Any) -> Any:
-    """What a value may be, an event's dimensions taken off; None where the family does not say."""
+    """What a value may be, an event's dimensions taken off."""
     support = innermost(distribution).support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
 
 
-def _is_periodic(distribution: Any, mean: Tensor) -> bool:
-    """Whether values are angles: a density on a line cannot be the same a whole turn farther on."""
+def _check_angles(distribution: Any, mean: Tensor) -> None:
+    """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
     if distribution.has_rsample or _support(distribution) is not constraints.real:
-        return False  # those of angles have no rsample, and it is quicker to ask
+        return  # those of angles have no rsample, and it is quicker to ask
     with torch.no_grad():
-        return bool(torch.isclose(distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)).all())
-
-
-def _is_line(support: Any) -> bool:
-    """Whether any finite mean will do: real numbers, or whole ones, between which a mean may lie."""
-    return support is None or support is constraints.real or getattr(support, "is_discrete", False)
+        turned = torch.isclose(distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi))
+    if bool(turned.all()):
+        raise ValueError(
+            f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "
+            "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
+            "decode=lambda fn: fn.mean), the squared chord, or cost=NegativeLogLikelihood()."
+        )
 
 
 def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:

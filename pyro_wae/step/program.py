@@ -73,7 +73,7 @@ class Run:
         """Number of data in this run."""
         return next(iter(self.latents.values())).data
 
-    @property
+    @functools.cached_property
     def is_root(self) -> bool:
         """Whether the code is one site that no other random choice precedes."""
         first = next(name for name, node in self.model.nodes.items() if is_random(node))
