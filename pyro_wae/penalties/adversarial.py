@@ -215,7 +215,7 @@ class JensenShannon(FittedBuffers, Penalty):
             self._learn(False)
 
     def _gradient_is_usable(self, are_finite: Tensor) -> bool:
-        """Whether the gradient, and what it is taken at, is finite. On an accelerator it is set to 0 where it is not, and the answer is yes."""
+        """Whether gradient and points are finite. On an accelerator a gradient that is not is set to 0: always True."""
         gradients = [part.grad for part in self.discriminator.parameters() if part.grad is not None]
         if not gradients:
             return True
