@@ -741,3 +741,14 @@ def test_a_nan_among_the_codes_does_not_stay_in_the_discriminator():
     assert penalty(codes, torch.randn(10, 2)).isnan()
     for name, value in penalty.discriminator.named_parameters():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("where", [0, 1], ids=["codes", "prior"])
+def test_an_infinite_number_trains_no_discriminator_though_its_gradient_is_finite(where):
+    penalty = JensenShannon(nn.Sequential(nn.Tanh(), plane()))
+    penalty(rows(N, D), rows(M, D))
+    before, batch = state(penalty), [rows(N, D), rows(M, D)]
+    batch[where][2, 0] = math.inf
+    assert penalty(*batch).isnan()
+    assert same_state(penalty.discriminator, {k.removeprefix("discriminator."): v for k, v in before.items()})
+    assert penalty(rows(N, D), rows(M, D)).isfinite()

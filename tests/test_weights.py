@@ -446,6 +446,8 @@ def test_a_constraint_leaves_out_a_step_that_is_not_finite(bad, part, at):
     wrong[part].view(-1)[0] = bad
     constraint = observed([*right[:at], wrong])
     assert constraint.weight.isfinite() or (at == 0 and constraint.weight.isnan())
+    assert constraint.differences.isfinite().all()
+    assert constraint.discrepancy.isfinite() or at < 2
     usual, with_bad = observed(right), observed([*right[:at], wrong, *right[at:]])
     # Once the bad step has left the pool, both measure the same steps.
     torch.testing.assert_close(with_bad.discrepancy, usual.discrepancy, rtol=0.05, atol=0)

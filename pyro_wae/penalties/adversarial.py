@@ -222,7 +222,8 @@ class JensenShannon(FittedBuffers, Penalty):
         return any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters())
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
-        if q.device.type == "cpu" and not (bool(q.isfinite().all()) and bool(p.isfinite().all())):
+        are_finite = q.isfinite().all() & p.isfinite().all()
+        if q.device.type == "cpu" and not bool(are_finite):
             return  # what is not finite is reported with the loss; it must not stay behind in the discriminator
         if self._own is None:
             self._own = optimizer(self.discriminator.parameters())
@@ -233,19 +234,19 @@ class JensenShannon(FittedBuffers, Penalty):
             for _ in range(DEFAULT_STEPS if self.steps is None else self.steps):
                 self._own.zero_grad()
                 self._loss(q, p, log_prob).backward()
-                if self._gradient_is_usable():
+                if self._gradient_is_usable(are_finite):
                     self._own.step()
         finally:
             self._own.zero_grad()
             self._learn(False)
 
-    def _gradient_is_usable(self) -> bool:
-        """Whether the gradient is finite. On an accelerator it is set to 0 where it is not, and the answer is yes."""
+    def _gradient_is_usable(self, are_finite: Tensor) -> bool:
+        """Whether gradient and points are finite. On an accelerator a gradient that is not is set to 0: always True."""
         gradients = [part.grad for part in self.discriminator.parameters() if part.grad is not None]
         if not gradients:
             return True
         # A sum of numbers is finite only if all of them are, and is read faster than each.
-        is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all() & are_finite
         if is_finite.device.type == "cpu":
             return bool(is_finite)
         for gradient in gradients:
