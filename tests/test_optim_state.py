@@ -129,6 +129,20 @@ def test_state_of_some_parameters_leaves_the_others():
     torch.testing.assert_close(b, torch.full((2,), 1 - 1 - 1.5 - 1.75))
 
 
+def test_restart_takes_these_states_and_no_others_at_once():
+    a, b = (pyro.param(name, torch.ones(2)).unconstrained() for name in "ab")
+    optim = SGD({"lr": 1.0, "momentum": 0.5})
+    for p in (a, b):
+        p.grad = torch.ones(2)
+    optim([a, b])
+    saved = optim.get_state()
+    saved["a"]["param_groups"][0]["lr"] = 0.25
+    optim.restart({"a": saved["a"], "late": saved["b"]})
+    assert list(optim.optim_objs) == [a]
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optim.optimizers] == [0.25]
+    assert optim.get_state().keys() == {"a", "late"}
+
+
 def test_state_that_waits_is_not_lost():
     optim = Adam({"lr": 0.03})
     trajectory(optim, last=3)
