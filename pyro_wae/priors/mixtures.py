@@ -208,8 +208,8 @@ class MixturePrior(nn.Module):
 class VampPrior(nn.Module):
     r"""The encoder's distribution at learnable pseudo-inputs: :math:`\sum_k \pi_k\,Q(z \mid u_k)`.
 
-    The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder gives points, so that each
-    component has a learnable scale around its own; of a stochastic encoder give the mean.
+    The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder returns points,
+    and each component has a learnable scale around its own; of a stochastic encoder give the mean.
     BatchNorm layers of the encoder leave their running statistics alone.
 
     Args:
