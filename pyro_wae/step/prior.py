@@ -195,8 +195,9 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
                 return True
         return False
     if isinstance(value, torch.distributions.Transform):
-        # A transform keeps its last draw, which is as long as the data and says nothing about them.
-        parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
+        # A transform keeps its last draw, which is as long as the data and says nothing about them, and its inverse,
+        # which is made of the same parts.
+        parts = [part for name, part in vars(value).items() if not name.startswith(("_cache", "_inv"))]
         return any(_varies(part, n, place, batch, event_dim, depth - 1, look=look) for part in parts)
     return (
         not look
