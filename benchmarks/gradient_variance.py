@@ -28,7 +28,7 @@ SHIFT, SCALE = 0.2, 1.2
 # The lengths that are taken from the prior N(0, I), given here, so that every estimate has the very same kernel.
 KERNELS: dict[str, Callable[[int], Kernel]] = {
     "Gaussian": lambda d: Gaussian(bandwidth=math.sqrt(d)),
-    "7-scale IMQ": lambda d: InverseMultiquadratic.multiscale(scale=2.0 * d),
+    "7-scale IMQ": lambda d: InverseMultiquadratic.multiscale(bandwidth=math.sqrt(2.0 * d)),
 }
 
 

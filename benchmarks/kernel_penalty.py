@@ -243,8 +243,8 @@ def page(report: Report) -> str:
   On CUDA between two events.
 - *MiB*: by which the process grows beyond codes and prior draws.
 - *biased*: with the pairs of a row with itself, as geomloss and Trace_MMD have it.
-- MMD's kernel is `InverseMultiquadratic.multiscale(2 d)`; the Gaussian's bandwidth is sqrt(d), the blur of the Sinkhorn
-  divergence sqrt(d / 2). `Sinkhorn()` calls geomloss, which lowers the blur in steps, and POT iterates to a
+- MMD's kernel is `InverseMultiquadratic.multiscale(sqrt(2 d))`; the Gaussian's bandwidth is sqrt(d), the blur of the
+  Sinkhorn divergence sqrt(d / 2). `Sinkhorn()` calls geomloss, which lowers the blur in steps, and POT iterates to a
   tolerance of 1e-5. geomloss gives half the square of a distance, POT the root of the sliced one: all have the same
   scale here.
 

@@ -9,6 +9,7 @@ noise of the penalty's gradient at each size.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def make_net(width: int) -> AutoEncoder:
 
 def penalty() -> MMD:
     """With a kernel of given length, so that every batch size has the same; its means are exact, without draws."""
-    return MMD(InverseMultiquadratic(2.0 * ZDIM), closed_form=True)
+    return MMD(InverseMultiquadratic(math.sqrt(2.0 * ZDIM)), closed_form=True)
 
 
 def run_case(micro_batch: int | None, gradient: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -84,7 +84,7 @@ CHOICES |= {
     "mmd-30": Choice("MMD()", 30.0),
     "mmd-300": Choice("MMD()", 300.0),
     "mmd-1000": Choice("MMD()", 1000.0),
-    "mmd-linear": Choice("MMD()", "Linear(0.0, 200.0, steps=500)"),
+    "mmd-linear": Choice("MMD()", "LinearSchedule(0.0, 200.0, steps=500)"),
     "mmd-constraint": Choice("MMD()", "Constraint()"),
     "mmd-constraint-300": Choice("MMD()", "Constraint(codes=300)"),
 }
@@ -201,7 +201,7 @@ class Judge:
         self.images, self.args = images, args
         self.frechet = FrechetInceptionDistance(feature=classifier, reset_real_features=False, normalize=True)
         self.frechet.update(images, real=True)
-        self.mmd = MMD(InverseMultiquadratic.multiscale(scale=2.0 * args.zdim))
+        self.mmd = MMD(InverseMultiquadratic.multiscale(bandwidth=math.sqrt(2.0 * args.zdim)))
         self.context = context_of_normal(args.zdim)
         self.null = torch.tensor(
             [self.mmd2(torch.randn(len(images), args.zdim)) for _ in progress(range(args.null), "null")]

@@ -20,12 +20,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def authors_kernel(d: int) -> InverseMultiquadratic:
     """Seven scales around C = 2 d, that of the prior N(0, I)."""
-    return InverseMultiquadratic.multiscale(scale=2.0 * d)
+    return InverseMultiquadratic.multiscale(bandwidth=math.sqrt(2.0 * d))
 
 
 def compiled(penalty: MMD) -> MMD:
     """The penalty with a compiled kernel."""
-    penalty.kernel.compile()
+    penalty.kernel.compile_profile()
     return penalty
 
 

@@ -78,7 +78,7 @@ class Cost(CallRepr, nn.Module):
         if mask is not None:
             kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if site.event_dim else mask
             costs = costs.where(kept, 0.0)
-        rows = site.rows(at_least_float32(costs) * site.scale, 0)
+        rows = site.rows(at_least_float32(costs) * site.scale * site.subsample_scale, 0)
         return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class FunctionCost(OutputCost):
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
         if not isinstance(costs, Tensor) or costs.shape != (particles * n,):
             raise ValueError(_wrong_shape(self.function, site.name, costs, (particles * n,)))
-        return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(site)
+        return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(site) * site.subsample_scale
 
     @staticmethod
     def _scale(site: Site) -> float | Tensor:

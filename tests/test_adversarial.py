@@ -323,7 +323,9 @@ def test_the_slope_penalty_is_taken_in_one_of_so_many_steps_with_as_many_times_i
         optimiser.step()
     penalty = shared(discriminator, optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3)
     penalty(q, p)
-    resumed = shared(copy.deepcopy(discriminator), optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3)
+    resumed = shared(
+        copy.deepcopy(discriminator), optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3
+    )
     resumed.load_state_dict(penalty.state_dict())
     for each in (penalty, resumed):
         each(q, p)

@@ -3,11 +3,13 @@
 import builtins
 import io
 
-import ot
 import pytest
 import torch
 
 from pyro_wae.penalties.sinkhorn import Sinkhorn
+
+pytest.importorskip("geomloss")
+ot = pytest.importorskip("ot")
 
 
 def pair(n=30, m=41, d=3, dtype=torch.float64, seed=0):

@@ -2,7 +2,6 @@
 
 import io
 
-import ot
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -26,7 +25,7 @@ def seeded(penalty, codes, prior, seed=3):
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_sliced_is_that_of_pot_on_the_same_directions(n, m, p):
+def test_sliced_is_that_of_pot_on_the_same_directions(n, m, p, ot):
     codes, prior = pair(n, m)
     torch.manual_seed(3)
     directions = normalize(torch.empty(20, 4, dtype=torch.float64).normal_(), dim=-1)
@@ -37,7 +36,7 @@ def test_sliced_is_that_of_pot_on_the_same_directions(n, m, p):
 @pytest.mark.parametrize("penalty", BOTH)
 @pytest.mark.parametrize("p", [1, 1.5, 2])
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_in_one_dimension_both_are_transport_on_the_line(penalty, n, m, p):
+def test_in_one_dimension_both_are_transport_on_the_line(penalty, n, m, p, ot):
     codes, prior = pair(n, m, d=1)
     expected = ot.wasserstein_1d(codes[:, 0].numpy(), prior[:, 0].numpy(), p=p)
     assert penalty(p=p)(codes, prior).item() == pytest.approx(expected, rel=1e-10)
@@ -110,7 +109,7 @@ def test_sliced_gradients_are_finite_differences(n, m, p):
 
 
 @pytest.mark.parametrize(("n", "m"), [(6, 6), (6, 7)])
-def test_max_sliced_gradients_are_finite_differences_along_the_direction_found(n, m):
+def test_max_sliced_gradients_are_finite_differences_along_the_direction_found(n, m, ot):
     codes, prior = pair(n, m, d=3)
     penalty = MaxSlicedWasserstein()
     (slope,) = torch.autograd.grad(penalty(codes.requires_grad_(), prior), codes)
@@ -138,7 +137,7 @@ def test_equal_samples_have_value_and_gradient_0(penalty):
         assert (codes.grad == 0).all()
 
 
-def test_float32_far_from_0_keeps_its_digits():
+def test_float32_far_from_0_keeps_its_digits(ot):
     codes, prior = pair()
     # Numbers that float32 holds exactly, so that only the arithmetic differs.
     codes, prior = (codes * 64).round() / 64 + 4096, (prior * 64).round() / 64 + 4096
@@ -160,7 +159,7 @@ def test_max_sliced_finds_a_shift():
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_max_sliced_comes_near_the_best_of_all_angles_in_the_plane(p):
+def test_max_sliced_comes_near_the_best_of_all_angles_in_the_plane(p, ot):
     codes, prior = pair(n=50, m=70, d=2)
     angles = torch.linspace(0, torch.pi, 2000, dtype=torch.float64)
     projections = torch.stack([angles.cos(), angles.sin()]).numpy()
@@ -169,7 +168,7 @@ def test_max_sliced_comes_near_the_best_of_all_angles_in_the_plane(p):
     assert best * 0.999 < value < best * 1.001
 
 
-def test_max_sliced_sees_a_change_of_shape_better_than_many_random_directions():
+def test_max_sliced_sees_a_change_of_shape_better_than_many_random_directions(ot):
     torch.manual_seed(8)
     prior = torch.randn(300, 20, dtype=torch.float64)
     codes = torch.randn(300, 20, dtype=torch.float64)

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import ot
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -28,7 +27,7 @@ def seeded(penalty, codes, prior, seed=3):
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_transport_on_the_circle_is_exact(n, m, p):
+def test_transport_on_the_circle_is_exact(n, m, p, ot):
     # Oracle: the linear programme on the table of arc lengths.
     generator = np.random.default_rng(0)
     for spread in (0.01, 0.2, 1.0):
@@ -41,7 +40,7 @@ def test_transport_on_the_circle_is_exact(n, m, p):
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_it_is_that_of_pot_on_the_same_circles(n, m, p):
+def test_it_is_that_of_pot_on_the_same_circles(n, m, p, ot):
     codes, prior = pair(n, m)
     torch.manual_seed(3)
     frames = torch.linalg.qr(torch.empty(20, 4, 2, dtype=torch.float64).normal_()).Q

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["PARTICLE_PLATE", "data_frame", "data_size", "find_data_plate", "layout", "outer_scale"]
+__all__ = ["PARTICLE_PLATE", "data_frame", "data_size", "find_data_plate", "layout", "subsample_scales"]
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name that ``pyro.infer.ELBO`` gives the plate of its vectorised particles."""
@@ -86,10 +86,14 @@ def data_size(frame: Any) -> int | None:
     return full if full is not None and full != frame.size else None
 
 
-def outer_scale(node: Node, data_plate: str) -> float:
-    """The N/B of the data plate, which a mean per datum cancels; 1 where it takes all its data."""
-    frame = data_frame(node, data_plate)
-    return 1.0 if frame is None or data_size(frame) is None else frame.full_size / frame.size
+def subsample_scales(node: Node, data_plate: str) -> tuple[float, float]:
+    """The N/B of the data plate, which a mean per datum cancels, and that of all other subsampled plates together."""
+    outer = inner = 1.0
+    for frame in node["cond_indep_stack"]:
+        if data_size(frame) is not None:
+            scale = frame.full_size / frame.size
+            outer, inner = (scale, inner) if frame.name == data_plate else (outer, inner * scale)
+    return outer, inner
 
 
 def _vectorised(node: Node) -> dict[str, Any]:
