@@ -130,6 +130,7 @@ class JensenShannon(FittedBuffers, Penalty):
         self.optimizer = optimizer
         self.steps = steps
         self._taken = 0  # steps of the discriminator
+        self._size: int | None = None
         self._own: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] | None = None
         self._learning = [name for name, value in self.discriminator.named_parameters() if value.requires_grad]
@@ -138,6 +139,14 @@ class JensenShannon(FittedBuffers, Penalty):
             self._learn(False)
 
     def prepare(self, codes: Tensor) -> None:
+        size = codes.shape[-1]
+        if self._size not in (None, size):
+            raise ValueError(
+                f"The discriminator was made for codes of {self._size} numbers, found {size}, as where a latent site "
+                "is observed in some batches. Give each site a penalty of its own: WAELoss({'z': JensenShannon(), "
+                "'y': JensenShannon()})."
+            )
+        self._size = size
         if self._is_lazy():
             self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
             with torch.no_grad():
