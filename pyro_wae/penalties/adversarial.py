@@ -223,8 +223,6 @@ class JensenShannon(FittedBuffers, Penalty):
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
         are_finite = q.isfinite().all() & p.isfinite().all()
-        if q.device.type == "cpu" and not bool(are_finite):
-            return  # what is not finite is reported with the loss; it must not stay behind in the discriminator
         if self._own is None:
             self._own = optimizer(self.discriminator.parameters())
             if self._state is not None:
