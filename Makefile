@@ -9,7 +9,7 @@ APART := benchmarks bibliography classifier_test distributed docs links notebook
 CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 .PHONY: demo pictures report notebooks test test-core test-float64 test-device test-oldest test-slow
-.PHONY: bench bench-compare bench-penalties zoo lint spell types docs wheel clean
+.PHONY: bench bench-compare bench-penalties zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) tutorials/quickstart.py $(ARGS)
@@ -83,14 +83,20 @@ types: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
 
-# Builds the wheel, and runs the README's ten lines in an environment that holds it and what it requires, and nothing else.
+# Draws the figures of docs/theory.md, docs/bound.md, docs/hyperparameters.md and of the quick start; ARGS=balls draws one.
+figures: $(VENV)/.docs
+	set -e; for script in $(if $(ARGS),$(ARGS:%=docs/figures/%.py),$(filter-out %/common.py,$(wildcard docs/figures/*.py))); do \
+		$(RUN) $$script; \
+	done
+
+# Builds the wheel, and runs the README's quick start in an environment that holds it and what it requires, and nothing else.
 wheel: $(VENV)/.test
 	rm -rf dist build/wheel
 	$(RUN) -m hatchling build
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet dist/*.whl
-	awk '/^```python$$/ { inside = 1; next } /^```$$/ { inside = 0 } inside' README.md > build/wheel/ten_lines.py
-	cd build/wheel && bin/python ten_lines.py
+	awk '/^```python$$/ { inside = 1; next } /^```$$/ { inside = 0 } inside' README.md > build/wheel/quick_start.py
+	build/wheel/bin/python build/wheel/quick_start.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -18,11 +18,13 @@ release = version = pyro_wae.__version__
 
 extensions = [
     "gallery",
+    "offline_mathjax",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "_generated"]
@@ -48,8 +50,12 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(bool|dict|float|int|list|None|object|optional|str|tuple|type|[A-Z]\w+Error)"),
 ]
 
-# The type variable of a decorator.
-nitpick_ignore = [("py:class", "pyro_wae.penalties.kernel_means.F"), ("py:class", "os.PathLike")]
+# The type variable of a decorator, and a type alias of images and codes.
+nitpick_ignore = [
+    ("py:class", "pyro_wae.penalties.kernel_means.F"),
+    ("py:class", "Rows"),
+    ("py:class", "os.PathLike"),
+]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -85,7 +91,6 @@ PUBLIC_MODULES = (
     "pyro_wae.diagnostics",
     "pyro_wae.optim",
     "pyro_wae.checkpoint",
-    "pyro_wae.recording",
     "pyro_wae.plotting",
 )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -17,6 +19,7 @@ from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.distributed import GroupLike
+from pyro_wae.hints import Hints
 from pyro_wae.module import WAEModule
 from pyro_wae.runners import make_runner
 from pyro_wae.step.compare import (
@@ -78,6 +81,11 @@ class WAELoss(CallRepr, ELBO):
             them, or a process group. Loss and terms are then those of all data on every rank, and the mean over ranks
             of the gradients, which DDP takes, is that of one process with all data. Default: each rank compares its
             own codes.
+        reduction: ``"mean"``: the loss per datum. ``"sum"``: that times the number of data, N where the data plate
+            takes a part of N. It is the unit of Pyro's own losses; ``weight_decay``, ``clip_norm`` and the rate of SGD
+            then mean what they mean there. ``terms`` are per datum in both.
+        others: Arguments of ``Trace_ELBO`` that ask for silence about enumeration and ``torch.jit``; they have no
+            effect.
 
     Attributes:
         terms: The :class:`~pyro_wae.step.terms.Terms` of the last step, or None before the first.
@@ -124,10 +132,10 @@ class WAELoss(CallRepr, ELBO):
         condition: str | None = None,
         micro_batch: int | None = None,
         process_group: GroupLike | None = None,
-        compile: Any = False,
+        reduction: Literal["mean", "sum"] = "mean",
+        **others: Any,
     ) -> None:
-        if compile is not False:
-            warnings.warn(_NO_RECORDING, DeprecationWarning, stacklevel=2)
+        _check_others(others)
         if data_plate is not None:
             checks.text("data_plate", data_plate, "a plate's name", write="data_plate='data'")
         if condition is not None:
@@ -135,7 +143,7 @@ class WAELoss(CallRepr, ELBO):
             checks.text("condition", condition, what, write="condition='y'")
         super().__init__(
             num_particles=checks.whole("num_particles", num_particles),
-            vectorize_particles=vectorize_particles,
+            vectorize_particles=checks.flag("vectorize_particles", vectorize_particles),
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,
         )
@@ -149,8 +157,9 @@ class WAELoss(CallRepr, ELBO):
         self._condition = None if condition is None else Condition(condition, entries)
         self.micro_batch = None if micro_batch is None else checks.whole("micro_batch", micro_batch)
         self.process_group = process_group
-        self.compile = compile
+        self.reduction = checks.choice("reduction", reduction, ("mean", "sum"))
         self._runner = make_runner(self.micro_batch, process_group)
+        self._hints = Hints(has_state=isinstance(self.penalty_weight, Constraint))
         self.terms = None
 
     def __call__(self, model: Program, guide: Program) -> WAEModule:
@@ -183,8 +192,10 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
         """
+        observer = self._observer(model, guide)
+        self._hints.evaluated(observer)
         with torch.no_grad():
-            return self._value(self._run(self._observer(model, guide), args, kwargs))
+            return self._value(self._run(observer, args, kwargs))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Estimates the loss as a scalar tensor with a graph.
@@ -195,11 +206,13 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
         """
-        step = self._run(self._observer(model, guide), args, kwargs)
+        observer = self._observer(model, guide)
+        step = self._run(observer, args, kwargs)
         assert step.loss is not None  # it has been added up
         if step.loss.device.type == "cpu" or is_validation_enabled():
             self._value(step)
         if torch.is_grad_enabled():
+            self._hints.trained(observer, step)
             self._show_weight(step)
         return step.loss
 
@@ -223,6 +236,7 @@ class WAELoss(CallRepr, ELBO):
                 # Autocast around the whole step would round the slopes of what was computed in full precision.
                 with torch.autocast(step.loss.device.type, enabled=False):
                     step.loss.backward(retain_graph=self.retain_graph)
+        self._hints.trained(observer, step)
         self._show_weight(step)
         return value
 
@@ -256,7 +270,7 @@ class WAELoss(CallRepr, ELBO):
             self._register()
         with self._runner.comparing(step):
             penalties = compare(self.penalty, step, self._condition)
-        step = step.add(penalties, self.penalty_weight)
+        step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
         if step.prior is not None:
             warn_of_lost_gradient(step.first, step.penalties.values())
         self.terms = step.terms()
@@ -264,8 +278,9 @@ class WAELoss(CallRepr, ELBO):
 
     def _register(self) -> None:
         for name, module in self.named_children():
-            if any(parameter.requires_grad for parameter in module.parameters()):
-                pyro.module(f"wae_{name}", module)
+            learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            if learning:
+                pyro.module(_free_name(f"wae_{name}", module), module)
 
     def _value(self, step: Step) -> float:
         """The loss as a number.
@@ -300,7 +315,41 @@ def _costs(given: CostLike | Mapping[str, CostLike] | None) -> Cost | dict[str, 
     return as_cost(given)
 
 
-_NO_RECORDING = (
-    "WAELoss(compile=...) has no effect: recorded steps were taken out, because a recording could return wrong values "
-    "without notice. Leave the argument out, and compile the nets: encoder = torch.compile(encoder)."
-)
+def _free_name(name: str, module: nn.Module) -> str:
+    """The name, or with a number behind it where another loss's module has it in Pyro's store."""
+    store = dict(pyro.get_param_store().named_parameters())
+    first, parameter = next(iter(module.named_parameters()))
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(free for free in names if store.get(f"{free}$$$" + first, parameter) is parameter)
+
+
+def _check_others(others: Mapping[str, Any]) -> None:
+    """Warns of an argument that was taken out, and raises TypeError for one that this loss does not take."""
+    for name, value in others.items():
+        if name == "compile":
+            if value is not False:
+                warnings.warn(
+                    "WAELoss(compile=...) has no effect: recorded steps were taken out, because a recording could "
+                    "return wrong values without notice. Leave the argument out, and compile the nets: "
+                    "encoder = torch.compile(encoder).",
+                    DeprecationWarning,
+                    stacklevel=3,
+                )
+        elif name not in ("strict_enumeration_warning", "ignore_jit_warnings"):  # which ask for silence about nothing
+            remedy = _ELBO_ARGUMENTS.get(name, "Its arguments are: " + ", ".join(_arguments()) + ".")
+            raise TypeError(f"WAELoss takes no argument {name!r}. {remedy}")
+
+
+_ELBO_ARGUMENTS = {
+    "jit_options": "A step is not traced by torch.jit: leave it out, and write encoder = torch.compile(encoder).",
+    "tail_adaptive_beta": "It belongs to TraceTailAdaptive_ELBO, whose weights a WAE has not: leave it out.",
+    "max_iarange_nesting": "Write max_plate_nesting.",
+    "kernel": "Write the kernel into the penalty: WAELoss(MMD(kernel)).",
+    "mmd_scale": "Write WAELoss(penalty_weight=...).",
+    "weight": "Write WAELoss(penalty_weight=...).",
+    "beta": "Write WAELoss(penalty_weight=...).",
+}
+
+
+def _arguments() -> list[str]:
+    return [name for name in inspect.signature(WAELoss).parameters if name != "others"]

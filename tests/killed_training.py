@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
 from torch.optim.lr_scheduler import ExponentialLR
+from trainings import D, Net
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
@@ -25,27 +25,7 @@ from pyro_wae.weights import Constraint
 STEPS = 60
 BEFORE_FIRST_STEP = 255
 DATA = torch.Generator().manual_seed(7)
-X = torch.randn(200, 6, generator=DATA)
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = [torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.1), torch.nn.Linear(16, 4)]
-        self.encoder = torch.nn.Sequential(*layers)
-        self.decoder = torch.nn.Linear(2, 6)
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+X = torch.randn(200, D, generator=DATA)
 
 
 def discriminator():
@@ -56,7 +36,7 @@ class ByPyro:
     """SVI with a discriminator that has an optimiser of its own, a constraint and a schedule of the learning rate."""
 
     def __init__(self):
-        self.net = Net()
+        self.net = Net(width=16)
         loss = WAELoss(JensenShannon(discriminator()), penalty_weight=Constraint(200, pool=8))
         optim = Adam({"lr": 1e-2}, scheduler=lambda optimizer: ExponentialLR(optimizer, gamma=0.98))
         self.svi = SVI(self.net.model, self.net.guide, optim, loss=loss)
@@ -72,7 +52,7 @@ class ByTorch:
     """A torch optimiser, a torch scheduler and a standardised MMD."""
 
     def __init__(self):
-        self.net = Net()
+        self.net = Net(width=16)
         self.wae = WAELoss(MMD(standardize=True, closed_form=False), prior_draws=2)(self.net.model, self.net.guide)
         self.optimizer = torch.optim.Adam(self.wae.parameters(), lr=1e-2)
         self.scheduler = ExponentialLR(self.optimizer, gamma=0.98)

@@ -3,6 +3,8 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, RationalQuadratic
 
@@ -63,3 +65,16 @@ def mean_is_zero(values, *, standard_errors=3.5):
     """Whether the mean is 0 within so many of its own standard errors; 3.5 are missed once in 2000 by chance."""
     values = torch.as_tensor(values, dtype=torch.float64)
     return abs(values.mean()) < standard_errors * values.std() / math.sqrt(len(values))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Measures the largest tensor that is made inside of it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result

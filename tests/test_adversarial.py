@@ -288,7 +288,7 @@ def test_frozen_parameters_and_codes_without_graph_are_left_alone():
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("options", [{}, {"gradient_penalty": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gradient_penalty": 0.5, "gradient_penalty_every": 1}], ids=str)
 def test_its_own_optimiser_takes_its_steps_before_the_value_is_read(steps, options):
     discriminator, q, p = plane(), rows(N, D).requires_grad_(), rows(M, D)
     other, fixed = copy.deepcopy(discriminator), q.detach()
@@ -308,6 +308,28 @@ def test_its_own_optimiser_takes_its_steps_before_the_value_is_read(steps, optio
     assert all(parameter.grad is None for parameter in discriminator.parameters())
     w, logits = other.weight.detach()[0], other(fixed).detach()
     torch.testing.assert_close(q.grad, -torch.sigmoid(-logits) * w / (2 * N))
+
+
+def test_the_slope_penalty_is_taken_in_one_of_so_many_steps_with_as_many_times_its_weight():
+    discriminator, q, p = plane(), rows(N, D), rows(M, D)
+    other = copy.deepcopy(discriminator)
+    optimiser = sgd(other.parameters())
+    for step in range(4):
+        optimiser.zero_grad()
+        loss = loss_by_hand(other, q, p)
+        if step in (0, 3):
+            loss = loss + 3 * 0.5 * other.weight.square().sum()  # the slope is w everywhere
+        loss.backward()
+        optimiser.step()
+    penalty = shared(discriminator, optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3)
+    penalty(q, p)
+    resumed = shared(
+        copy.deepcopy(discriminator), optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3
+    )
+    resumed.load_state_dict(penalty.state_dict())
+    for each in (penalty, resumed):
+        each(q, p)
+        torch.testing.assert_close(each.discriminator.weight, other.weight)
 
 
 def test_its_own_optimiser_keeps_its_state_between_steps():
@@ -421,7 +443,7 @@ def test_a_callable_gives_the_discriminator_its_own_rate_by_the_name_of_its_para
     assert same_state(auto, before)
     assert sorted(names) == sorted(
         [f"{part}.{name}" for part in ("encoder", "decoder") for name in ("weight", "bias")]
-        + [f"wae_penalty.discriminator.{i}.{name}" for i in (0, 2, 4, 6, 8) for name in ("weight", "bias")]
+        + [f"wae_penalty.discriminator.{i}.{name}" for i in (0, 2, 4, 6) for name in ("weight", "bias")]
     )
     assert all(name.startswith("wae_penalty$$$") for name in pyro.get_param_store() if "discriminator" in name)
 
@@ -515,7 +537,7 @@ def test_each_site_has_a_discriminator_of_its_own_size():
     penalties = {"a": shared(), "b": MMD() + 0.5 * shared()}
     SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=WAELoss(penalties)).step(rows(N, 4))
     names = set(pyro.get_param_store().keys())
-    assert pyro.param("wae_penalty_a$$$discriminator.0.weight").shape == (512, 3)
+    assert pyro.param("wae_penalty_a$$$discriminator.0.weight").shape == (256, 3)
     assert any(name.startswith("wae_penalty_b$$$") for name in names)
 
 
@@ -599,7 +621,7 @@ def test_the_default_discriminator_takes_size_and_precision_from_the_codes(dtype
     value.backward()
     assert value.dtype == dtype
     sizes = [tuple(p.shape) for p in penalty.parameters() if p.ndim == 2]
-    assert sizes == [(512, 3), (512, 512), (512, 512), (512, 512), (1, 512)]
+    assert sizes == [(256, 3), (256, 256), (256, 256), (1, 256)]
     assert all(parameter.dtype == dtype and parameter.grad.isfinite().all() for parameter in penalty.parameters())
     assert q.grad.dtype == dtype
 
@@ -647,7 +669,7 @@ def test_repr_is_the_call():
     discriminator = nn.Linear(2, 1)
     assert repr(shared(discriminator, saturating=True, gradient_penalty=0.5)) == (
         f"JensenShannon(discriminator={discriminator!r}, prior_log_prob=False, saturating=True, "
-        "gradient_penalty=0.5, optimizer=None, steps=None)"
+        "gradient_penalty=0.5, gradient_penalty_every=None, optimizer=None, steps=None)"
     )
 
 
@@ -675,23 +697,6 @@ def test_logits_that_are_no_tensor_are_named():
 
     with pytest.raises(ValueError, match="found tuple"):
         shared(Pair(D, 1).double())(rows(N, D), rows(M, D))
-
-
-@pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
-def test_a_gradient_penalty_out_of_range_is_named(weight):
-    with pytest.raises(ValueError, match=r"gradient_penalty must be finite and >= 0, found"):
-        JensenShannon(gradient_penalty=weight)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
-def test_a_number_of_steps_out_of_range_is_named(steps):
-    with pytest.raises(ValueError, match=r"steps must be a whole number >= 1, found .* Write steps="):
-        JensenShannon(steps=steps, optimizer=sgd)
-
-
-def test_steps_are_those_of_its_own_optimiser():
-    with pytest.raises(ValueError, match=r"steps=3 is for an optimizer of the discriminator's own.* leave steps out"):
-        JensenShannon(optimizer=None, steps=3)
 
 
 def test_a_log_density_that_is_not_known_is_named():
@@ -736,13 +741,3 @@ def test_a_nan_among_the_codes_does_not_stay_in_the_discriminator():
     assert penalty(codes, torch.randn(10, 2)).isnan()
     for name, value in penalty.discriminator.named_parameters():
         assert torch.equal(value, before[name])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"discriminator": "mlp"}, "must be a torch.nn.Module.*found 'mlp'"), ({"gradient_penalty": "1"}, "found str")],
-    ids=["discriminator", "gradient_penalty"],
-)
-def test_arguments_of_the_wrong_type_are_named(options, message):
-    with pytest.raises(TypeError, match=f"{next(iter(options))} {message}" if "must" in message else message):
-        JensenShannon(**options)

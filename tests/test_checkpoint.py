@@ -1,9 +1,7 @@
 """Checkpoints: what is resumed ends where it would have ended, and what does not fit is refused whole."""
 
 import functools
-import random
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,19 +10,15 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import nn
-from torch.optim import lr_scheduler
+from trainings import LOSSES, OPTIMS, ByPyro, ByTorch, D, assert_same, batch, run, seed
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
-from pyro_wae.kernels import Gaussian, InverseMultiquadratic
-from pyro_wae.optim import SGD, Adam
-from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein, SlicedWasserstein
-from pyro_wae.weights import Constraint, Linear
+from pyro_wae.optim import Adam
+from pyro_wae.penalties import JensenShannon
 
 STEPS = 16
-D = 4
 
 
 @pytest.fixture(autouse=True)
@@ -35,107 +29,6 @@ def fresh_process():
     yield
     pyro.clear_param_store()
     torch.set_num_threads(threads)
-
-
-class Net(nn.Module):
-    """An auto-encoder with batch statistics, dropout, a parameter outside all modules and one that comes late."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        layers = [nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 4)]
-        self.encoder = nn.Sequential(*layers).to(dtype)
-        self.decoder = nn.Linear(2, D).to(dtype)
-        self.dtype = dtype
-
-    def model(self, x, step=0, y=None):
-        pyro.module("decoder", self.decoder)
-        scale = pyro.param("scale", x.new_ones(()), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            mean = self.decoder(z) * scale
-            if step % 3 == 2:
-                mean = mean + pyro.param("at times", x.new_zeros(D), constraint=constraints.interval(-1.0, 2.0))
-            pyro.sample("x", dist.Normal(mean, 1).to_event(1), obs=x)
-
-    def guide(self, x, step=0, y=None):
-        pyro.module("encoder", self.encoder)
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-
-def batch(step, dtype=torch.float32):
-    """Data that depend on all three random states."""
-    x = torch.randn(8 + random.randrange(3), D, dtype=dtype) + np.random.randn()  # noqa: NPY002
-    return x, step, x[:, :1].clone()
-
-
-class ByPyro:
-    def __init__(self, loss=None, optim=None, dtype=torch.float32):
-        self.net = Net(dtype)
-        self.loss = loss or WAELoss()
-        self.svi = SVI(self.net.model, self.net.guide, optim or Adam({"lr": 1e-2}), loss=self.loss)
-        self.parts = {"svi": self.svi}
-        self.dtype = dtype
-
-    def step(self, step):
-        value = self.svi.step(*batch(step, self.dtype))
-        if hasattr(self.svi.optim, "step") and getattr(self.svi.optim, "scheduler", True) is not None:
-            self.svi.optim.step()
-        return value
-
-    def values(self):
-        modules = [("net", self.net), *self.loss.modules()]
-        states = {f"{name}.{key}": value for name, module in modules for key, value in module.state_dict().items()}
-        return states | dict(pyro.get_param_store().items())
-
-
-class ByTorch(ByPyro):
-    def __init__(self, loss=None, dtype=torch.float32):
-        self.net = Net(dtype)
-        self.loss = loss or WAELoss()
-        self.wae = self.loss(self.net.model, self.net.guide)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-2)
-        self.scheduler = lr_scheduler.StepLR(self.optimizer, 3, gamma=0.5)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
-        self.order = torch.Generator().manual_seed(3)
-        self.parts = {
-            "wae": self.wae,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self.scaler,
-            "order": self.order,
-        }
-        self.dtype = dtype
-
-    def step(self, step):
-        x, step, y = batch(step, self.dtype)
-        x = x[torch.randperm(len(x), generator=self.order)]
-        self.optimizer.zero_grad()
-        loss = self.wae(x, step, y)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        return loss.item()
-
-
-def seed(number):
-    pyro.set_rng_seed(number)
-
-
-def run(training, first, last):
-    return [training.step(step) for step in range(first, last)]
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(found[name].nan_to_num(-7.0), value.nan_to_num(-7.0)), name
-            assert found[name].dtype == value.dtype, name
-        else:
-            assert repr(found[name]) == repr(value), name
 
 
 def assert_resumes(make, path, at):
@@ -161,26 +54,6 @@ def assert_resumes(make, path, at):
     assert torch.equal(torch.rand(2), draw)
 
 
-def discriminator():
-    return nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 1))
-
-
-LOSSES = {
-    "mmd": WAELoss,
-    "standardised": lambda: WAELoss(
-        MMD(Gaussian(), standardize=True, closed_form=False), penalty_weight=Linear(0, 9, steps=9)
-    ),
-    "gan": lambda: WAELoss(JensenShannon(discriminator())),
-    "gan of the caller": lambda: WAELoss(JensenShannon(discriminator(), optimizer=None)),
-    "constraint": lambda: WAELoss(SlicedWasserstein(5), penalty_weight=Constraint(100, pool=4)),
-    "max-sliced": lambda: WAELoss(0.5 * MaxSlicedWasserstein() + MMD(InverseMultiquadratic())),
-    "by site": lambda: WAELoss({"z": MMD()}),
-    "condition": lambda: WAELoss(condition="y"),
-    "sliced condition": lambda: WAELoss(SlicedWasserstein(5), condition="y"),
-    "particles": lambda: WAELoss(num_particles=2, vectorize_particles=True, prior_draws=2),
-}
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("route", [ByPyro, ByTorch])
 def test_a_resumed_training_ends_bit_by_bit_as_an_undisturbed_one(route, loss, tmp_path):
@@ -196,23 +69,6 @@ def test_the_first_steps_can_be_resumed_as_well(loss, at, tmp_path):
 @pytest.mark.parametrize("loss", ["standardised", "gan", "gan of the caller", "constraint", "max-sliced", "condition"])
 def test_double_precision_is_not_rounded(loss, tmp_path):
     assert_resumes(lambda: ByPyro(LOSSES[loss](), dtype=torch.float64), tmp_path / "run.pt", at=5)
-
-
-OPTIMS = {
-    "pyro": lambda: pyro.optim.Adam({"lr": 1e-2}, {"clip_norm": 0.5}),
-    "pyro clipped": lambda: pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.9}),
-    "pyro by name": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if name.startswith("encoder.") else 1e-2}),
-    "pyro scheduler": lambda: PyroLRScheduler(
-        lr_scheduler.ExponentialLR, {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.9}
-    ),
-    "pyro milestones": lambda: PyroLRScheduler(
-        lr_scheduler.MultiStepLR,
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "milestones": [5, 9], "gamma": 0.5},
-    ),
-    "shared": lambda: Adam({"lr": 1e-2}, {"clip_value": 0.1}),
-    "shared momentum": lambda: SGD({"lr": 1e-3, "momentum": 0.9}),
-    "shared scheduler": lambda: Adam({"lr": 1e-2}, scheduler=lambda o: lr_scheduler.CosineAnnealingLR(o, 10)),
-}
 
 
 @pytest.mark.parametrize("at", [2, 3, 10])
@@ -443,124 +299,3 @@ def test_a_parameter_with_a_constraint_of_the_users_own_has_to_exist(tmp_path):
     pyro.param("odd", torch.tensor(1.0), constraint=Odd(0.0))
     load_checkpoint(tmp_path / "run.pt", network=network)
     assert pyro.param("odd").item() == pytest.approx(3.0)
-
-
-# What does not fit
-
-
-def saved(tmp_path, steps=2, **kwargs):
-    training = ByPyro(**kwargs)
-    run(training, 0, steps)
-    save_checkpoint(tmp_path / "run.pt", **training.parts)
-    pyro.clear_param_store()
-    return tmp_path / "run.pt"
-
-
-class Wider(Net):
-    def __init__(self):
-        super().__init__()
-        self.encoder[0], self.encoder[1] = nn.Linear(D, 7), nn.BatchNorm1d(7)
-        self.encoder[3] = nn.Linear(7, 4)
-
-
-class Other(Net):
-    def __init__(self):
-        super().__init__()
-        self.encoder[2] = nn.Dropout(0.9)
-        self.encoder.append(nn.Tanh())
-
-
-def with_net(net):
-    training = ByPyro()
-    training.svi.model, training.svi.guide = net.model, net.guide
-    training.net = net
-    return training
-
-
-@pytest.mark.parametrize(
-    ("make", "messages"),
-    [
-        (lambda: ByPyro(WAELoss(SlicedWasserstein())), ["penalty: MMD(", "SlicedWasserstein(projections="]),
-        (lambda: ByPyro(WAELoss(MMD(Gaussian()))), ["penalty: MMD(", "kernel=Gaussian("]),
-        (lambda: ByPyro(WAELoss(penalty_weight=3.0)), ["Constant(weight=3.0) here"]),
-        (lambda: ByPyro(WAELoss(num_particles=2)), ["num_particles: 1 in the checkpoint, 2 here"]),
-        (lambda: ByPyro(Trace_ELBO()), ["svi.loss: class: WAELoss in the checkpoint, Trace_ELBO here"]),
-        (lambda: ByPyro(optim=SGD({"lr": 0.1})), ["svi.optim: scale: Adam in the checkpoint, SGD here"]),
-        (lambda: ByPyro(optim=OPTIMS["shared scheduler"]()), ["Adam with CosineAnnealingLR here"]),
-        (
-            lambda: with_net(Wider()),
-            ["svi.model: encoder.0.weight: float32 (6, 4) in the checkpoint, float32 (7, 4) here"],
-        ),
-        (lambda: with_net(Other()), ["p=0.2, inplace=False in the checkpoint, p=0.9", "encoder.4: missing in the"]),
-        (lambda: with_net(Net(torch.float64)), ["decoder.weight: float32 (4, 2) in the checkpoint, float64 (4, 2)"]),
-    ],
-    ids=["penalty", "kernel", "weight", "particles", "loss", "optim", "scheduler", "shape", "layers", "dtype"],
-)
-def test_a_checkpoint_of_another_training_says_what_differs_and_changes_nothing(make, messages, tmp_path):
-    path = saved(tmp_path)
-    training = make()
-    if isinstance(training.loss, Trace_ELBO):
-        training.values = lambda: training.net.state_dict()
-    expected = {key: value.clone() for key, value in training.values().items() if isinstance(value, torch.Tensor)}
-    state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="another training, and nothing was loaded") as error:
-        load_checkpoint(path, **training.parts)
-    for message in messages:
-        assert message in str(error.value)
-    assert torch.__version__ in str(error.value)
-    found = {key: value for key, value in training.values().items() if isinstance(value, torch.Tensor)}
-    assert_same(found, expected)
-    assert not pyro.get_param_store()
-    assert not training.svi.optim.optim_objs
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_parts_that_are_missing_or_too_many_are_named(tmp_path):
-    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
-    save_checkpoint(tmp_path / "run.pt", a=a, only_there=b)
-    with pytest.raises(ValueError, match=r"only_there: in the checkpoint, missing here\n  only_here: missing in the c"):
-        load_checkpoint(tmp_path / "run.pt", a=a, only_here=b)
-
-
-def test_a_parameter_of_another_shape_is_named(tmp_path):
-    network = nn.Linear(1, 1)
-    pyro.param("a", torch.zeros(2))
-    save_checkpoint(tmp_path / "run.pt", network=network)
-    pyro.clear_param_store()
-    pyro.param("a", torch.zeros(3))
-    with pytest.raises(ValueError, match=r"'a': torch.float32 \(2,\) in the checkpoint, torch.float32 \(3,\) here"):
-        load_checkpoint(tmp_path / "run.pt", network=network)
-
-
-def test_functions_and_layers_made_late_compare_equal_in_every_process(tmp_path):
-    """A description holds no address, and a layer that has seen its codes counts as what it was."""
-
-    def make():
-        return ByPyro(WAELoss(JensenShannon(discriminator()), cost=lambda x, g: (x - g).square().sum(1)))
-
-    training = make()
-    run(training, 0, 2)
-    save_checkpoint(tmp_path / "run.pt", **training.parts)
-    load_checkpoint(tmp_path / "run.pt", **training.parts)
-    pyro.clear_param_store()
-    fresh = make()
-    load_checkpoint(tmp_path / "run.pt", **fresh.parts)
-    save_checkpoint(tmp_path / "again.pt", **fresh.parts)  # before the layer has been called
-    load_checkpoint(tmp_path / "again.pt", **fresh.parts)
-    load_checkpoint(tmp_path / "run.pt", **fresh.parts)
-
-
-@pytest.mark.parametrize("function", [save_checkpoint, load_checkpoint])
-def test_nothing_to_save_is_refused(function, tmp_path):
-    with pytest.raises(TypeError, match=rf"Write {function.__name__}\(path, svi=svi\)"):
-        function(tmp_path / "run.pt")
-
-
-def test_parameters_without_a_name_are_refused(tmp_path):
-    for optim in (Adam({"lr": 0.1}), pyro.optim.Adam({"lr": 0.1})):
-        training = ByPyro(optim=optim)
-        with pyro.settings.context(module_local_params=True):
-            training.step(0)
-        pyro.clear_param_store()
-        with pytest.raises(ValueError, match="module_local_params off"):
-            save_checkpoint(tmp_path / "run.pt", **training.parts)

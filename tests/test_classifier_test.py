@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pyro.distributions as dist
@@ -137,60 +136,8 @@ def test_net_learns_from_equal_numbers_too():
     assert classifier_test(torch.randn(100, 1) + 2, torch.randn(2000, 1)).accuracy > 0.73
 
 
-def test_result_depends_on_the_seed_alone_and_leaves_the_global_state():
-    codes = torch.randn(100, 3) + 0.3
-    state = torch.get_rng_state()
-    first = classifier_test(codes, NORMAL, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(17)
-    assert classifier_test(codes, NORMAL, seed=3) == first
-    assert classifier_test(codes, NORMAL, seed=4) != first
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
-def test_surrounding_modes_change_nothing(mode):
-    codes, prior = torch.randn(200, 3) + 0.5, torch.randn(200, 3)
-    expected = classifier_test(codes, prior)
-    with mode():
-        assert classifier_test(codes.clone(), prior.clone()) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_every_precision_works_and_gradients_are_left_alone(dtype):
-    codes = (torch.randn(200, 3) + 2).to(dtype).requires_grad_()
-    assert classifier_test(codes, torch.randn(200, 3).to(dtype)).rejected
-    assert codes.grad is None
-
-
-def test_result_is_readable_and_serialisable():
-    found = classifier_test(torch.randn(100, 2) + 9, torch.randn(100, 2))
-    values = json.loads(json.dumps(found.to_dict()))
-    assert values["rejected"] is True
-    assert values["accuracy"] == 1
-    assert str(found).startswith("codes = prior rejected at level 0.05: p = ")
-    assert "right on 100.0% of 100 held-out rows (95% interval 96.3% to 100.0%)" in str(found)
-    assert "not rejected" in str(classifier_test(torch.ones(40, 2), torch.ones(30, 2)))
-    assert repr(found).startswith("ClassifierTest(accuracy=1.0, ")
-
-
-Z = torch.zeros(20, 3)
-ERRORS = {
-    "particles": (lambda: classifier_test(Z[None], Z), ValueError, r"codes .* found \(1, 20, 3\).*codes\[0\]"),
-    "nan": (lambda: classifier_test(Z / 0, Z), ValueError, "codes must be finite"),
-    "dtype": (lambda: classifier_test(Z, Z.double()), ValueError, "one dtype"),
-    "no-prior": (lambda: classifier_test(Z, 3), TypeError, "prior must be draws"),
-    "level": (lambda: classifier_test(Z, Z, level=0.0), ValueError, r"level must be in \(0, 1\)"),
-    "few-rows": (lambda: classifier_test(Z[:4], Z), ValueError, "leave 4 held-out rows.*Give 6 of each"),
-    "width": (lambda: classifier_test(Z, Z, width=0), ValueError, "width must be a whole number > 0.*width=64"),
-    "steps": (lambda: classifier_test(Z, Z, steps=1.5), ValueError, "steps must be a whole number > 0.*steps=50"),
-    "seed": (lambda: classifier_test(Z, Z, seed=0.5), TypeError, "seed must be a whole number"),
-}
-
-
-@pytest.mark.parametrize("name", list(ERRORS))
-def test_wrong_arguments_are_named(name):
-    call, kind, message = ERRORS[name]
-    with pytest.raises(kind, match=message):
-        call()
-    if name == "few-rows":
-        assert classifier_test(Z[:6], Z).held_out == 6
+def test_too_few_rows_are_named():
+    rows = torch.zeros(20, 3)
+    with pytest.raises(ValueError, match=r"leave 4 held-out rows.*Give 6 of each"):
+        classifier_test(rows[:4], rows)
+    assert classifier_test(rows[:6], rows).held_out == 6

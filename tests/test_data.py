@@ -8,13 +8,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from pyro_wae.recording import graph
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, CramerWold, JensenShannon, KernelStein, SlicedWasserstein
+from pyro_wae.recording import graph
 from pyro_wae.weights import Constraint
 
 X, D = 6, 2

@@ -1,6 +1,4 @@
-import copy
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -84,36 +82,8 @@ def test_gradients_stay_finite_where_codes_coincide(exponent):
     assert codes.grad.isfinite().all()
 
 
-def test_the_order_of_rows_does_not_matter():
-    codes, prior = rows(20, 2), rows(30, 2)
-    shuffled = EnergyDistance()(codes[torch.randperm(20)], prior[torch.randperm(30)])
-    torch.testing.assert_close(shuffled, EnergyDistance()(codes, prior))
-
-
-def test_float32_keeps_its_digits():
-    codes, prior = rows(50, 8, dtype=torch.float32) + 1, rows(60, 8, dtype=torch.float32)
-    value = EnergyDistance()(codes, prior)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), EnergyDistance()(codes.double(), prior.double()), rtol=1e-6, atol=1e-6)
-
-
 def test_it_shares_data_as_mmd_does():
     codes = rows(20, 2)
     assert EnergyDistance()(codes, codes, PenaltyContext(shared_data=True)).abs() < 1e-12
     with pytest.raises(ValueError, match="multiples of the 20 data, found 30"):
         EnergyDistance()(codes, rows(30, 2), PenaltyContext(shared_data=True))
-
-
-def test_repr_state_and_copies():
-    penalty = EnergyDistance(1.5, unbiased=False)
-    assert repr(penalty) == "EnergyDistance(exponent=1.5, unbiased=False)"
-    assert penalty.state_dict() == {}
-    codes, prior = rows(20, 2), rows(30, 2)
-    for same in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
-        torch.testing.assert_close(same(codes, prior), penalty(codes, prior), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("exponent", [0.0, 2.0, -1.0, math.nan])
-def test_an_exponent_out_of_range_is_named(exponent):
-    with pytest.raises(ValueError, match=rf"exponent in \(0, 2\), found {exponent}"):
-        EnergyDistance(exponent)

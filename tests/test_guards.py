@@ -117,18 +117,3 @@ def test_the_refusal_of_a_deterministic_guide_passes(guard):
 
     with pytest.raises(ValueError, match=r"^The guide's site 'z' is a Delta\.$"):
         guard()(codes(5, 2), context=PenaltyContext(encoder_variance=refuse))
-
-
-@every_guard
-@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
-def test_a_weight_out_of_range_is_named(guard, weight):
-    name = guard.__name__
-    with pytest.raises(ValueError, match=rf"{name} takes a finite weight >= 0, found {weight}\. Write {name}\(0\.1\)"):
-        guard(weight)
-
-
-@every_guard
-@pytest.mark.parametrize("weight", ["1", True, None])
-def test_a_weight_that_is_no_number_is_named(guard, weight):
-    with pytest.raises(TypeError, match=rf"a number as weight, found {type(weight).__name__}\. Write"):
-        guard(weight)

@@ -17,7 +17,7 @@ from references import mean_is_zero
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, MultiScale, Scaled
+from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, RationalQuadratic
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, kernel_mean, kernel_means, register_kernel_mean
 
 N = 12
@@ -40,6 +40,10 @@ def rows(*shape):
 
 
 # Each kernel beside its value at a squared distance, written once more.
+def _t(two_nu, r):
+    return np.sqrt(two_nu * r) / 0.8
+
+
 KERNELS = {
     "gaussian": (lambda: Gaussian(0.8), lambda r: np.exp(-r / (2 * 0.8**2))),
     "imq": (lambda: InverseMultiquadratic(1.5**0.5), lambda r: 1.5 / (1.5 + r)),
@@ -48,6 +52,13 @@ KERNELS = {
         lambda r: sum(4 * c / (4 * c + r) for c in (0.1, 0.2, 0.5, 1, 2, 5, 10)),
     ),
     "multiscale": (lambda: MultiScale(Gaussian(1.0), (0.5, 3.0)), lambda r: np.exp(-r) + np.exp(-r / 6)),
+    "laplace": (lambda: Laplace(0.8), lambda r: np.exp(-np.sqrt(r) / 0.8)),
+    "matern 3/2": (lambda: Matern(1.5, 0.8), lambda r: (1 + _t(3, r)) * np.exp(-_t(3, r))),
+    "matern 5/2": (lambda: Matern(2.5, 0.8), lambda r: (1 + _t(5, r) + _t(5, r) ** 2 / 3) * np.exp(-_t(5, r))),
+    "laplace lengths": (
+        lambda: Laplace.multiscale(2.0, (0.1, 1.0, 5.0)),
+        lambda r: sum(np.exp(-np.sqrt(r) / length) for length in (0.2, 2.0, 10.0)),
+    ),
     "sum": (
         lambda: Gaussian(0.5) + 0.3 * InverseMultiquadratic(2.0**0.5),
         lambda r: np.exp(-r / 0.5) + 0.3 * 2 / (2 + r),
@@ -317,11 +328,11 @@ def test_the_function_is_handed_the_kernel_and_the_prior_and_stays_a_function(re
 @pytest.mark.parametrize(
     ("kernel", "prior"),
     [
-        (Laplace(1.0), diagonal_normal()),
+        (RationalQuadratic(1.5, 1.0), diagonal_normal()),
         (Energy(), diagonal_normal()),
-        (Gaussian(1.0) + Laplace(1.0), diagonal_normal()),
-        (MultiScale(Laplace(1.0), (1.0, 2.0)), diagonal_normal()),
-        (2.0 * Laplace(1.0), diagonal_normal()),
+        (Gaussian(1.0) + RationalQuadratic(1.5, 1.0), diagonal_normal()),
+        (MultiScale(RationalQuadratic(1.5, 1.0), (1.0, 2.0)), diagonal_normal()),
+        (2.0 * RationalQuadratic(1.5, 1.0), diagonal_normal()),
         (Gaussian(1.0) * Gaussian(1.0), diagonal_normal()),
         (Gaussian(1.0), dist.Laplace(torch.zeros(2), 1.0).to_event(1)),
         (Gaussian(1.0), dist.MultivariateNormal(torch.zeros(2), torch.eye(2))),
@@ -721,74 +732,29 @@ def test_the_gradients_variance_is_lower_over_fresh_codes_and_draws(d):
     assert totals[0] < 0.7 * totals[1]
 
 
-# The last mean
+# From one step to the next
+
+
+def test_the_value_follows_a_prior_and_a_kernel_that_change():
+    loc, kernel, codes = torch.zeros(2), 2.0 * InverseMultiquadratic(1.0), torch.ones(4, 2)
+    mmd, context = MMD(kernel), PenaltyContext(prior=lambda: of_two(loc, torch.ones(2)))
+
+    def change_factor():
+        kernel.factor = 3.0
+
+    def change_length():
+        kernel.kernel = InverseMultiquadratic(2.0)
+
+    for change in (lambda: loc.fill_(1.0), change_factor, change_length):
+        before = mmd(codes, torch.zeros(4, 2), context)
+        change()
+        after = mmd(codes, torch.zeros(4, 2), context)
+        assert after != before
+        assert after == MMD(eval(repr(kernel)))(codes, torch.zeros(4, 2), context)
 
 
 def of_two(loc, scale):
     return dist.Normal(loc, scale).to_event(1)
-
-
-def changed_in_place(loc, scale):
-    loc += 1.0
-    return of_two(loc, scale)
-
-
-def test_a_mean_is_given_again_while_its_prior_is_the_same():
-    last, kernel = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0**0.5)
-    first = last.of(kernel, of_two(torch.zeros(2), torch.ones(2)))
-    assert last.of(kernel, of_two(torch.zeros(2), torch.ones(2))) is first
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda loc, scale: of_two(loc + 1, scale),
-        lambda loc, scale: of_two(loc, 2 * scale),
-        lambda loc, scale: of_two(loc.double(), scale.double()),
-        lambda loc, scale: dist.MixtureSameFamily(
-            dist.Categorical(torch.ones(2)), of_two(torch.stack([loc, loc + 1]), torch.stack([scale, scale]))
-        ),
-        changed_in_place,
-    ],
-    ids=["loc", "scale", "precision", "mixture", "in place"],
-)
-def test_a_mean_follows_a_prior_that_changes(change):
-    last, kernel, x = kernel_means.LastKernelMean(), InverseMultiquadratic.multiscale(3.0**0.5), rows(5, 2)
-    loc, scale = torch.zeros(2), torch.ones(2)
-    last.of(kernel, of_two(loc, scale))
-    prior = change(loc, scale)
-    found, expected = last.of(kernel, prior), kernel_mean(kernel, prior)
-    torch.testing.assert_close(found.at(x), expected.at(x))
-    torch.testing.assert_close(found.norm(), expected.norm())
-
-
-def test_a_mean_follows_the_weights_of_a_mixture():
-    last, kernel, component = kernel_means.LastKernelMean(), Gaussian(1.0), of_two(torch.eye(2), torch.ones(2, 2))
-    for probs in (torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])):
-        prior = dist.MixtureSameFamily(dist.Categorical(probs), component)
-        torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
-
-
-def test_a_mean_follows_the_kernel():
-    last, prior = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2))
-    for kernel in (Gaussian(0.5), Gaussian(2.0)):
-        torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
-
-
-def test_a_mean_follows_the_factors_of_a_kernel():
-    last, prior, kernel = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2)), Scaled(Gaussian(1.0), 2)
-    before = last.of(kernel, prior).norm()
-    kernel.factor = 3
-    torch.testing.assert_close(last.of(kernel, prior).norm(), 1.5 * before)
-
-
-def test_a_mean_follows_the_length_of_a_kernel():
-    last, prior, kernel = kernel_means.LastKernelMean(), of_two(torch.zeros(2), torch.ones(2)), Gaussian()
-    kernel.fit(rows(10, 2))
-    before = last.of(kernel, prior).norm()
-    kernel.load_state_dict({"squared_length": 2 * kernel.squared_length})
-    torch.testing.assert_close(last.of(kernel, prior).norm(), kernel_mean(kernel, prior).norm())
-    assert last.of(kernel, prior).norm() > before
 
 
 def test_a_prior_that_learns_has_a_gradient_at_every_step():

@@ -9,7 +9,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from pyro_wae.recording import graph
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -23,6 +22,7 @@ from pyro_wae.penalties import (
     SlicedWasserstein,
     UnitVarianceKL,
 )
+from pyro_wae.recording import graph
 from pyro_wae.weights import Constraint
 
 N, X, D = 100, 20, 2

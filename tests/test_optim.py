@@ -451,26 +451,6 @@ def test_repr_is_the_call():
     )
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SharedOptim("Adam", {"lr": 0.1}), "optim_constructor.*'Adam'"),
-        (lambda: SharedOptim(torch.optim.LBFGS, {"lr": 0.1}), "LBFGS"),
-        (lambda: Adam(0.1), "optim_args.*0.1"),
-        (lambda: Adam({}, 10.0), "clip_args.*10.0"),
-        (lambda: Adam({}, scheduler=0.9), "scheduler.*0.9"),
-        (
-            lambda: Adam({}, scheduler=lr_scheduler.ExponentialLR(torch.optim.SGD([torch.ones(1)]), 0.9)),
-            "scheduler must be a function",
-        ),
-    ],
-    ids=["constructor", "LBFGS", "optim_args", "clip_args", "scheduler", "made scheduler"],
-)
-def test_wrong_arguments_are_named(make, message):
-    with pytest.raises(TypeError, match=message):
-        make()
-
-
 @pytest.mark.parametrize("argument", ["optim_args", "clip_args"])
 def test_functions_that_give_no_dict_are_named(argument):
     functions = {"optim_args": lambda name: {"lr": 0.1}, "clip_args": lambda module, name: {}}

@@ -9,9 +9,7 @@ import pyro.contrib.gp.kernels as pyro_kernels
 import pyro.distributions as dist
 import pytest
 import torch
-from references import KERNELS, distances, half_mean_square
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from references import KERNELS, LargestTensor, distances, half_mean_square
 
 from pyro_wae.kernels import (
     Energy,
@@ -37,13 +35,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Sums by blocks of 7 x 10 pairs, however few rows there are."""
+def take_small_blocks(monkeypatch):
     monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
     monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
     monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
     monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Sums by blocks of 7 x 10 pairs, however few rows there are."""
+    take_small_blocks(monkeypatch)
 
 
 def rows(*shape, dtype=torch.float64):
@@ -180,10 +182,7 @@ def test_closed_forms_by_blocks_are_those_of_the_whole_matrix(particles, monkeyp
     codes, prior, context = rows(particles, 30, 3) + 1, rows(40, 3), PenaltyContext(prior=lambda: NORMAL)
     mmd = MMD(InverseMultiquadratic.multiscale(6.0**0.5))
     whole = value_and_gradients(lambda q: mmd(q, prior, context), codes)
-    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
-    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
+    take_small_blocks(monkeypatch)
     monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 8)
     parts = value_and_gradients(lambda q: mmd(q, prior, context), codes)
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-13)
@@ -291,10 +290,7 @@ def test_kernels_of_users_by_blocks_are_those_of_the_whole_matrix(name, context,
     codes, prior = rows(2, 14, 3) + 0.5, rows(28, 3)
     mmd = functools.partial(MMD(USERS[name]()), context=context)
     whole = value_and_gradients(mmd, codes, prior)
-    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
-    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
+    take_small_blocks(monkeypatch)
     torch.testing.assert_close(value_and_gradients(mmd, codes, prior), whole, rtol=1e-10, atol=1e-12)
 
 
@@ -450,17 +446,6 @@ def test_float32_values_and_gradients_by_blocks_keep_their_digits(name, n, case)
 # Memory
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
-
-
 PENALTIES = {
     **{f"MMD of {name}": lambda name=name: MMD(KERNELS[name][0]()) for name in KERNELS},
     "MMD of a function": lambda: MMD(bilinear),
@@ -488,10 +473,7 @@ def test_other_penalties_by_blocks_are_those_of_the_whole_matrix(name, particles
     codes = rows(particles, 20, 3) + 0.5
     penalty(codes, prior)
     whole = value_and_gradients(lambda q: penalty(q, prior), codes)
-    monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
-    monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
-    monkeypatch.setattr(pair_sums, "MOST_ROWS_AT_ONCE", 0)
-    monkeypatch.setattr(pair_sums, "BLOCK", {"cpu": (7, 10)})
+    take_small_blocks(monkeypatch)
     torch.testing.assert_close(value_and_gradients(lambda q: penalty(q, prior), codes), whole, rtol=1e-9, atol=1e-12)
 
 

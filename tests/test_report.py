@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from pyro_wae.costs import AbsoluteError
 from pyro_wae.diagnostics import report
-from pyro_wae.diagnostics.comparison import Yardstick, coverage, moments, worst_direction
 
 FAST = {"test_codes": 300, "permutations": 99}
 
@@ -51,80 +50,6 @@ def pair(encode, noise=0.0):
 
 def kinds(found):
     return {alarm.kind for alarm in found.alarms}
-
-
-# Geometry, on rows
-
-
-def test_moments_are_those_of_the_formulas():
-    prior, second = 2 * data(4000, 2, 1) + 7, 2 * data(4000, 2, 2) + 7
-    codes = prior * torch.tensor([0.5, 3.0])
-    found = moments(codes, prior, second, Yardstick(torch.tensor([7.0, 7.0]), torch.tensor([2.0, 2.0])))
-    assert found.spread == pytest.approx(codes.std(0) / 2, rel=1e-4)
-    assert found.mean == pytest.approx((codes.mean(0) - 7) / 2, rel=1e-4)
-    # Codes are a linear image of the very prior draws: the variance ratios are the squares of the factors.
-    assert found.narrowest == pytest.approx(0.25, rel=1e-3)
-    assert found.widest == pytest.approx(9.0, rel=1e-3)
-    # The eigenvalues of 4 diag(0.25, 9) and of 4 I, within five standard errors sqrt(2 / n) each.
-    assert found.eigenvalue_ratio == pytest.approx(36, rel=10 * math.sqrt(2 / 4000))
-    assert found.prior_eigenvalue_ratio == pytest.approx(1, abs=10 * math.sqrt(2 / 4000))
-
-
-def test_a_ratio_of_variances_ignores_where_the_prior_is_constant():
-    flat = torch.tensor([1.0, 0.0])
-    found = moments(data(500, 2) * flat, data(500, 2, 2) * flat, data(500, 2, 3) * flat, Yardstick.of_draws(data(9, 2)))
-    assert found.narrowest > 0.5
-    assert found.eigenvalue_ratio is None
-
-
-def test_few_rows_say_nothing_of_all_lines():
-    found = moments(data(8, 4), data(8, 4, 2), data(8, 4, 3), Yardstick.of_draws(data(8, 4, 3)))
-    assert found.narrowest is None
-    assert found.widest_null is None
-
-
-def test_the_yardstick_leaves_constant_coordinates_alone():
-    draws = torch.cat([5 * data(1000, 1) + 2, torch.full((1000, 1), 3.0)], 1)
-    measured = Yardstick.of_draws(draws).measure(draws)
-    assert measured[:, 0].std() == pytest.approx(1, rel=1e-5)
-    assert (measured[:, 1].abs() < 1e-5).all()
-
-
-def test_the_worst_direction_of_a_shift_is_the_shift():
-    prior, second = data(1000, 4, 2), data(1000, 4, 3)
-    shift = torch.tensor([0.6, 0.0, -0.8, 0.0])
-    found = worst_direction(prior + 2 * shift, prior, second, Yardstick(torch.zeros(4), torch.ones(4)), seed=0)
-    assert found.weights == pytest.approx(shift.tolist(), abs=0.02)
-    assert found.distance == pytest.approx(2, rel=1e-3)
-    assert found.distance_null < 0.3
-
-
-def test_holes_are_the_prior_draws_without_codes():
-    prior, second = data(4000, 2, 2), data(4000, 2, 3)
-    codes = data(8000, 2, 4)
-    codes = codes[codes[:, 0] < 0.5][:4000]
-    found, in_hole = coverage(codes, prior, second, Yardstick(torch.zeros(2), torch.ones(2)))
-    # Draws beyond the edge by more than the radius, and the one percent expected anywhere.
-    beyond = 0.5 * math.erfc((0.5 + found.radius) / math.sqrt(2))
-    assert found.holes == pytest.approx(beyond, abs=0.04)
-    assert prior[in_hole, 0].median() > 0.5
-    assert in_hole.double().mean().item() == found.holes
-
-
-def test_one_percent_is_far_where_codes_are_prior_draws():
-    found, _ = coverage(data(4000, 3), data(4000, 3, 2), data(4000, 3, 3), Yardstick(torch.zeros(3), torch.ones(3)))
-    # Five standard errors of a share, of which the radius has as much again.
-    error = 5 * math.sqrt(2 * 0.01 * 0.99 / 4000)
-    assert found.holes == pytest.approx(0.01, abs=error)
-    assert found.stray == pytest.approx(0.01, abs=error)
-    assert found.outliers == ()
-
-
-def test_outliers_are_named():
-    codes = data(500, 3)
-    codes[[17, 400]] = torch.tensor([30.0, 0.0, 0.0])
-    found, _ = coverage(codes, data(500, 3, 2), data(500, 3, 3), Yardstick(torch.zeros(3), torch.ones(3)))
-    assert found.outliers == (17, 400)
 
 
 # The whole report
@@ -423,10 +348,7 @@ def test_a_report_keeps_its_repr_short():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_codes": 1}, ValueError, "max_codes"),
-        ({"test_codes": True}, ValueError, "test_codes"),
         ({"batches": []}, TypeError, "twice"),
-        ({"level": 2}, ValueError, "level"),
         ({"shape": (5, 5)}, ValueError, r"shape=\(5, 5\).*'x'"),
         ({"shape": {"w": (5, 5)}}, ValueError, "'w'"),
     ],
@@ -445,76 +367,3 @@ def test_data_without_any_batch_are_an_error():
 def test_codes_that_are_not_finite_are_an_error():
     with pytest.raises(ValueError, match="site 'z'"):
         report(*pair(lambda x: x / 0), data(50))
-
-
-# The picture
-
-
-def imaging(shape, scale=1.0):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
-            pixels = torch.sigmoid(z.mean(1)).reshape(-1, *[1] * len(shape)) * scale * x.new_ones(shape)
-            pyro.sample("x", dist.Normal(pixels, 1).to_event(len(shape)), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x.flatten(1)[:, :3]).to_event(1))
-
-    return model, guide
-
-
-@pytest.mark.parametrize(
-    ("event", "shape"),
-    [((8, 9), None), ((1, 8, 8), None), ((3, 8, 8), None), ((72,), (8, 9)), ((192,), (3, 8, 8))],
-    ids=str,
-)
-def test_images_are_shown(event, shape):
-    pytest.importorskip("matplotlib")
-    x = torch.rand(60, *event)
-    found = report(*imaging(event), x, shape=shape, **FAST)
-    size = shape or event
-    pictures = found.pictures["x"]
-    torch.testing.assert_close(pictures.inputs, x[:10].reshape(10, *size))
-    expected = torch.sigmoid(x.flatten(1)[:10, :3].mean(1))
-    torch.testing.assert_close(pictures.outputs.flatten(1).mean(1), expected)
-    # A way goes evenly from the code of datum 0 to that of datum 1.
-    ends = x.flatten(1)[:2, :3].mean(1)
-    ways = torch.sigmoid(torch.linspace(0, 1, pictures.steps) * (ends[1] - ends[0]) + ends[0])
-    torch.testing.assert_close(pictures.paths.flatten(1).mean(1)[: pictures.steps], ways)
-    assert pictures.samples.flatten(1).mean(1).unique().numel() == len(pictures.samples)
-    assert len(found.plot().axes) == 2 + 1 + 3
-
-
-def test_images_of_any_scale_are_shown_on_theirs():
-    x = 255 * torch.rand(40, 8, 8)
-    x[0, 0, 0], x[0, 0, 1] = 0, 255
-    pictures = report(*imaging((8, 8), 255.0), x / 1, **FAST).pictures["x"]
-    torch.testing.assert_close(pictures.inputs, x[:10] / 255)
-
-
-@pytest.mark.parametrize("event", [(64,), (30, 8), (7, 7)], ids=str)
-def test_what_is_no_image_is_not_shown(event):
-    assert report(*imaging(event), torch.rand(40, *event), **FAST).pictures == {}
-
-
-def test_the_plane_begins_with_the_worst_direction():
-    pytest.importorskip("matplotlib")
-    found = report(*pair(lambda x: x + torch.tensor([0.0, 3.0, 0.0])), data(500), **FAST)
-    figure = found.plot()
-    codes, prior, lines = figure.axes
-    assert codes.get_xlabel() == "largest discrepancy"
-    shown, drawn = (
-        torch.cat([torch.as_tensor(dots.get_offsets().data) for dots in axes.collections]) for axes in (codes, prior)
-    )
-    assert len(shown) == len(drawn) == 500
-    # A shift by 3, in deviations of the 500 prior draws that are the yardstick.
-    expected = 3 / found.joint.moments.prior_spread[1]
-    assert shown[:, 0].mean() - drawn[:, 0].mean() == pytest.approx(expected, abs=5 * math.sqrt(2 / 500) / 0.88)
-    assert abs(shown[:, 1].mean() - drawn[:, 1].mean()) < 0.3
-    assert "z[1], largest discrepancy" in [text.get_text() for text in lines.get_legend().get_texts()]
-
-
-def test_a_code_of_one_number_has_no_plane():
-    pytest.importorskip("matplotlib")
-    assert len(report(*pair(lambda x: x), data(300, 1), **FAST).plot().axes) == 1

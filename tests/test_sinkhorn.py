@@ -1,10 +1,7 @@
 """The Sinkhorn divergence, against POT's exact transport and closed forms."""
 
 import builtins
-import copy
 import io
-import math
-import pickle
 
 import pytest
 import torch
@@ -144,12 +141,6 @@ def test_the_default_blur_keeps_the_direction_of_the_gradient(d):
     assert default > 1.5 * sum(cosine(Sinkhorn(blur=0.05)) for _ in range(8)) / 8
 
 
-def test_the_order_of_rows_does_not_matter():
-    codes, prior = pair()
-    other = Sinkhorn()(codes[torch.randperm(30)], prior[torch.randperm(41)])
-    assert Sinkhorn()(codes, prior).item() == pytest.approx(other.item(), rel=1e-9)
-
-
 def test_each_particle_is_compared_with_its_share_of_the_prior_draws():
     codes, prior = pair(20, 60)
     particles = torch.stack([codes, 2 * codes, codes - 1])
@@ -159,21 +150,6 @@ def test_each_particle_is_compared_with_its_share_of_the_prior_draws():
     assert penalty(particles, prior).item() == pytest.approx(sum(parts).item() / 3, rel=1e-10)
     whole = [penalty(particle, prior[:59]) for particle in particles]
     assert penalty(particles, prior[:59]).item() == pytest.approx(sum(whole).item() / 3, rel=1e-10)
-
-
-def test_the_gradient_reaches_codes_and_a_prior_that_learns_only():
-    codes, prior = pair()
-    codes.requires_grad_()
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    penalty = Sinkhorn()
-    penalty(codes, prior).backward()
-    assert (codes.grad != 0).all()
-    assert prior.grad is None
-    penalty = Sinkhorn()
-    penalty(codes, prior * scale).backward()
-    assert scale.grad < 0
-    assert not penalty.spread.requires_grad
-    assert not list(penalty.parameters())
 
 
 def test_geomloss_leaves_gradients_as_they_were():
@@ -207,40 +183,6 @@ def test_the_blur_is_taken_once_from_the_prior_and_kept():
     assert other(codes, 10 * prior) == value
     other.load_state_dict(Sinkhorn().state_dict())
     assert other(codes, 10 * prior) != value
-
-
-def test_repr_pickle_and_copy():
-    codes, prior = pair()
-    penalty = Sinkhorn(1, scaling=0.7, debias=False)
-    penalty(codes, prior)
-    assert repr(penalty) == "Sinkhorn(p=1, blur=None, scaling=0.7, debias=False)"
-    for other in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
-        assert repr(other) == repr(penalty)
-        assert other(codes, 2 * prior) == penalty(codes, 2 * prior)
-
-
-@pytest.mark.parametrize("p", [0, 1.5, 3, "2", True, None])
-def test_other_powers_are_refused(p):
-    with pytest.raises(ValueError, match=rf"Sinkhorn takes a p of 1 or 2, found {p!r}. Write Sinkhorn\(p=2\)"):
-        Sinkhorn(p)
-
-
-@pytest.mark.parametrize("blur", [0, -1.0, math.nan, math.inf])
-def test_a_blur_that_is_not_positive_is_refused(blur):
-    with pytest.raises(ValueError, match=rf"finite blur > 0, found {blur!r}. Write Sinkhorn\(blur=1.0\)"):
-        Sinkhorn(blur=blur)
-
-
-@pytest.mark.parametrize("scaling", [0, 1, 1.5, -0.5, math.nan])
-def test_a_scaling_outside_0_to_1_is_refused(scaling):
-    with pytest.raises(ValueError, match=rf"scaling in \(0, 1\), found {scaling!r}. Write Sinkhorn\(scaling=0.5\)"):
-        Sinkhorn(scaling=scaling)
-
-
-@pytest.mark.parametrize("argument", ["blur", "scaling"])
-def test_lengths_that_are_no_numbers_are_refused(argument):
-    with pytest.raises(TypeError, match=rf"a number as {argument}, found str. Write Sinkhorn\({argument}="):
-        Sinkhorn(**{argument: "1"})
 
 
 def test_a_prior_without_spread_gives_no_blur():

@@ -1,8 +1,6 @@
 """Sliced and max-sliced Wasserstein distances, against POT and closed forms."""
 
-import copy
 import io
-import pickle
 
 import pytest
 import torch
@@ -69,13 +67,6 @@ def test_every_step_has_directions_of_its_own():
     penalty = SlicedWasserstein(2)
     assert penalty(codes, prior) != penalty(codes, prior)
     assert seeded(penalty, codes, prior) == seeded(penalty, codes, prior)
-
-
-def test_the_bias_at_equal_laws_is_the_documented_one():
-    # Null: a mean of 0.055 at n = m = 100, d = 8; over 60 pairs its standard error is 0.001. Seed 5.
-    torch.manual_seed(5)
-    values = torch.stack([SlicedWasserstein()(torch.randn(100, 8), torch.randn(100, 8)) for _ in range(60)])
-    assert values.mean().item() == pytest.approx(0.055, abs=0.005)
 
 
 def test_the_mean_does_not_tell_how_alike_the_particles_of_one_datum_are():
@@ -146,14 +137,6 @@ def test_equal_samples_have_value_and_gradient_0(penalty):
         assert (codes.grad == 0).all()
 
 
-@pytest.mark.parametrize("penalty", BOTH)
-def test_the_order_of_rows_does_not_matter(penalty):
-    codes, prior = pair()
-    value = seeded(penalty(), codes, prior)
-    other = seeded(penalty(), codes[torch.randperm(30)], prior[torch.randperm(41)])
-    assert value.item() == pytest.approx(other.item(), rel=1e-9)
-
-
 def test_float32_far_from_0_keeps_its_digits(ot):
     codes, prior = pair()
     # Numbers that float32 holds exactly, so that only the arithmetic differs.
@@ -164,40 +147,6 @@ def test_float32_far_from_0_keeps_its_digits(ot):
     )
     value = transport_along(directions, codes.float()[None], prior.float(), 2).mean()
     assert value.item() == pytest.approx(expected**2, rel=1e-5)
-
-
-@pytest.mark.parametrize("penalty", BOTH)
-def test_the_value_has_the_precision_of_the_codes(penalty):
-    for dtype in (torch.float32, torch.float64):
-        assert penalty()(*pair(dtype=dtype)).dtype == dtype
-    assert penalty()(*pair(dtype=torch.bfloat16)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("penalty", BOTH)
-def test_the_gradient_reaches_codes_and_a_prior_that_learns_only(penalty):
-    codes, prior = pair()
-    codes.requires_grad_()
-    penalty()(codes, prior).backward()
-    assert codes.grad.isfinite().all()
-    assert (codes.grad != 0).all()
-    assert prior.grad is None
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    penalty()(codes, prior * scale).backward()
-    assert scale.grad < 0
-    assert not list(penalty().parameters())
-
-
-@pytest.mark.parametrize("kind", BOTH)
-def test_repr_pickle_and_copy(kind):
-    codes, prior = pair()
-    penalty = kind(7, p=1.5)
-    penalty(codes, prior)
-    for other in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
-        assert repr(other) == repr(penalty)
-        with torch.no_grad():
-            assert seeded(other, codes, prior) == seeded(penalty, codes, prior)
-    assert repr(SlicedWasserstein()) == "SlicedWasserstein(projections=50, p=2)"
-    assert repr(MaxSlicedWasserstein()) == "MaxSlicedWasserstein(steps=10, p=2, restarts=4)"
 
 
 def test_max_sliced_finds_a_shift():
@@ -287,32 +236,3 @@ def test_max_sliced_direction_is_saved_and_loaded():
     assert other.direction.shape == (0,)
     # Codes of another size: the direction does not fit, and the search starts afresh.
     assert penalty(codes[:, :2], prior[:, :2]).isfinite()
-
-
-@pytest.mark.parametrize("penalty", BOTH)
-@pytest.mark.parametrize("p", [0.5, 0, -1, float("nan"), float("inf")])
-def test_p_below_1_is_refused(penalty, p):
-    with pytest.raises(ValueError, match=rf"finite p >= 1, found {p}. Write {penalty.__name__}\(p=2\)"):
-        penalty(p=p)
-
-
-@pytest.mark.parametrize("p", ["2", True, None])
-def test_p_that_is_no_number_is_refused(p):
-    with pytest.raises(TypeError, match=r"takes a number as p, found .* Write SlicedWasserstein\(p=2\)"):
-        SlicedWasserstein(p=p)
-
-
-@pytest.mark.parametrize("count", [0, -3, 2.5, 50.0, True, "50"])
-@pytest.mark.parametrize(
-    ("make", "argument"),
-    [
-        (lambda c: SlicedWasserstein(c), "projections"),
-        (lambda c: MaxSlicedWasserstein(c), "steps"),
-        (lambda c: MaxSlicedWasserstein(restarts=c), "restarts"),
-    ],
-)
-def test_counts_below_1_are_refused(make, argument, count):
-    with pytest.raises(
-        ValueError, match=rf"{argument} must be a whole number >= 1, found {count!r}. Write {argument}="
-    ):
-        make(count)

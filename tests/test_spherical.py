@@ -1,8 +1,6 @@
 """The sliced Wasserstein distance on the sphere, against POT, exact transport and closed forms."""
 
-import copy
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -79,11 +77,6 @@ def test_the_bias_at_uniform_laws_is_the_documented_one(d):
     assert torch.stack(values).mean().item() == pytest.approx(0.0025, abs=0.0005)
 
 
-def test_it_is_large_when_the_laws_differ():
-    codes, prior = pair(100, 100)
-    assert SphericalSlicedWasserstein()(codes, prior) > 5 / 600
-
-
 @pytest.mark.parametrize("p", [1, 1.5, 2])
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (4, 8), (4, 5)])
 def test_gradients_are_finite_differences(n, m, p):
@@ -94,15 +87,6 @@ def test_gradients_are_finite_differences(n, m, p):
         return seeded(penalty, normalize(z, dim=-1), normalize(y, dim=-1))
 
     assert torch.autograd.gradcheck(value, (codes.requires_grad_(), prior.requires_grad_()))
-
-
-def test_the_gradient_reaches_the_codes_alone():
-    codes, prior = pair(dtype=torch.float32)
-    codes.requires_grad_()
-    SphericalSlicedWasserstein()(codes, prior).backward()
-    assert codes.grad.isfinite().all()
-    assert (codes.grad != 0).all()
-    assert prior.grad is None
 
 
 @pytest.mark.parametrize(("n", "m"), SIZES)
@@ -121,28 +105,12 @@ def test_equal_samples_have_the_value_0():
     assert SphericalSlicedWasserstein()(codes, codes[torch.randperm(30)]).item() == pytest.approx(0, abs=1e-20)
 
 
-def test_the_order_of_rows_does_not_matter():
-    codes, prior = pair()
-    value = seeded(SphericalSlicedWasserstein(), codes, prior)
-    other = seeded(SphericalSlicedWasserstein(), codes[torch.randperm(30)], prior[torch.randperm(41)])
-    assert value.item() == pytest.approx(other.item(), rel=1e-9)
-
-
 def test_particles_are_compared_with_all_the_prior_draws_and_averaged():
     codes, prior = pair(20, 40, d=2)
     particles = torch.stack([codes, -codes, codes.flip(-1)])
     penalty = SphericalSlicedWasserstein(3)
     expected = torch.stack([penalty(particle, prior) for particle in particles]).mean()
     assert penalty(particles, prior).item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-def test_repr_pickle_and_copy():
-    codes, prior = pair()
-    penalty = SphericalSlicedWasserstein(7, p=1)
-    assert repr(penalty) == "SphericalSlicedWasserstein(projections=7, p=1)"
-    assert penalty.state_dict() == {}
-    for other in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
-        assert seeded(other, codes, prior) == seeded(penalty, codes, prior)
 
 
 def test_codes_off_the_sphere_are_refused_at_every_call():
@@ -184,10 +152,6 @@ def test_nan_passes_the_check_so_that_the_loss_can_name_its_site():
     assert SphericalSlicedWasserstein()(codes, prior).isnan()
 
 
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"projections must be a whole number >= 1, found 0. Write projections=50"):
-        SphericalSlicedWasserstein(0)
-    with pytest.raises(ValueError, match=r"finite p >= 1, found 0.5. Write SphericalSlicedWasserstein\(p=2\)"):
-        SphericalSlicedWasserstein(p=0.5)
+def test_codes_on_a_line_are_refused():
     with pytest.raises(ValueError, match=r"needs d >= 2, found d = 1. Write SlicedWasserstein\(\)"):
         SphericalSlicedWasserstein()(torch.ones(3, 1), torch.ones(3, 1))

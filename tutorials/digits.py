@@ -1,5 +1,6 @@
 """The digits that every tutorial learns from: a part of MNIST bundled with the repository, or all of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 BUNDLED = Path(__file__).parent / "data" / "digits.npz"
+
+PARTS = ("train", "heldout", "test")
 
 MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -16,32 +19,53 @@ MNIST_FILES = (
 )
 
 
-def load_digits(name: str = "bundled", *, root: str | Path = "./mnist") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+HELD_OUT_OF_MNIST = 12
+"""One in so many of MNIST's training digits is held out where that part is loaded."""
+
+
+def load_digits(
+    name: str = "bundled", *, root: str | Path = "./mnist", parts: Sequence[str] = ("train", "test")
+) -> tuple[Tensor, ...]:
     """Loads handwritten digits with their labels.
 
     Args:
-        name: ``"bundled"`` for the 10,000 training and 2,000 test digits that come with the repository
+        name: ``"bundled"`` for the 10,000 training, 3,000 held-out and 2,000 test digits that come with the repository
             (see ``data/README.md``), or ``"mnist"`` for all 60,000 and 10,000 through torchvision.
         root: Folder of torchvision's MNIST, which is downloaded into it once. Unused for ``"bundled"``.
+        parts: What to load. ``"heldout"`` are digits of MNIST's training set that are not trained on: of
+            ``"mnist"`` every twelfth, and ``"train"`` beside it are the other 55,000. Codes are compared with the prior
+            on these, because MNIST's test set is of other writers, and another population than the training set.
 
     Returns:
-        ``train_images, train_labels, test_images, test_labels``: images as float32 in [0, 1] of shape
-        ``(n, 1, 28, 28)``, labels as int64 of shape ``(n,)``.
+        Images and labels of each part, ``train_images, train_labels, test_images, test_labels`` by default: images as
+        float32 in [0, 1] of shape ``(n, 1, 28, 28)``, labels as int64 of shape ``(n,)``.
 
     Raises:
-        ValueError: If ``name`` is neither of the two.
+        ValueError: If ``name`` or a part is none of these.
         ImportError: If ``name`` is ``"mnist"`` and torchvision is not installed.
         RuntimeError: If MNIST is not in ``root`` and cannot be downloaded.
     """
+    if name not in ("bundled", "mnist"):
+        raise ValueError(f'name must be "bundled" or "mnist", but is {name!r}')
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"parts must be of {PARTS}, but one is {unknown[0]!r}")
     if name == "bundled":
         with np.load(BUNDLED) as arrays:
-            parts = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    elif name == "mnist":
-        parts = _load_mnist(Path(root))
+            keys = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
+            found = {key: torch.from_numpy(arrays[key]) for key in keys}
     else:
-        raise ValueError(f'name must be "bundled" or "mnist", but is {name!r}')
-    train_images, test_images = (parts[key].unsqueeze(1) / 255 for key in ("train_images", "test_images"))
-    return train_images, parts["train_labels"].long(), test_images, parts["test_labels"].long()
+        found = _load_mnist(Path(root))
+        if "heldout" in parts:
+            held_out = torch.arange(len(found["train_labels"])) % HELD_OUT_OF_MNIST == 0
+            for key in ("images", "labels"):
+                whole = found[f"train_{key}"]
+                found[f"heldout_{key}"], found[f"train_{key}"] = whole[held_out], whole[~held_out]
+    return tuple(
+        array
+        for part in parts
+        for array in (found[f"{part}_images"].unsqueeze(1) / 255, found[f"{part}_labels"].long())
+    )
 
 
 def _load_mnist(root: Path) -> dict[str, Tensor]:

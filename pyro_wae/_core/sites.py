@@ -26,8 +26,8 @@ class Site:
         data_dim: The data plate's dimension, counted from the right of ``shape`` (negative).
         particle_dim: The same for vectorised particles, or None without them.
         mask: Boolean, broadcasts to ``value``; False where the site is masked. None without a mask.
-        scale: The user's ``poutine.scale``, times N/B of subsampled plates inside a datum: a number, or a tensor that
-            broadcasts to the batch shape.
+        scale: The user's ``poutine.scale``: a number, or a tensor that broadcasts to the batch shape.
+        subsample_scale: N/B of the subsampled plates inside a datum, by which its part stands for the whole.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Site:
     particle_dim: int | None = None
     mask: Tensor | None = None
     scale: float | Tensor = 1.0
+    subsample_scale: float = 1.0
 
     @property
     def data(self) -> int:

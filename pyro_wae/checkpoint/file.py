@@ -33,7 +33,7 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
 
     Of an :class:`~pyro.infer.svi.SVI` these are model and guide, if they are modules or methods of modules, the loss
     with its discriminator, penalty weight, bandwidths and counts of steps, and the optimiser with its schedulers. Of
-    any module, a :class:`~pyro_wae.loss.WAEModule` too, its ``state_dict``. Always: Pyro's parameter store, and the
+    any module, a :class:`~pyro_wae.WAEModule` too, its ``state_dict``. Always: Pyro's parameter store, and the
     random state of torch (CPU and all CUDA devices), numpy and Python. Where model and guide are plain functions, the
     modules that they use have to be given beside the SVI.
 

@@ -322,10 +322,12 @@ def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
 def _scope_of_store(values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Puts parameters into Pyro's store, where an optimiser finds their names, and leaves it as it was."""
     store = pyro.get_param_store()
-    with store.scope():
-        yield {name: store.setdefault(name, value.clone()).unconstrained() for name, value in values.items()}
-    # Leaving a scope cuts the link by which SVI finds the parameters, and reading restores it.
-    list(store.values())
+    try:
+        with store.scope():
+            yield {name: store.setdefault(name, value.detach()).unconstrained() for name, value in values.items()}
+    finally:
+        # Leaving a scope cuts the link by which SVI finds the parameters, and reading restores it.
+        list(store.values())
 
 
 def _sizes(described: str | None) -> str | None:

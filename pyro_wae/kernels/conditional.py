@@ -104,8 +104,8 @@ class Conditional(Kernel):
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If the condition's kernel holds an :class:`Energy` kernel; in :meth:`fit`, if the conditions give it
-            no length.
+        ValueError: If the condition's kernel holds an :class:`Energy` kernel; in :meth:`~pyro_wae.kernels.Kernel.fit`,
+            if the conditions give it no length.
     """
 
     def __init__(self, kernel: Kernel, condition_kernel: Kernel, size: int) -> None:

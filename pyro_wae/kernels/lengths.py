@@ -44,7 +44,7 @@ class RadialKernel(FittedBuffers, Kernel):
 
     @property
     def is_set(self) -> bool:
-        return self._given is not None or self.is_fitted("squared_length")
+        return self._given is not None or self._is_fitted["squared_length"]
 
     def take_length(self, half_mean_square: Tensor) -> None:
         self.set_squared_length(half_mean_square * self.squared_length_factor)

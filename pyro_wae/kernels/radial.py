@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ __all__ = [
 AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 QUADRATURE_STEP = 0.4
-"""That of the trapezoidal rule by which an inverse multiquadratic kernel is a mixture of Gaussians."""
+"""That of the trapezoidal rule by which several kernels are mixtures of Gaussians."""
+
+DEFAULT_LENGTHS = (0.05, 0.15, 0.5, 5.0)
+"""Those of :meth:`Laplace.multiscale`, in its bandwidth."""
 
 
 class Gaussian(RadialKernel):
@@ -88,7 +91,7 @@ class InverseMultiquadratic(RadialKernel):
         return values, slopes
 
     def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
-        weights, rates = like.new_tensor(_quadrature(tuple(factors)))
+        weights, rates = like.new_tensor(_multiquadratic_terms(tuple(factors)))
         return weights, rates / self.squared_unit(like)
 
     @classmethod
@@ -118,6 +121,20 @@ class Laplace(RadialKernel):
         torch.exp(torch.neg(roots, out=values), out=values)
         torch.div(values, roots, out=slopes).mul_(-0.5)
         return values, _without_infinite(slopes, u)
+
+    def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
+        weights, rates = like.new_tensor(_matern_terms(0.5, tuple(factors)))
+        return weights, rates / self.squared_unit(like)
+
+    @classmethod
+    def multiscale(cls, bandwidth: float | None = None, lengths: Sequence[float] = DEFAULT_LENGTHS) -> MultiScale:
+        """The sum of four kernels, s times 0.05, 0.15, 0.5 and 5.
+
+        The short ones detect gaps between codes that are much smaller than the prior, which smooth kernels do not, and
+        which decode into samples unlike the data. The long one is near the negative distance, a small part of the sum
+        where codes match, and the part that has a gradient at codes far from the prior.
+        """
+        return MultiScale(cls(bandwidth), [length**2 for length in lengths])
 
 
 class Matern(RadialKernel):
@@ -165,6 +182,10 @@ class Matern(RadialKernel):
         torch.addcmul(values, values, t, out=slopes)
         values.mul_(t.square_().div_(3)).add_(slopes)
         return values, slopes.mul_(-5 / 6)
+
+    def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
+        weights, rates = like.new_tensor(_matern_terms(self.nu, tuple(factors)))
+        return weights, rates / self.squared_unit(like)
 
 
 class RationalQuadratic(RadialKernel):
@@ -236,17 +257,37 @@ class Energy(Kernel):
 
 
 @functools.lru_cache(maxsize=64)
-def _quadrature(factors: tuple[float, ...]) -> tuple[list[float], list[float]]:
+def _multiquadratic_terms(factors: tuple[float, ...]) -> tuple[list[float], list[float]]:
     """Weights w and rates t with sum_f f c / (f c + r) near sum_a w_a exp(-t_a r / c), for every r >= 0.
 
-    c / (c + r) is the integral of exp(-t) exp(-t r / c) over t > 0. With t = exp(y) the integrand dies off
-    exponentially to both sides, and the trapezoidal rule converges as fast. Gauss-Laguerre nodes are exact near the
-    prior but miss codes at 100 times its mean square: their error is 100 percent there. The integrals of all
-    factors share one grid.
+    c / (c + r) is the integral of exp(-t) exp(-t r / c) over t > 0. Gauss-Laguerre nodes are exact near the prior but
+    miss codes at 100 times its mean square: their error is 100 percent there.
     """
-    first, last = -22.0 - math.log(max(factors)), 4.2 - math.log(min(factors))
+    return _trapezoid(factors, lambda t: t * math.exp(-t), -22.0, 4.2)
+
+
+@functools.lru_cache(maxsize=64)
+def _matern_terms(nu: float, factors: tuple[float, ...]) -> tuple[list[float], list[float]]:
+    """Weights w and rates g with sum_f k(r / sqrt(f)) near sum_a w_a exp(-g_a r^2), k of length 1, for every r >= 0.
+
+    A Matern kernel, and so the Laplace kernel for nu = 1/2, is the mean of exp(-nu r^2 / (2 v)) over v from a Gamma
+    distribution of shape nu and rate 1. With t = 1 / v that is an integral of t^-nu exp(-1 / t) / Gamma(nu) over log t.
+    """
+    weights, rates = _trapezoid(factors, lambda t: t**-nu * math.exp(-1 / t) / math.gamma(nu), -6.0, 14.5 / nu)
+    return weights, [nu / 2 * rate for rate in rates]
+
+
+def _trapezoid(
+    factors: tuple[float, ...], density: Callable[[float], float], first: float, last: float
+) -> tuple[list[float], list[float]]:
+    """Weights and rates of the integral of ``density(t) exp(-t u)`` over log t between two values, summed over factors.
+
+    To both sides the integrand dies off exponentially, and the trapezoidal rule converges as fast. For a kernel at f
+    times the squared length, t is f times the rate: the integrals of all factors share one grid of rates.
+    """
+    first, last = first - math.log(max(factors)), last - math.log(min(factors))
     rates = [math.exp(first + index * QUADRATURE_STEP) for index in range(math.ceil((last - first) / QUADRATURE_STEP))]
-    return [QUADRATURE_STEP * sum(t * f * math.exp(-t * f) for f in factors) for t in rates], rates
+    return [QUADRATURE_STEP * sum(density(t * f) for f in factors) for t in rates], rates
 
 
 def _root(u: Tensor) -> Tensor:

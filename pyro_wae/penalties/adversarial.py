@@ -24,7 +24,8 @@ LogProb = Callable[[Tensor], Tensor]
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-DEFAULT_STEPS = 3
+DEFAULT_STEPS, DEFAULT_EVERY = 2, 4
+HIDDEN_LAYERS, WIDTH, LEAK = 3, 256, 0.2
 
 
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -40,7 +41,7 @@ class JensenShannon(FittedBuffers, Penalty):
     The value is this estimate, from below: a discriminator that lags behind shows less than there is.
 
     The encoder's term sees the discriminator with detached parameters, the discriminator's sees detached codes.
-    By default the discriminator has an optimiser of its own and takes three steps for each of the encoder's; nobody
+    By default the discriminator has an optimiser of its own and takes two steps for each of the encoder's; nobody
     else's optimiser, checkpoint hook or gradient reducer then sees a gradient of it. With ``optimizer=None`` one
     backward pass serves both players, and whatever optimiser is given the discriminator's parameters trains it: SVI's
     own does, with a learning rate of its own through a callable ``optim_args``, and so does a plain torch optimiser of
@@ -54,16 +55,19 @@ class JensenShannon(FittedBuffers, Penalty):
     wait for it, such a step has a gradient of zeros.
 
     Args:
-        discriminator: A module that maps codes (n, d) to logits (n,) or (n, 1). Default: four hidden layers of 512
-            with ReLU, whose first layer takes the size d of the first codes it sees.
+        discriminator: A module that maps codes (n, d) to logits (n,) or (n, 1). Default: three hidden layers of 256
+            with LeakyReLU, whose first layer takes the latent dimension d of the first codes.
         prior_log_prob: Whether log p(z) is added to the logit, so that the module has only -log q(z) to learn.
         saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of
             -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
         gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior draws, half each, in the
             discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
+        gradient_penalty_every: The slope penalty is taken in one of so many steps of the discriminator, with as many
+            times its weight ("lazy regularisation"): it costs more than the rest of the step and changes slowly.
+            Default: 4, or 1 without an optimizer of its own.
         optimizer: Makes the discriminator's own optimiser of its parameters. Default:
             :func:`~pyro_wae.penalties.adversarial.adam`. None leaves the discriminator to the caller's optimiser.
-        steps: Number of the own optimiser's steps for each step of the encoder. Default: 3.
+        steps: Number of the own optimiser's steps for each step of the encoder. Default: 2.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -72,7 +76,8 @@ class JensenShannon(FittedBuffers, Penalty):
 
     Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 1;
     Goodfellow et al., "Generative Adversarial Networks", 2014, arXiv:1406.2661; for the gradient penalty Mescheder,
-    Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", 2018, arXiv:1801.04406.
+    Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", 2018, arXiv:1801.04406, and for taking it
+    now and then Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, arXiv:1912.04958.
 
     Example:
         >>> import torch
@@ -90,6 +95,7 @@ class JensenShannon(FittedBuffers, Penalty):
         prior_log_prob: bool = False,
         saturating: bool = False,
         gradient_penalty: float = 1.0,
+        gradient_penalty_every: int | None = None,
         optimizer: Optimizer | None = adam,
         steps: int | None = None,
     ) -> None:
@@ -103,7 +109,11 @@ class JensenShannon(FittedBuffers, Penalty):
             write = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
             checks.instance("JensenShannon's optimizer", optimizer, Callable, what, write=write)
         if steps is not None:
-            steps = checks.whole("JensenShannon's steps", steps, write="steps=3")
+            steps = checks.whole("JensenShannon's steps", steps, write="steps=2")
+        if gradient_penalty_every is not None:
+            gradient_penalty_every = checks.whole(
+                "JensenShannon's gradient_penalty_every", gradient_penalty_every, write="gradient_penalty_every=4"
+            )
         if steps is not None and optimizer is None:
             raise ValueError(
                 f"steps={steps} is for an optimizer of the discriminator's own, and optimizer=None leaves it to the "
@@ -116,8 +126,11 @@ class JensenShannon(FittedBuffers, Penalty):
         self.gradient_penalty = checks.number(
             "JensenShannon's gradient_penalty", gradient_penalty, least=0, write="gradient_penalty=1.0"
         )
+        self.gradient_penalty_every = gradient_penalty_every
         self.optimizer = optimizer
         self.steps = steps
+        self._taken = 0  # steps of the discriminator
+        self._size: int | None = None
         self._own: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] | None = None
         self._learning = [name for name, value in self.discriminator.named_parameters() if value.requires_grad]
@@ -126,6 +139,14 @@ class JensenShannon(FittedBuffers, Penalty):
             self._learn(False)
 
     def prepare(self, codes: Tensor) -> None:
+        size = codes.shape[-1]
+        if self._size not in (None, size):
+            raise ValueError(
+                f"The discriminator was made for codes of {self._size} numbers, found {size}, as where a latent site "
+                "is observed in some batches. Give each site a penalty of its own: WAELoss({'z': JensenShannon(), "
+                "'y': JensenShannon()})."
+            )
+        self._size = size
         if self._is_lazy():
             self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
             with torch.no_grad():
@@ -151,6 +172,8 @@ class JensenShannon(FittedBuffers, Penalty):
         if training and self.optimizer is None:
             players = players + self._loss(q, p, log_prob)
         value = math.log(2) - (softplus(-logits_p).mean() + softplus(logits_q).mean()).detach() / 2
+        # A bounded discriminator, one that ends in a tanh, would hide an infinite code.
+        value = value.where(q.isfinite().all() & p.isfinite().all(), math.nan)
         return value + (players - players.detach())
 
     def _logits(self, adversary: Callable[[Tensor], Any], z: Tensor, log_prob: LogProb | None) -> Tensor:
@@ -166,22 +189,27 @@ class JensenShannon(FittedBuffers, Penalty):
 
     def _loss(self, q: Tensor, p: Tensor, log_prob: LogProb | None) -> Tensor:
         """The discriminator's own loss, blind to where its points come from."""
-        q, p = (points.detach().requires_grad_(self.gradient_penalty > 0) for points in (q, p))
+        default = 1 if self.optimizer is None else DEFAULT_EVERY
+        every = default if self.gradient_penalty_every is None else self.gradient_penalty_every
+        weight = every * self.gradient_penalty if self._taken % every == 0 else 0.0
+        self._taken += 1
+        q, p = (points.detach().requires_grad_(weight > 0) for points in (q, p))
         logits_q = self._logits(self.discriminator, q, log_prob)
         logits_p = self._logits(self.discriminator, p, log_prob)
         loss = softplus(-logits_p).mean() + softplus(logits_q).mean()
-        if self.gradient_penalty:
+        if weight:
             slopes = torch.autograd.grad(logits_q.sum() + logits_p.sum(), (q, p), create_graph=True)
-            loss = loss + self.gradient_penalty / 2 * sum(slope.square().sum(1).mean() for slope in slopes)
+            loss = loss + weight / 2 * sum(slope.square().sum(1).mean() for slope in slopes)
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The state of the own optimiser, for ``state_dict``."""
-        return {"optimizer": self._state if self._own is None else self._own.state_dict()}
+        """The state of the own optimiser and the number of the discriminator's steps, for ``state_dict``."""
+        return {"optimizer": self._state if self._own is None else self._own.state_dict(), "taken": self._taken}
 
     def set_extra_state(self, state: Any) -> None:
         """Restores what :meth:`get_extra_state` gave."""
         self._state = copy.deepcopy(state["optimizer"])  # which another optimiser may still be writing to
+        self._taken = state["taken"]
         self._own = None  # made anew from the state, which may also be that before the first step
 
     def before_loading(self, saved: dict[str, Any]) -> None:
@@ -232,8 +260,9 @@ class JensenShannon(FittedBuffers, Penalty):
 
 def _default_discriminator() -> nn.Module:
     placed: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # until the first codes come
-    hidden = [layer for _ in range(3) for layer in (nn.Linear(512, 512, **placed), nn.ReLU())]
-    return nn.Sequential(nn.LazyLinear(512, **placed), nn.ReLU(), *hidden, nn.Linear(512, 1, **placed))
+    hidden = [nn.LazyLinear(WIDTH, **placed), *(nn.Linear(WIDTH, WIDTH, **placed) for _ in range(HIDDEN_LAYERS - 1))]
+    layers = [layer for linear in hidden for layer in (linear, nn.LeakyReLU(LEAK))]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 1, **placed))
 
 
 def _log_prob(z: Tensor, n: int, context: PenaltyContext) -> Tensor:

@@ -17,7 +17,7 @@ from torch import distributions as dist
 
 from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, MultiScale, Scaled, Sum
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
 __all__ = ["KernelMean", "NormalMixtureMean", "kernel_mean", "register_kernel_mean", "row_total"]
 
@@ -219,6 +219,6 @@ def _normal_mixture_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
     return NormalMixtureMean(*terms, working_precision(probs), locs, scales.square())
 
 
-for _kernel_type in (Gaussian, InverseMultiquadratic, MultiScale, Sum, Scaled):
+for _kernel_type in (Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, Sum, Scaled):
     for _prior_type in (dist.Normal, dist.MixtureSameFamily):
         register_kernel_mean(_kernel_type, _prior_type)(_normal_mixture_mean)

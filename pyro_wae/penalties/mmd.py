@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.kernels import Conditional, InverseMultiquadratic, Kernel
+from pyro_wae.kernels import Conditional, Kernel, Laplace
 from pyro_wae.kernels.conditional import DefaultConditionKernels
 from pyro_wae.kernels.function import as_kernel
 from pyro_wae.penalties.base import Penalty
@@ -23,7 +23,10 @@ __all__ = ["MMD", "known_mean", "squared_discrepancy"]
 
 MOST_ROWS = 512
 """The largest number of codes whose means against the prior are taken at once: a mixture of Gaussians that stands for
-seven inverse multiquadratic kernels has hundreds of terms for each."""
+kernels of several lengths has a hundred terms for each."""
+
+MOST_COMPONENTS = 32
+"""Of a mixture whose means are taken in closed form."""
 
 
 class MMD(Penalty):
@@ -36,16 +39,18 @@ class MMD(Penalty):
     is their share in a Q_Z that averages over N data.
 
     Args:
-        kernel: A :class:`~pyro_wae.kernels.Kernel`, a Pyro GP kernel (frozen) or a function k(x, y). Default: the
-            authors' sum of inverse multiquadratic kernels at seven scales.
+        kernel: A :class:`~pyro_wae.kernels.Kernel`, a Pyro GP kernel (frozen) or a function k(x, y). Default:
+            :meth:`Laplace.multiscale() <pyro_wae.kernels.Laplace.multiscale>`, whose short lengths detect gaps between
+            codes; the source takes :meth:`~pyro_wae.kernels.InverseMultiquadratic.multiscale`.
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
         standardize: Whether the estimate is divided by its standard deviation when Q_Z = P_Z, so that it has mean 0
             and variance 1 there and a penalty weight carries over between sizes and kernels. The deviation is known in
             closed form or estimated from the first prior draws, then kept in ``state_dict``. It counts data, not
             particles.
         closed_form: Whether means of the kernel against the prior are taken from
-            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian or
-            inverse multiquadratic kernel and a Normal or a mixture of Normals. The prior then adds no noise.
+            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian,
+            inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
+            then adds no noise. Of more components, which cost more than draws, the draws are taken.
         condition_kernel: What compares the conditions y where the context has them, k_y in the product
             ``k(z, z') k_y(y, y')``: a kernel or a function of rows (n, c). It must be positive definite. Default, for
             labels: ``UnitMean(SameLabel())``, the mean over pairs of one label; for floats: a Gaussian of half the
@@ -88,7 +93,7 @@ class MMD(Penalty):
                 "standardize=True divides an estimate whose mean is 0 when Q_Z = P_Z, and the V-statistic's is not. "
                 "Write MMD(unbiased=True, standardize=True)."
             )
-        self.kernel = InverseMultiquadratic.multiscale() if kernel is None else as_kernel(kernel)
+        self.kernel = Laplace.multiscale() if kernel is None else as_kernel(kernel)
         self.condition_kernel = None
         if condition_kernel is not None:
             self.condition_kernel = as_kernel(condition_kernel, name="condition_kernel")
@@ -132,7 +137,10 @@ def known_mean(kernel: Kernel, context: PenaltyContext) -> KernelMean | None:
     if context.shared_data or context.prior is None:
         return None
     prior = context.prior()
-    return None if prior is None else kernel_mean(kernel, prior)
+    components = getattr(getattr(prior, "mixture_distribution", None), "probs", None)
+    if prior is None or (components is not None and components.shape[-1] > MOST_COMPONENTS):
+        return None
+    return kernel_mean(kernel, prior)
 
 
 def squared_discrepancy(

@@ -111,8 +111,8 @@ class NullVariance(FittedBuffers):
         # On an accelerator a look at the value would wait for it, after the first one: there a bad one changes nothing.
         if (self.draws == 0 or square.device.type == "cpu") and not bool(square.isfinite()):
             return
+        kept = self.square.to(square) if self.draws else torch.zeros_like(square)
         self.draws += draws
-        kept = self.square.to(square)
         mean = kept + (square - kept) * (draws / self.draws)
         self.set_fitted("square", torch.where(square.isfinite(), mean, kept))
 

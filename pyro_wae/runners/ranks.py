@@ -85,6 +85,7 @@ class Ranks(Runner):
             step = self.runner.observe(observer, args, kwargs)
             if distributed.get_world_size(group) > 1:
                 check_guide(observer.guide, step, "all ranks")
+                step.check_once("process_group")
             text, report = _describe(step), _report(step, random)
         reports = self._exchange(report)
         self._check(reports, text)

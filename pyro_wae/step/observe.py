@@ -12,11 +12,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.costs import Cost
 from pyro_wae.step.condition import read_condition
-from pyro_wae.step.plates import PARTICLE_PLATE
+from pyro_wae.step.plates import PARTICLE_PLATE, data_frame, layout, subsample_scales
 from pyro_wae.step.prior import draw_prior, prior_varies
 from pyro_wae.step.program import Program, Run, run, trace_pair
 from pyro_wae.step.records import Step
@@ -135,13 +136,16 @@ class Observer:
         if isinstance(self.cost, Mapping):
             check_names("cost", self.cost, list(sites), "observed", "SquaredError()")
         costs = {name: cost.per_datum(site) for name, site in sites.items() if (cost := self._cost(name)) is not None}
+        factors, once = _factor_costs(found)
         return Step(
             runs=[[found]],
             codes=codes,
             columns=columns,
             kept=kept,
             prior=torch.cat(draws) if len(draws) > 1 else draws[0] if draws else None,
-            costs=costs,
+            costs=costs | factors,
+            factors=tuple(factors),
+            once=once,
             seen=_seen(list(sites.values())),
             condition=condition,
             condition_name=self.condition,
@@ -190,6 +194,27 @@ def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
             shape = torch.broadcast_shapes(site.shape + site.distribution.event_shape, site.mask.shape)
             kept[name] = site.rows(site.mask.expand(shape), site.event_dim).expand(rows[name].shape)
     return side_by_side(rows, kept)
+
+
+def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What each ``pyro.factor`` adds to a loss: of each datum, shape (K, n), or once for all data, a scalar."""
+    rows: dict[str, Tensor] = {}
+    once: dict[str, Tensor] = {}
+    for node, sign in found.factors:
+        name, fn = node["name"], node["fn"]
+        values = sign * fn.log_factor * (node["scale"] / subsample_scales(node, found.plate)[0])
+        if node["mask"] is not None:
+            values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
+        if data_frame(node, found.plate) is not None:
+            own = Site(name, fn, values, *layout(node, found.plate)).rows(at_least_float32(values), 0)
+            own = own.flatten(2).sum(2) if own.ndim > 2 else own
+            rows[name] = rows[name] + own if name in rows else own
+        else:
+            # A plate of particles repeats what is there once.
+            frame = data_frame(node, PARTICLE_PLATE)
+            particles = frame.size if frame is not None and values.ndim >= -frame.dim else 1
+            once[name] = once.get(name, 0.0) + at_least_float32(values).sum() / particles
+    return rows, once
 
 
 def _seen(sites: Sequence[Site]) -> Tensor | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["PARTICLE_PLATE", "data_frame", "data_size", "find_data_plate", "layout", "outer_scale"]
+__all__ = ["PARTICLE_PLATE", "data_frame", "data_size", "find_data_plate", "layout", "subsample_scales"]
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name that ``pyro.infer.ELBO`` gives the plate of its vectorised particles."""
@@ -53,6 +54,15 @@ def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested
                 f"Several plates hold every latent and observed site: {_listing({n: known[n] for n in common})}. "
                 f"Say which of them is the data: WAELoss(data_plate='{common[0]}')."
             )
+        frames = list(plates[nodes[0]["name"]])
+        if frames.index(subsampled[0]) > min(frames.index(name) for name in common):
+            warnings.warn(
+                f"The subsampled plate '{subsampled[0]}' lies inside another that holds every site, "
+                f"{_listing({n: known[n] for n in common})}, and is taken for the data. Say which is: "
+                f"WAELoss(data_plate='{subsampled[0]}').",
+                UserWarning,
+                stacklevel=2,
+            )
         common = subsampled
     return common[0]
 
@@ -86,10 +96,14 @@ def data_size(frame: Any) -> int | None:
     return full if full is not None and full != frame.size else None
 
 
-def outer_scale(node: Node, data_plate: str) -> float:
-    """The N/B of the data plate, which a mean per datum cancels; 1 where it takes all its data."""
-    frame = data_frame(node, data_plate)
-    return 1.0 if frame is None or data_size(frame) is None else frame.full_size / frame.size
+def subsample_scales(node: Node, data_plate: str) -> tuple[float, float]:
+    """The N/B of the data plate, which a mean per datum cancels, and that of all other subsampled plates together."""
+    outer = inner = 1.0
+    for frame in node["cond_indep_stack"]:
+        if data_size(frame) is not None:
+            scale = frame.full_size / frame.size
+            outer, inner = (scale, inner) if frame.name == data_plate else (outer, inner * scale)
+    return outer, inner
 
 
 def _vectorised(node: Node) -> dict[str, Any]:

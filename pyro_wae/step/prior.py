@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
 from pyro_wae._core.sites import Site, side_by_side
-from pyro_wae.step.program import ReplaySubsamples, Run
+from pyro_wae.step.program import ReplaySubsamples, Run, is_random, mask_of
 
-__all__ = ["draw_prior", "prior_log_prob", "prior_of_one_code", "prior_varies", "warn_of_lost_gradient"]
+__all__ = [
+    "depends_on_data",
+    "draw_prior",
+    "prior_log_prob",
+    "prior_of_one_code",
+    "prior_varies",
+    "warn_of_lost_gradient",
+]
 
 MOST_COMPONENTS = 10
 """Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
@@ -44,6 +51,7 @@ def draw_prior(run: Run) -> Tensor:
         drawn = {site.name: (site.distribution(), site.event_dim)}
     else:
         nodes = _rerun_to_last_latent(run)
+        _check_masks(run, nodes)
         drawn = {name: (node["value"], node["fn"].event_dim) for name, node in nodes.items()}
     rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
     return side_by_side(rows, {})[0]
@@ -134,7 +142,21 @@ def prior_varies(run: Run) -> bool:
     return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim)
 
 
-def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 5) -> bool:
+def depends_on_data(run: Run) -> bool:
+    """Whether the first random choice of the model is a latent whose distribution differs between the data.
+
+    The values are looked at, which waits for an accelerator.
+    """
+    first = next(name for name, node in run.model.nodes.items() if is_random(node))
+    if first not in run.latents:
+        return False
+    site = run.latents[first]
+    batch = len(site.distribution.batch_shape)
+    place = batch + site.data_dim
+    return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim, look=True)
+
+
+def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 5, *, look: bool = False) -> bool:
     """Whether what a distribution is made of may differ along the data.
 
     Args:
@@ -144,36 +166,43 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         batch: Number of its batch dimensions.
         event_dim: Number of dimensions of a tensor to the right of the batch's.
         depth: How deep to look.
+        look: Whether to look at the values of all tensors, and at no function.
     """
     if isinstance(value, Tensor):
         dim = value.ndim - (batch + event_dim) + place  # a tensor of fewer dimensions is broadcast from the right
         if not 0 <= dim < value.ndim or value.shape[dim] != n or not value.stride(dim):
             return False
-        if value.requires_grad or value.device.type != "cpu":  # where looking would wait, or miss a graph
+        if not look and (
+            value.requires_grad or value.device.type != "cpu"
+        ):  # where looking would wait, or miss a graph
             return True
         return bool((value != value.narrow(dim, 0, 1)).any())
     if depth == 0:
         return isinstance(value, list | tuple | torch.distributions.Distribution | torch.distributions.Transform)
     if isinstance(value, list | tuple):
-        return any(_varies(item, n, place, batch, event_dim, depth - 1) for item in value)
+        return any(_varies(item, n, place, batch, event_dim, depth - 1, look=look) for item in value)
     if isinstance(value, ExpandedDistribution):
         # The dimensions that it adds on the left are not those of what it repeats.
         place -= len(value.batch_shape) - len(value.base_dist.batch_shape)
-        return place >= 0 and _varies(value.base_dist, n, place, batch, event_dim, depth - 1)
+        return place >= 0 and _varies(value.base_dist, n, place, batch, event_dim, depth - 1, look=look)
     if isinstance(value, torch.distributions.Distribution):
-        inner, constraints = len(value.batch_shape), value.arg_constraints
+        inner, constraints = len(value.batch_shape), _constraints(value)
         for name, part in vars(value).items():
             # Some families keep a parameter a second time, as it was before it was broadcast.
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
             own = len(value.event_shape) if known is None else known.event_dim
-            if _varies(part, n, place, inner, own, depth - 1):
+            if _varies(part, n, place, inner, own, depth - 1, look=look):
                 return True
         return False
     if isinstance(value, torch.distributions.Transform):
         # A transform keeps its last draw, which is as long as the data and says nothing about them.
         parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
-        return any(_varies(part, n, place, batch, event_dim, depth - 1) for part in parts)
-    return callable(value) and not isinstance(getattr(value, "__self__", value), nn.Module | type | weakref.ref)
+        return any(_varies(part, n, place, batch, event_dim, depth - 1, look=look) for part in parts)
+    return (
+        not look
+        and callable(value)
+        and not isinstance(getattr(value, "__self__", value), nn.Module | type | weakref.ref)
+    )
 
 
 class _StopAfter(ReplaySubsamples):
@@ -204,6 +233,14 @@ def _leave(msg: Any) -> None:
     raise NonlocalExit(msg)
 
 
+def _constraints(distribution: Any) -> Mapping[str, Any]:
+    """The constraint of each parameter, as far as a family names them."""
+    try:
+        return distribution.arg_constraints
+    except NotImplementedError:
+        return {}
+
+
 def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     stop = _StopAfter(run.model, set(run.latents), values)
     try:
@@ -218,6 +255,20 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
             "that samples the same sites in every run."
         )
     return {name: stop.nodes[name] for name in run.latents}
+
+
+def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:
+    """Raises ValueError if a mask is another one with the prior's draws: it depends on a latent."""
+    for name, node in nodes.items():
+        if run.latents[name].mask is None and node["mask"] is None:
+            continue
+        before, now = mask_of(run.model.nodes[name]), mask_of(node)
+        if before is None or now is None or not torch.equal(*torch.broadcast_tensors(before, now)):
+            raise ValueError(
+                f"The mask at latent site '{name}' depends on a latent: it is another one for prior draws than for "
+                "codes, which are compared under one mask. Write poutine.mask(mask=...) with a mask that is computed "
+                "from the data."
+            )
 
 
 def _log_prob_rows(site: Site, fn: Any, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -18,12 +18,30 @@ from torch import Tensor
 
 from pyro_wae._core.distributions import family, layers
 from pyro_wae._core.sites import Site
-from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, outer_scale
+from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
 
-__all__ = ["Program", "ReplaySubsamples", "Run", "is_random", "observed_nodes", "read", "run", "trace_pair"]
+__all__ = [
+    "Factor",
+    "Program",
+    "ReplaySubsamples",
+    "Run",
+    "is_random",
+    "mask_of",
+    "observed_nodes",
+    "read",
+    "run",
+    "trace_pair",
+]
 
 Program = Callable[..., Any]
 Node = Mapping[str, Any]
+
+
+class Factor(NamedTuple):
+    """A ``pyro.factor`` site: the node of its trace, and its sign in a loss."""
+
+    node: Node
+    sign: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,7 @@ class Run:
         plate: Name of the data plate.
         latents: The sites that make up a code, in the order of the model.
         observed: The sites that may have a cost.
+        factors: The ``pyro.factor`` sites of model and guide, which are terms of the loss.
         data_size: Number of data, where the data plate takes a part of them; else None.
     """
 
@@ -46,6 +65,7 @@ class Run:
     plate: str
     latents: Mapping[str, Site]
     observed: Mapping[str, Site]
+    factors: Sequence[Factor]
     data_size: int | None
 
     @property
@@ -67,7 +87,7 @@ class Run:
             kept.nodes.update((name, trace.nodes[name]) for name in self.latents)
             traces.append(kept)
         model, guide = traces
-        return Run(model, guide, self.rerun, self.plate, self.latents, {}, self.data_size)
+        return Run(model, guide, self.rerun, self.plate, self.latents, {}, (), self.data_size)
 
 
 def run(
@@ -119,6 +139,7 @@ def trace_pair(
 
 def read(model_trace: Any, guide_trace: Any, rerun: Callable[[], Any], data_plate: str | None) -> Run:
     """Reads from traces which sites are codes, which have costs, and which plate is the data; see :func:`run`."""
+    _check_guide(guide_trace)
     latents = dict(_latent_nodes(model_trace, guide_trace))
     observed = dict(observed_nodes(model_trace))
     if not latents:
@@ -140,6 +161,7 @@ def read(model_trace: Any, guide_trace: Any, rerun: Callable[[], Any], data_plat
         plate=plate,
         latents=sites,
         observed={name: _observed(name, node, plate) for name, node in observed.items()},
+        factors=[*_factors(model_trace, -1.0), *_factors(guide_trace, 1.0)],
         data_size=data_size(data_frame(next(iter(latents.values())), plate)),
     )
 
@@ -166,8 +188,34 @@ def observed_nodes(model_trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node):
             continue
-        if not node["infer"].get("_deterministic") and not node["infer"].get("is_auxiliary"):
+        is_computed = node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary")
+        # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
+        if not is_computed and not _is_masked_out(node):
             yield _user_name(name, model_trace), node
+
+
+def _factors(trace: Any, sign: float) -> Iterator[Factor]:
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and site_is_factor(node) and node["mask"] is not False:
+            yield Factor(node, sign)
+
+
+def _check_guide(guide_trace: Any) -> None:
+    """Raises ValueError if the guide observes a site: a term of an ELBO that has no place here."""
+    for name, node in guide_trace.nodes.items():
+        if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node) or site_is_subsample(node):
+            continue
+        if not node["infer"].get("_deterministic") and not _is_masked_out(node):
+            raise ValueError(
+                f"The guide observes site '{name}' ({family(node['fn'])}), whose density is a term of Pyro's ELBO and "
+                "would be left out here: what it depends on would not be trained. Write in the guide "
+                f"pyro.factor('{name}', -distribution.log_prob(value), has_rsample=False), which adds the negative log "
+                "likelihood to the loss (with a plus sign, what Trace_ELBO adds), or sample the site without obs=."
+            )
+
+
+def _is_masked_out(node: Node) -> bool:
+    return any(mask is False for mask, _ in _masks(node))
 
 
 def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
@@ -175,7 +223,13 @@ def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
     value, fn = node["value"], node["fn"]
     batch = tuple(value.shape[: value.ndim - fn.event_dim])
     aligned = (1,) * (len(shape) - len(batch)) + batch[max(0, len(batch) - len(shape)) :]
-    site = Site(name, fn, value, shape, data_dim, particle_dim, _mask(node, guide_node), _user_scale(node, plate))
+    scale, _ = _scales(node, plate)
+    if _scales(guide_node, plate)[0] is not scale and not _is_alike(scale, _scales(guide_node, plate)[0]):
+        raise ValueError(
+            f"Latent site '{name}' has a poutine.scale in the guide that it has not in the model. A penalty compares "
+            "codes with prior draws at once and has one scale: write poutine.scale around both, or around the model."
+        )
+    site = Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node, guide_node), scale)
     if aligned != shape and not any(size not in (1, planned) for size, planned in zip(aligned, shape, strict=True)):
         raise ValueError(
             f"Latent site '{name}' has batch shape {batch} in the guide and {shape} in the model: several data or "
@@ -192,9 +246,21 @@ def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
 
 def _observed(name: str, node: Node, plate: str) -> Site:
     fn, value = node["fn"], node["value"]
+    shape, data_dim, particle_dim = layout(node, plate)
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"The data of observed site '{name}' are a sparse tensor ({value.layout}), and costs take dense ones. "
+            f"Write pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time."
+        )
+    if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
+        raise ValueError(
+            f"Observed site '{name}' has data of shape {tuple(value.shape)}, all of them one event: the whole batch "
+            f"would be the datum of each of {shape[data_dim]} data. Write .to_event({fn.event_dim - 1}), which leaves "
+            "the first dimension to the data plate."
+        )
     if value.shape != fn.shape():
         value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-    return Site(name, fn, value, *layout(node, plate), _mask(node), _user_scale(node, plate))
+    return Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node), *_scales(node, plate))
 
 
 def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Node]]:
@@ -210,16 +276,19 @@ def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Nod
                 f"Latent site '{name}' of the model is to be enumerated, and WAELoss does not enumerate. Sum it out "
                 "in the likelihood (dist.MixtureSameFamily), or sample it in the guide through a relaxation."
             )
-        if in_guide and not any(mask is False for mask, _ in _masks(node)):
+        if in_guide and not _is_masked_out(node):
             yield name, node
 
 
 def _raise_not_reparameterised(name: str, fn: Any) -> None:
     if getattr(getattr(fn, "support", None), "is_discrete", False):
+        relaxation = {
+            "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...)",
+            "Poisson": "a Delta on a continuous code, dist.Delta(rate)",
+        }.get(family(fn), "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical")
         raise ValueError(
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
-            "the encoder, and WAELoss does not enumerate. Write dist.OneHotCategoricalStraightThrough or "
-            "dist.RelaxedOneHotCategorical, or a Delta on a continuous code."
+            f"the encoder, and WAELoss does not enumerate. Write {relaxation}, or a Delta on a continuous code."
         )
     raise ValueError(
         f"Latent site '{name}' cannot be reparameterised in the guide ({family(fn)} has no rsample): no "
@@ -240,15 +309,28 @@ def _user_name(name: str, model_trace: Any) -> str:
     return stem if stem != name and f"{stem}_unobserved" in model_trace.nodes else name
 
 
-def _user_scale(node: Node, plate: str) -> float | Tensor:
-    scale = node["scale"] / outer_scale(node, plate)
+def _scales(node: Node, plate: str) -> tuple[float | Tensor, float]:
+    """The user's scale of a node, and the N/B of subsampled plates inside a datum."""
+    outer, inner = subsample_scales(node, plate)
+    scale = node["scale"] / (outer * inner)
     if isinstance(scale, Tensor):
-        return scale.reshape(()) if scale.numel() == 1 else scale
+        return scale.reshape(()) if scale.numel() == 1 else scale, inner
     # N/B divided out again leaves a rounding error, which must not look like a scale of the user's.
-    return 1.0 if abs(scale - 1) < 1e-9 else scale
+    return 1.0 if abs(scale - 1) < 1e-9 else scale, inner
 
 
-def _mask(*nodes: Node) -> Tensor | None:
+def _is_alike(scale: float | Tensor, guide_scale: float | Tensor) -> bool:
+    """Whether the guide's scale is the model's, or none."""
+    if isinstance(guide_scale, Tensor) or isinstance(scale, Tensor):
+        # Looking at a value on an accelerator would wait for it.
+        tensors = [value for value in (scale, guide_scale) if isinstance(value, Tensor)]
+        return any(value.device.type != "cpu" for value in tensors) or bool(
+            torch.all((torch.as_tensor(guide_scale) == 1) | (torch.as_tensor(guide_scale) == torch.as_tensor(scale)))
+        )
+    return guide_scale in (1.0, scale) or abs(guide_scale - scale) <= 1e-9 * abs(scale)
+
+
+def mask_of(*nodes: Node) -> Tensor | None:
     """Where all masks of the nodes are true: a tensor that broadcasts to batch and event dimensions, or None."""
     total: Tensor | None = None
     for node in nodes:

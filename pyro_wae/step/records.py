@@ -34,7 +34,9 @@ class Step:
         columns: The columns of each latent site.
         kept: Shape (K, n, d), False where an element of a code is masked; None where nothing is.
         prior: Prior draws, shape (J, n, d); None where nothing needs them.
-        costs: The cost of each observed site, shape (K, n).
+        costs: The cost of each observed site, and what a ``pyro.factor`` adds for each datum, shape (K, n).
+        factors: Which of the costs are those of factors.
+        once: What a factor outside the data plate adds once for all data, a scalar.
         seen: Shape (K, n): which data have anything observed; None if all have.
         condition: Shape (n, c): what the model is conditional on, labels as integers with c = 1, or floats; or None.
         condition_name: The name of the condition.
@@ -53,6 +55,8 @@ class Step:
     kept: Tensor | None
     prior: Tensor | None
     costs: Mapping[str, Tensor]
+    factors: Sequence[str]
+    once: Mapping[str, Tensor]
     seen: Tensor | None
     condition: Tensor | None
     condition_name: str | None
@@ -123,23 +127,54 @@ class Step:
         whole = self.kept.any(2).any(0)
         return None if bool(whole.all()) else whole
 
-    def add(self, penalties: Mapping[str, Tensor], weight: Callable[[Tensor], float | Tensor]) -> Step:
+    def add(
+        self, penalties: Mapping[str, Tensor], weight: Callable[[Tensor], float | Tensor], *, per_datum: bool = True
+    ) -> Step:
         """The step with its loss: the mean costs, and the penalties times a weight that may start from the cost.
 
         Codes and prior draws that are not finite make the loss NaN, also where a penalty would not show them.
         """
-        if self.seen is None:
-            means = {site: costs.mean() for site, costs in self.costs.items()}
-        else:
-            count = self.seen.sum().clamp(min=1)
-            means = {site: costs.where(self.seen, 0.0).sum() / count for site, costs in self.costs.items()}
+        means = self._mean_costs()
         cost = total(means.values())
-        factor = weight(cost.detach())
+        # A scale of the whole model is one of the whole loss, and none of the balance between cost and penalty.
+        scale = self._common_scale()
+        factor = weight(cost.detach() / scale)
         loss = cost + factor * total(penalties.values()).to(cost.device)
+        if not per_datum:
+            loss = loss * self._number_of_data()
         for rows in self.rows():
             if rows is not None:
                 loss = loss.where(rows.detach().isfinite().all().to(loss.device), math.nan)
         return dataclasses.replace(self, mean_costs=means, penalties=penalties, weight=factor, loss=loss)
+
+    def _mean_costs(self) -> dict[str, Tensor]:
+        if self.seen is None:
+            means = {site: costs.mean() for site, costs in self.costs.items()}
+        else:
+            # A factor counts also for data of which nothing is observed.
+            count = self.seen.sum().clamp(min=1)
+            means = {
+                site: (costs if site in self.factors else costs.where(self.seen, 0.0)).sum() / count
+                for site, costs in self.costs.items()
+            }
+        for name, value in self.once.items():
+            means[name] = means.get(name, 0.0) + value / (self.data_size or self.data)
+        return means
+
+    def _number_of_data(self) -> float | Tensor:
+        """Number of data for which the mean stands: those of the data set, less the share that is masked."""
+        whole = self.data_size or self.data
+        return whole if self.seen is None else self.seen.float().mean() * whole
+
+    def _common_scale(self) -> float | Tensor:
+        """The ``poutine.scale`` that all latent and observed sites have, 1 where they have different ones."""
+        scales = [site.scale for run in self.runs[0] for site in (*run.latents.values(), *run.observed.values())]
+        if not any(isinstance(scale, Tensor) for scale in scales):
+            return scales[0] if scales[0] > 0 and all(scale == scales[0] for scale in scales) else 1.0
+        if any(isinstance(scale, Tensor) and scale.numel() != 1 for scale in scales):
+            return 1.0
+        found = torch.stack([torch.as_tensor(scale, device=self.codes.device) for scale in scales])
+        return torch.where((found == found[0]).all() & (found[0] > 0), found[0], 1.0)
 
     def terms(self) -> Terms:
         """The parts of the loss, detached."""
@@ -241,6 +276,7 @@ class Step:
                 ]
                 changes[name] = joined(filled, dim)
         if dim == 1:
+            first.check_once("micro_batch")
             changes["condition_is_masked"] = any(part.condition_is_masked for part in parts)
             changes["prior_varies"] = any(part.prior_varies for part in parts)
             if first.condition is not None:
@@ -249,8 +285,18 @@ class Step:
             changes["data_size"] = None if first.data_size == n else first.data_size
             changes["runs"] = [runs for part in parts for runs in part.runs]
         else:
+            changes["once"] = {name: sum(part.once[name] for part in parts) / len(parts) for name in first.once}
             changes["runs"] = [[run for part in parts for runs in part.runs for run in runs]]
         return dataclasses.replace(first, **changes)
+
+    def check_once(self, option: str) -> None:
+        """Raises ValueError if a factor outside the data plate would be counted in each part of the data."""
+        if self.once:
+            name = next(iter(self.once))
+            raise ValueError(
+                f"pyro.factor '{name}' is outside the data plate '{self.first.plate}', and {option} would count it in "
+                f"each part of the data. Put it into the plate, or leave {option} out."
+            )
 
     def _check_like(self, first: Step, dim: int) -> None:
         found, expected = ({site: (c.start, c.stop) for site, c in s.columns.items()} for s in (self, first))

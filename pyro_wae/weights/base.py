@@ -100,8 +100,8 @@ class Schedule(SteppedWeight):
 
     def __init__(self, function: Callable[[int], float]) -> None:
         super().__init__()
-        self.function = checks.function(
-            "Schedule's function", function, "a function of the step", write="Schedule(lambda step: 100.0)"
+        self.function = checks.instance(
+            "Schedule's function", function, Callable, "a function of the step", write="Schedule(lambda step: 100.0)"
         )
 
     def forward(self, cost: Tensor | None = None) -> float:

@@ -16,7 +16,23 @@ from pyro_wae.weights.base import SteppedWeight
 
 __all__ = ["Constraint", "RandomFeatures", "trace_of_squared_covariance"]
 
-FREQUENCIES, FACTORS = 192, (0.2, 1.0, 5.0)
+FREQUENCIES = 256
+FACTORS = (0.2, 1.0, 5.0)
+"""Squared lengths of the inverse multiquadratic kernels, in the mean squared distance of prior draws."""
+
+LENGTHS = (0.05, 0.15, 0.5)
+"""Lengths of the Laplace kernels, in the root of half that distance."""
+
+LEAST_SQUARE = 1e-4
+"""Bounds the frequencies: phases of float32 have few digits beyond."""
+
+WARM_UP, MEMORY = 200, 0.01
+"""Steps before the first rise is judged, and the share of a step in the running means."""
+
+RISE, NEEDED, LEARNING, NEAR = 2.0, 0.8, 0.97, 1.5
+"""A rise of the weight by the first factor must lower the discrepancy to the second share of it, unless the cost falls
+to the third, because the nets still learn, or the discrepancy is below the fourth number of slacks."""
+
 FIRST_SHARE, LEAST_COST, LARGEST_RISE = 0.1, 1e-6, 300.0
 CHECK_EVERY = 100
 LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
@@ -29,7 +45,12 @@ class Constraint(FittedBuffers, SteppedWeight):
     It is the Lagrange multiplier of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum mean
     discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
     estimate between two sets of ``codes`` prior draws. While D is larger, log lambda rises; while it is smaller,
-    log lambda falls.
+    log lambda falls. The kernel has long lengths and short ones, which detect gaps between codes.
+
+    Where a larger weight no longer lowers D, the slack is out of reach of these nets, this penalty or this training,
+    and a larger weight would only raise the cost. Each time that lambda has doubled, D must have fallen by a fifth, or
+    the cost as well, because the nets still learn; otherwise lambda returns to where it was, and rises no more.
+    :attr:`outcome` is which of the two has happened.
 
     D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. What a layer such as BatchNorm
     lets the codes of one batch arrange among themselves has no influence on it, and it is unbiased for the
@@ -51,6 +72,7 @@ class Constraint(FittedBuffers, SteppedWeight):
         weight: lambda, a scalar tensor.
         discrepancy: The last D over its slack, a scalar tensor: near 1 where the constraint holds. NaN before the
             second step.
+        smoothed: Running means of the discrepancy and of the cost, shape (2,).
 
     Raises:
         TypeError: If an argument is no number, or ``codes`` or ``pool`` no whole number.
@@ -73,6 +95,9 @@ class Constraint(FittedBuffers, SteppedWeight):
     differences: Tensor
     trace: Tensor
     largest: Tensor
+    smoothed: Tensor
+    earlier: Tensor
+    plateau: Tensor
 
     def __init__(
         self,
@@ -104,6 +129,23 @@ class Constraint(FittedBuffers, SteppedWeight):
         for name in ("widths", "frequencies", "differences"):
             self.register_fitted(name, torch.empty(0, **placed), any_shape=True)
         self.register_fitted("trace", torch.zeros((), **placed))
+        self.register_fitted("smoothed", torch.zeros(2, **placed))
+        self.register_fitted("earlier", torch.zeros(3, **placed))  # weight, discrepancy and cost before the last rise
+        self.register_fitted("plateau", torch.zeros((), **placed))
+
+    @property
+    def outcome(self) -> str:
+        """What has happened up to the last step; reading it waits for the device.
+
+        ``"matched"``: the discrepancy is within its slack or near it. ``"plateau"``: it is above, and a larger weight
+        did not lower it. ``"maximum"``: it is above, and the weight is the largest allowed. ``"rising"``: it is above,
+        and the weight still rises.
+        """
+        if self.step > 1 and bool(self.smoothed[0] <= NEAR):
+            return "matched"
+        if bool(self.plateau):
+            return "plateau"
+        return "maximum" if bool(self.weight >= self.largest) else "rising"
 
     def forward(self, cost: Tensor | None = None) -> Tensor:
         if cost is None:
@@ -124,7 +166,7 @@ class Constraint(FittedBuffers, SteppedWeight):
             self._measure(cost, codes, prior)
         self.step += 1
         if self.step >= 2:
-            self._ascend()
+            self._ascend(cost)
 
     def _begin(self, cost: Tensor, prior: Tensor) -> None:
         features = RandomFeatures.draw(prior, FREQUENCIES, seed=0)
@@ -134,6 +176,8 @@ class Constraint(FittedBuffers, SteppedWeight):
         self.largest = self.largest.to(self.weight)
         self.largest = torch.where(self.largest.isnan(), LARGEST_RISE * self.weight, self.largest)
         self.trace = self.trace.to(self.frequencies)
+        self.smoothed, self.earlier = self.smoothed.to(self.weight), self.earlier.to(self.weight)
+        self.plateau = self.plateau.to(self.weight)
 
     def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> None:
         if self.frequencies.device != prior.device:
@@ -153,7 +197,7 @@ class Constraint(FittedBuffers, SteppedWeight):
             trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior[:TRACE_ROWS]), share)
             self.trace = trace.where(is_finite, self.trace)
 
-    def _ascend(self) -> None:
+    def _ascend(self, cost: Tensor) -> None:
         steps = self.differences.any(1).sum()
         across = self.differences.sum(0).square().sum() - self.differences.square().sum()
         # Prior draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
@@ -163,7 +207,8 @@ class Constraint(FittedBuffers, SteppedWeight):
         self.discrepancy = discrepancy.where(steps >= 2, self.discrepancy.to(discrepancy))
         change = (self.rate * (self.discrepancy - 1).nan_to_num().clamp(-1, 1)).exp()
         self.weight = torch.minimum(self.weight * change, self.largest)
-        if self.step % CHECK_EVERY == 0 and not self._has_warned and bool(self.weight >= self.largest):
+        self._look_for_plateau(cost)
+        if self.step % CHECK_EVERY == 0 and not self._has_warned and self.outcome == "maximum":
             self._has_warned = True
             warnings.warn(
                 f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
@@ -174,13 +219,34 @@ class Constraint(FittedBuffers, SteppedWeight):
                 stacklevel=2,
             )
 
+    def _look_for_plateau(self, cost: Tensor) -> None:
+        """Judges each doubling of the weight, in tensors: nothing here waits for the device."""
+        share = max(1 / (self.step - 1), MEMORY)
+        now = torch.stack([self.discrepancy, cost.to(self.discrepancy)])
+        self.smoothed = torch.lerp(self.smoothed, now.where(now.isfinite(), self.smoothed), share)
+        if self.step > WARM_UP:
+            weight, discrepancy, cost_then = self.earlier
+            has_risen = self.weight >= RISE * weight
+            is_useless = has_risen & (self.smoothed[0] > (NEEDED * discrepancy).clamp(min=NEAR))
+            # Of a cost that may be negative, a fall is measured in its size.
+            is_useless &= self.smoothed[1] > cost_then - (1 - LEARNING) * cost_then.abs()
+            self.plateau = torch.maximum(self.plateau, is_useless.to(self.plateau))
+            self.largest = torch.where(is_useless, weight, self.largest)
+            self.weight = torch.minimum(self.weight, self.largest)
+            is_kept = ~has_risen | is_useless
+        else:
+            is_kept = torch.zeros_like(self.weight, dtype=torch.bool)
+        self.earlier = torch.where(is_kept, self.earlier, torch.cat([self.weight[None], self.smoothed]))
+
 
 class RandomFeatures:
-    """Features phi with ``phi(x) . phi(y)`` near the mean of three inverse multiquadratic kernels, and 1 for x = y.
+    """Features phi with ``phi(x) . phi(y)`` near the mean of six kernels, and 1 for x = y.
 
-    Batches are compared with them at the price of their means. The kernel C / (C + |x - y|^2) is a mixture of
-    Gaussians, whose frequencies are Normal with a variance drawn from an exponential distribution. C is the mean
-    squared distance of prior draws times 0.2, 1 and 5.
+    Batches are compared with them at the price of their means. Three are inverse multiquadratic, C / (C + |x - y|^2)
+    with C the mean squared distance of prior draws times 0.2, 1 and 5, and detect codes that lie elsewhere. Three are
+    Laplace kernels, exp(-|x - y| / s) with s^2 half that distance times the squares of 0.05, 0.15 and 0.5, and detect
+    gaps between codes. Each is a mixture of Gaussians over their rate g, so its frequencies are Normal with the random
+    variance 2 g: g C is exponential, and 1 / (4 g s^2) has a Gamma distribution of shape 1/2.
 
     Args:
         widths: Shape (F,): the standard deviation of each frequency's components.
@@ -204,11 +270,18 @@ class RandomFeatures:
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         placed: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        precision = torch.empty(count, **placed).exponential_(generator=generator)
-        factors = torch.tensor(FACTORS, **placed).repeat(math.ceil(count / len(FACTORS)))[:count]
-        # Draws that coincide have no spread; any length then tells codes that are elsewhere.
+
+        def cycled(values: tuple[float, ...], size: int) -> Tensor:
+            return torch.tensor(values, **placed).repeat(math.ceil(size / len(values)))[:size]
+
+        fine, coarse = count // 2, count - count // 2
+        rates = torch.empty(coarse, **placed).exponential_(generator=generator) / cycled(FACTORS, coarse)
+        # The square of a standard Normal is twice such a Gamma variable, and s^2 is half of the unit.
+        squares = torch.empty(fine, **placed).normal_(generator=generator).square().clamp(min=LEAST_SQUARE)
+        rates = torch.cat([rates, 1 / (squares * cycled(LENGTHS, fine).square())])
+        # Draws that coincide have no spread; any length then detects codes that are elsewhere.
         mean_square = (2 * prior.float().var(0).sum()).clamp(min=torch.finfo(torch.float32).tiny)
-        widths = (2 * precision / factors).sqrt().to(prior.device) / mean_square.sqrt()
+        widths = (2 * rates).sqrt().to(prior.device) / mean_square.sqrt()
         return cls(widths, widths.new_empty(0, count)).extend(prior.shape[1], seed)
 
     def extend(self, size: int, seed: int) -> RandomFeatures:

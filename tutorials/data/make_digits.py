@@ -41,26 +41,31 @@ def balanced_indices(labels: np.ndarray, size: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def make_digits(root: str, *, train_size: int = 10_000, test_size: int = 2_000) -> dict[str, np.ndarray]:
-    """Takes a balanced part of MNIST's training set and one of its test set.
+def make_digits(
+    root: str, *, train_size: int = 10_000, heldout_size: int = 3_000, test_size: int = 2_000
+) -> dict[str, np.ndarray]:
+    """Takes two balanced parts of MNIST's training set without a common digit, and one of its test set.
 
     Args:
         root: Folder of torchvision's MNIST, downloaded if it is not there.
         train_size: Digits to take from the 60,000 training digits.
+        heldout_size: Digits to take from those that are left of them.
         test_size: Digits to take from the 10,000 test digits.
 
     Returns:
-        ``train_images`` and ``test_images``, uint8 of shape ``(size, 28, 28)``, and ``train_labels`` and
-        ``test_labels``, uint8 of shape ``(size,)``.
+        ``train_images``, ``heldout_images`` and ``test_images``, uint8 of shape ``(size, 28, 28)``, and
+        ``train_labels``, ``heldout_labels`` and ``test_labels``, uint8 of shape ``(size,)``.
     """
     from torchvision.datasets import MNIST
 
     arrays = {}
-    for part, size in (("train", train_size), ("test", test_size)):
-        mnist = MNIST(root, train=part == "train", download=True)
-        chosen = balanced_indices(mnist.targets.numpy(), size)
-        arrays[f"{part}_images"] = mnist.data.numpy()[chosen]
-        arrays[f"{part}_labels"] = mnist.targets.numpy()[chosen].astype(np.uint8)
+    for is_train, sizes in ((True, {"train": train_size, "heldout": heldout_size}), (False, {"test": test_size})):
+        mnist = MNIST(root, train=is_train, download=True)
+        images, labels = mnist.data.numpy(), mnist.targets.numpy()
+        for part, size in sizes.items():
+            chosen = balanced_indices(labels, size)
+            arrays[f"{part}_images"], arrays[f"{part}_labels"] = images[chosen], labels[chosen].astype(np.uint8)
+            images, labels = np.delete(images, chosen, 0), np.delete(labels, chosen)
     return arrays
 
 
@@ -73,7 +78,7 @@ def main() -> None:
     arrays = make_digits(args.root)
     np.savez_compressed(args.out, **arrays)
     for name, array in arrays.items():
-        print(f"{name:13s} {array.shape!s:16s} sha256 {hashlib.sha256(array.tobytes()).hexdigest()}")
+        print(f"{name:15s} {array.shape!s:16s} sha256 {hashlib.sha256(array.tobytes()).hexdigest()}")
     print(f"{args.out.name:30s} sha256 {hashlib.sha256(args.out.read_bytes()).hexdigest()}")
 
 

@@ -1,8 +1,4 @@
-"""Learnable priors: modules whose call returns the distribution of one code.
-
-They are used inside a model, ``z = pyro.sample("z", prior())``, and trained with
-:class:`~pyro_wae.penalties.PriorLikelihood`.
-"""
+"""Mixtures of Normals as priors, with their gradients."""
 
 from __future__ import annotations
 

@@ -1,0 +1,572 @@
+"""Are samples as good as reconstructions? Trains with penalties, weights and priors, and compares what they reach.
+
+    python benchmarks/quality.py kernels
+    python benchmarks/quality.py constraint gan priors normal --data mnist --devices cpu cpu
+
+Each table is a list of settings that differ in what its name says. Trainings of one seed start from the same nets and
+see the same batches. Samples, and the reconstructions of held-out data, are compared with the held-out data by the
+Frechet distance in the features of a small classifier; held-out codes are compared with the prior by two-sample tests.
+A first part of the codes is for choosing, and the p-values of the others are reported. Held-out digits are of MNIST's
+training set, because its test set is of other writers. All numbers of all seeds are written to ``--out``.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import transforms
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pyro_wae import WAELoss, kernels, penalties, priors, weights
+from pyro_wae.diagnostics import two_sample_test
+from pyro_wae.optim import Adam
+from pyro_wae.priors import MixturePrior
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
+
+from digits import load_digits
+from judge import DigitClassifier, frechet_distance
+from nets import Residual, deep_head, digit_decoder, digit_encoder
+
+TESTED = 1000
+"""Codes in a two-sample test."""
+
+IMQ = "InverseMultiquadratic.multiscale()"
+
+
+def laplace(*lengths: float) -> str:
+    """The line of a Laplace kernel at several lengths, in its own default length."""
+    return f"MultiScale(Laplace(), {[round(length**2, 8) for length in lengths]})"
+
+
+FINE, MIDDLE, COARSE = laplace(0.02, 0.05, 0.15), laplace(0.05, 0.15, 0.5), laplace(0.1, 0.3, 1.0)
+KERNELS = {
+    "IMQ, 7 scales": IMQ,
+    "Laplace .02 .05 .15": FINE,
+    "Laplace .05 .15 .5": MIDDLE,
+    "Laplace .1 .3 1": COARSE,
+    "Matern 3/2 .05 .15 .5": MIDDLE.replace("Laplace()", "Matern(1.5)"),
+    "IMQ + 3 Laplace .02 .05 .15": f"{IMQ} + 3.0 * {FINE}",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training of a table.
+
+    Args:
+        name: Of its row.
+        penalty: The line that makes the penalty; ``"VAE(s)"`` takes Pyro's ELBO with a decoder of standard deviation s.
+        weight: The line that makes the penalty weight.
+        prior: The line that makes the prior from the latent dimension d; None is N(0, I).
+        nets: ``"deep"`` or ``"shallow"``.
+        data: Of what; None takes that of the command line.
+        zdim: The latent dimension d.
+        batch: Data in a step.
+        epochs: Passes over the data; None takes those of the command line.
+        rate: The learning rate of the prior.
+        average: The decay of an exponential average of the parameters, which is judged in their place.
+        noise: The standard deviation of the encoder.
+        initialise: Whether a mixture is put onto the codes after a fifth of the steps.
+        fitted: Whether a mixture of 100 Normals is fitted to the codes afterwards, too.
+    """
+
+    name: str
+    penalty: str = "MMD()"
+    weight: str = "Constraint()"
+    prior: str | None = None
+    nets: str = "deep"
+    data: str | None = None
+    zdim: int = 8
+    batch: int = 100
+    epochs: int | None = None
+    rate: float = 0.03
+    average: float | None = None
+    noise: float = 0.0
+    initialise: bool = False
+    fitted: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name that no other setting has."""
+        return f"{self.name} | {self.nets} | {self.data} | d {self.zdim} | batch {self.batch} | weight {self.weight}"
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learnt from: training data, data held out of them, test data, and the map to features."""
+
+    train: Tensor
+    heldout: Tensor
+    test: Tensor
+    features: Callable[[Tensor], Tensor]
+    epochs: int
+
+    def to(self, device: str) -> "Data":
+        """The same on another device."""
+        if isinstance(self.features, nn.Module):
+            self.features.to(device)
+        parts = (part.to(device) for part in (self.train, self.heldout, self.test))
+        return Data(*parts, self.features, self.epochs)
+
+
+@functools.cache
+def load_data(name: str, root: str, smoke: bool, classifier_file: Path | None = None) -> Data:
+    """Data by name; a classifier of digits is trained with seed 0, or read from a file that is there."""
+    pyro.set_rng_seed(0)
+    if name in ("bundled", "mnist"):
+        parts = load_digits(name, root=root, parts=("train", "heldout", "test"))
+        images, labels, heldout, _, test, _ = (part[:300] for part in parts) if smoke else parts
+        classifier = DigitClassifier()
+        if classifier_file is not None and classifier_file.exists():
+            classifier.load_state_dict(torch.load(classifier_file))
+            classifier.requires_grad_(False).eval()
+        else:
+            classifier.learn(images, labels, epochs=1 if smoke else 8)
+        if classifier_file is not None and not classifier_file.exists():
+            torch.save(classifier.state_dict(), classifier_file)
+        return Data(images, heldout, test, classifier, 40 if name == "bundled" else 10)
+    if name == "bars":
+        from zoo import draw_pictures
+
+        rows = draw_pictures(600 if smoke else 25_000)
+        parts = rows.split([200, 200, 200] if smoke else [20_000, 3_000, 2_000])
+        return Data(*parts, nn.Identity(), 20)
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.datasets import load_digits as load_small_digits
+
+    table = load_breast_cancer().data if name == "biopsies" else load_small_digits().data
+    rows = np.log(table + table.mean(0) / 10) if name == "biopsies" else table / 16
+    rows = torch.tensor(rows, dtype=torch.float32)[torch.randperm(len(rows))]
+    half = len(rows) // 2
+    if name == "biopsies":
+        rows = (rows - rows[:half].mean(0)) / rows[:half].std(0)
+    return Data(rows[:half], rows[half:], rows[half:], nn.Identity(), 600 if name == "biopsies" else 200)
+
+
+# Nets
+
+
+def shallow_digits(zdim: int) -> tuple[nn.Module, nn.Module]:
+    """The deep nets with one hidden layer in the place of the residual blocks."""
+    encoder, decoder = digit_encoder(zdim), digit_decoder(zdim)
+
+    def without_blocks(layers: nn.Sequential) -> nn.Sequential:
+        return nn.Sequential(*(layer for layer in layers if not isinstance(layer, Residual)))
+
+    return without_blocks(encoder), without_blocks(decoder)
+
+
+def make_nets(setting: Setting, data: Data) -> tuple[nn.Module, nn.Module]:
+    """The encoder and the decoder."""
+    if data.train.ndim == 4:
+        deep = setting.nets == "deep"
+        return (digit_encoder(setting.zdim), digit_decoder(setting.zdim)) if deep else shallow_digits(setting.zdim)
+    size = data.train.shape[1]
+    if setting.nets == "deep":
+        return nn.Sequential(*deep_head(size, setting.zdim)), nn.Sequential(*deep_head(setting.zdim, size))
+
+    def shallow(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, outputs))
+
+    return shallow(size, setting.zdim), shallow(setting.zdim, size)
+
+
+class FlowPrior(nn.Module):
+    """N(0, I) through six affine coupling layers, with the halves of a code in turns."""
+
+    def __init__(self, zdim: int) -> None:
+        super().__init__()
+        self.couplings = nn.ModuleList(transforms.affine_coupling(zdim, [64, 64]) for _ in range(6))
+        self.register_buffer("loc", torch.zeros(zdim))
+
+    def forward(self) -> Any:
+        """The prior of one code."""
+        swap = transforms.Permute(torch.arange(len(self.loc), device=self.loc.device).flip(0))
+        parts = [part for coupling in self.couplings for part in (coupling, swap)]
+        return dist.TransformedDistribution(dist.Normal(self.loc, 1.0).to_event(1), parts)
+
+
+class StandardNormal(nn.Module):
+    """The prior N(0, I)."""
+
+    def __init__(self, zdim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(zdim))
+
+    def forward(self) -> Any:
+        """The prior of one code."""
+        return dist.Normal(self.loc, 1.0).to_event(1)
+
+
+class Net(nn.Module):
+    """An auto-encoder with any prior, as a Pyro model and guide."""
+
+    def __init__(self, setting: Setting, data: Data) -> None:
+        super().__init__()
+        self.noise, self.scale = setting.noise, 1.0
+        self.is_vae = setting.penalty.startswith("VAE")
+        if self.is_vae:
+            self.scale = float(setting.penalty[4:-1])
+        encoder, self.decoder = make_nets(setting, data)
+        self.encoder = encoder
+        d = setting.zdim
+        self.log_scale = nn.Linear(d, d) if self.is_vae else nn.Identity()
+        names = {"MixturePrior": MixturePrior, "FlowPrior": FlowPrior, "d": d}
+        self.prior = StandardNormal(d) if setting.prior is None else eval(setting.prior, names)
+
+    def model(self, x: Tensor) -> None:
+        """The prior and the decoder."""
+        pyro.module("decoder", self.decoder)
+        pyro.module("prior", self.prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(self.decoder(z), self.scale).to_event(x.ndim - 1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """The encoder."""
+        pyro.module("encoder", self.encoder)
+        loc = self.encoder(x)
+        if self.is_vae:
+            pyro.module("log_scale", self.log_scale)
+        with pyro.plate("data", len(x)):
+            if self.is_vae:
+                fn = dist.Normal(loc, (self.log_scale(loc) - 2).exp())
+            else:
+                fn = dist.Normal(loc, self.noise) if self.noise else dist.Delta(loc)
+            pyro.sample("z", fn.to_event(1))
+
+
+# One training
+
+
+def steps_of(setting: Setting, data: Data, args: argparse.Namespace) -> int:
+    """The number of steps."""
+    if args.smoke:
+        return 3
+    return (setting.epochs or args.epochs or data.epochs) * (len(data.train) // setting.batch)
+
+
+def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """Trains, and returns the judged nets and what the training showed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    net, steps = Net(setting, data).to(args.device), steps_of(setting, data, args)
+    net.train()
+    if net.is_vae:
+        loss: Any = Trace_ELBO()
+    else:
+        names = {**vars(kernels), **vars(penalties), **vars(weights)}
+        loss = WAELoss(eval(setting.penalty, names), penalty_weight=eval(setting.weight, names))
+
+    def adam_args(name: str) -> dict[str, float]:
+        return {"lr": setting.rate if name.startswith("prior.") else 1e-3}
+
+    optimizer = Adam(adam_args, scheduler=lambda adam: CosineAnnealingLR(adam, steps))
+    svi = SVI(net.model, net.guide, optimizer, loss=loss)
+    average = None
+    if setting.average is not None:
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(setting.average), use_buffers=True)
+    generator = torch.Generator().manual_seed(seed)
+    order, start = torch.empty(0, dtype=torch.long), time.perf_counter()
+    for step in range(steps):
+        if len(order) < setting.batch:
+            order = torch.randperm(len(data.train), generator=generator)
+        batch, order = order[: setting.batch], order[setting.batch :]
+        if setting.initialise and step == steps // 5:
+            with torch.no_grad():
+                net.prior.initialise(net.encoder(data.train[:2000]))
+        svi.step(data.train[batch.to(args.device)])
+        optimizer.step()
+        if average is not None:
+            average.update_parameters(net)
+    seconds = time.perf_counter() - start
+    shown: dict[str, Any] = {"ms": 1000 * seconds / steps}
+    if not net.is_vae:
+        shown["weight_at_end"] = float(loss.terms.weight)
+        shown["outcome"] = getattr(loss.penalty_weight, "outcome", None)
+    judged = net if average is None else average.module
+    return judged.eval(), shown
+
+
+@torch.no_grad()
+def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures on data that were not trained on."""
+    pyro.set_rng_seed(0)
+    outputs, heldout_outputs = (in_parts(net.decoder, encode(net, part)) for part in (data.test, data.heldout))
+    prior, n = net.prior(), 300 if args.smoke else 10_000
+    samples = in_parts(net.decoder, prior.sample((n,)))
+
+    def frechet(rows: Tensor, others: Tensor) -> float:
+        return frechet_distance(*(in_parts(data.features, part).flatten(1) for part in (rows, others)))
+
+    p_values = [two_sample_test(codes.cpu(), prior.sample((len(codes),)).cpu()).p_value for codes in tested(net, data)]
+    found = {
+        "test_cost": (outputs - data.test).square().flatten(1).sum(1).mean().item(),
+        "reconstructions": frechet(heldout_outputs, data.heldout),
+        "samples": frechet(samples, data.heldout),
+        "reconstructions_of_test": frechet(outputs, data.test),
+        "samples_of_test": frechet(samples, data.test),
+        "p_for_choosing": p_values[0],
+        "p_values": p_values[1:],
+    }
+    if isinstance(data.features, DigitClassifier):
+        found["read"] = (data.features.probabilities(samples[:1000]).amax(1) > 0.9).double().mean().item()
+    if setting.fitted:
+        with torch.enable_grad():
+            steps = 3 if args.smoke else 1500
+            fitted = priors.fit(
+                net.model, net.guide, data.train[:20_000], prior=MixturePrior(100, setting.zdim, full_covariance=True),
+                steps=steps,
+            )  # fmt: skip
+        found["fitted"] = frechet(in_parts(net.decoder, fitted().sample((n,))), data.heldout)
+        last = list(tested(net, data))[-1]
+        found["fitted_p"] = two_sample_test(last.cpu(), fitted().sample((len(last),)).cpu()).p_value
+    return found
+
+
+def tested(net: nn.Module, data: Data) -> Iterator[Tensor]:
+    """Codes of the parts of the held-out data, of which the first is for choosing."""
+    parts = max(2, len(data.heldout) // TESTED)
+    for first in range(parts):
+        yield encode(net, data.heldout[first::parts][:TESTED])
+
+
+def encode(net: nn.Module, rows: Tensor) -> Tensor:
+    """A code of each datum, drawn where the encoder is random."""
+    codes = in_parts(net.encoder, rows)
+    if net.is_vae:
+        return codes + (net.log_scale(codes) - 2).exp() * torch.randn_like(codes)
+    return codes + net.noise * torch.randn_like(codes)
+
+
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """A function of rows, a thousand at a time."""
+    return torch.cat([function(part) for part in rows.split(1000)])
+
+
+# Tables
+
+
+def kernel_table() -> Iterator[Setting]:
+    """Every kernel at three weights, so that kernels are compared at equal cost."""
+    cells = [("bundled", 8, 100), *((data, d, 128) for data in ("bars", "digits8x8", "biopsies") for d in (2, 8, 32))]
+    cells += [("bars", 64, 128), ("bars", 8, 64), ("bars", 8, 1024)]
+    for data, d, batch in cells:
+        for name, kernel in KERNELS.items():
+            for weight in ("30.0", "300.0"):
+                yield Setting(name, f"MMD({kernel})", weight, data=data, zdim=d, batch=batch)
+
+
+def constraint_table() -> Iterator[Setting]:
+    """The constraint beside constants."""
+    for nets in ("deep", "shallow"):
+        for name, penalty in (("IMQ", f"MMD({IMQ})"), ("Laplace", f"MMD({MIDDLE})"), ("GAN", "JensenShannon()")):
+            for weight in ("30.0", "100.0", "300.0", "Constraint()"):
+                yield Setting(name, penalty, weight, nets=nets)
+
+
+OLD_DISCRIMINATOR = (
+    "JensenShannon(__import__('torch').nn.Sequential(__import__('torch').nn.LazyLinear(512), "
+    "*[l for _ in range(3) for l in (__import__('torch').nn.ReLU(), __import__('torch').nn.Linear(512, 512))], "
+    "__import__('torch').nn.ReLU(), __import__('torch').nn.Linear(512, 1)), steps=3, gradient_penalty_every=1)"
+)
+
+
+def gan_table() -> Iterator[Setting]:
+    """Discriminators."""
+    choices = {
+        "JensenShannon()": "JensenShannon()",
+        "one step": "JensenShannon(steps=1)",
+        "slope penalty in each step": "JensenShannon(gradient_penalty_every=1)",
+        "4 x 512 ReLU, 3 steps, slope penalty in each": OLD_DISCRIMINATOR,
+    }
+    for nets in ("deep", "shallow"):
+        for name, penalty in choices.items():
+            yield Setting(name, penalty, "100.0", nets=nets)
+
+
+def prior_table() -> Iterator[Setting]:
+    """Priors that are learnt inside, and mixtures fitted afterwards."""
+    learned = f"MMD({MIDDLE}, closed_form=False) + PriorLikelihood()"
+    mixture = "MixturePrior(100, d)"
+    yield Setting("MixturePrior(100, d)", learned, "100.0", mixture, fitted=True)
+    yield Setting("MixturePrior(100, d), initialise", learned, "100.0", mixture, initialise=True)
+    yield Setting("MixturePrior(100, d), rate 0.001", learned, "100.0", mixture, rate=0.001)
+    yield Setting("MixturePrior(200, d)", learned, "100.0", "MixturePrior(200, d)")
+    yield Setting("flow", learned, "100.0", "FlowPrior(d)", rate=0.003)
+    yield Setting("N(0, I), fitted afterwards", f"MMD({MIDDLE})", "30.0", fitted=True)
+    yield Setting("no penalty, fitted afterwards", "MMD()", "0.0", fitted=True)
+    yield Setting("VAE, scale 0.15", "VAE(0.15)", fitted=True)
+
+
+def normal_table() -> Iterator[Setting]:
+    """N(0, I): what each part gives."""
+    base = Setting("shallow, IMQ, Constraint()", f"MMD({IMQ})", nets="shallow")
+    yield base
+    yield dataclasses.replace(base, name="deep", nets="deep")
+    fine = dataclasses.replace(base, name="deep, Laplace .02 .05 .15", nets="deep", penalty=f"MMD({FINE})")
+    yield fine
+    yield dataclasses.replace(fine, name="... averaged 0.999", average=0.999)
+    yield dataclasses.replace(fine, name="... noise 0.05", noise=0.05)
+    yield dataclasses.replace(fine, name="... with JensenShannon", penalty=f"5.0 * MMD({FINE}) + JensenShannon()")
+    yield dataclasses.replace(fine, name="... batch 200", batch=200)
+
+
+TABLES: dict[str, Callable[[], Iterable[Setting]]] = {
+    "kernels": kernel_table,
+    "constraint": constraint_table,
+    "gan": gan_table,
+    "priors": prior_table,
+    "normal": normal_table,
+}
+
+
+def as_row(table: str, setting: Setting, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures one setting with one seed."""
+    data = load_data(setting.data or args.data, args.root, args.smoke, args.classifier).to(args.device)
+    row: dict[str, Any] = {"table": table, "seed": seed, **dataclasses.asdict(setting), "key": setting.key}
+    try:
+        net, shown = train(setting, seed, data, args)
+        row |= {**shown, **judge(net, data, setting, args)}
+    except Exception as error:  # one row less is no reason to lose the others
+        row["failure"] = f"{type(error).__name__}: {error}"[:300]
+    else:
+        if args.save is not None:
+            slug = re.sub(r"\W+", "_", f"{table} {setting.name} {setting.weight} {setting.nets} {setting.data} {seed}")
+            torch.save(net.state_dict(), args.save / f"{slug}.pt")
+    return row
+
+
+def work(jobs: Any, rows: Any, args: argparse.Namespace) -> None:
+    """A worker: takes jobs until there are none."""
+    torch.set_num_threads(1)
+    while (job := jobs.get()) is not None:
+        rows.put(as_row(*job, args))
+    rows.put(None)
+
+
+def run(jobs: list[tuple[str, Setting, int]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of all jobs, from a process for each device named."""
+    if len(args.devices) == 1:
+        args.device = args.devices[0]
+        torch.set_num_threads(1)
+        for job in jobs:
+            yield as_row(*job, args)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, rows = context.Queue(), context.Queue()
+    for job in [*jobs, *([None] * len(args.devices))]:
+        waiting.put(job)
+    workers = []
+    for device in args.devices:
+        own = copy.copy(args)
+        own.device = device
+        workers.append(context.Process(target=work, args=(waiting, rows, own), daemon=True))
+        workers[-1].start()
+    running = len(workers)
+    while running:
+        row = rows.get()
+        if row is None:
+            running -= 1
+        else:
+            yield row
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The tables as Markdown: means over seeds, with every seed's p-values."""
+    lines = []
+    for table in dict.fromkeys(row["table"] for row in rows):
+        header = [
+            "setting", "nets", "data", "d", "batch", "weight", "at the end", "test cost", "reconstructions", "samples",
+            "fitted afterwards", "p for choosing", "p of held-out codes, seed by seed", "ms/step",
+        ]  # fmt: skip
+        lines += [f"### {table}", "", "| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * (len(header) - 3)]
+        mine = [row for row in rows if row["table"] == table]
+        for key in dict.fromkeys(row["key"] for row in mine):
+            seeds = sorted((row for row in mine if row["key"] == key and "failure" not in row), key=lambda r: r["seed"])
+            first = next(row for row in mine if row["key"] == key)
+            lines.append("| " + " | ".join([
+                first["name"], first["nets"], first["data"] or "", str(first["zdim"]), str(first["batch"]),
+                first["weight"].removesuffix(".0"), column(seeds, "weight_at_end", ".0f"),
+                column(seeds, "test_cost", ".2f"), column(seeds, "reconstructions", ".2f"),
+                column(seeds, "samples", ".2f"), column(seeds, "fitted", ".2f"),
+                ", ".join(f"{row['p_for_choosing']:.2f}" for row in seeds),
+                "; ".join(" ".join(f"{p:.2f}" for p in row["p_values"]) for row in seeds), column(seeds, "ms", ".0f"),
+            ]) + " |")  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
+def column(seeds: list[dict[str, Any]], key: str, form: str) -> str:
+    """The values of all seeds."""
+    return ", ".join(f"{row[key]:{form}}" for row in seeds if row.get(key) is not None) or "-"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all if left out")
+    parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="of the digits")
+    parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="of each training; by default 40, or 10 of the full MNIST")
+    parser.add_argument("--only", default="", help="settings whose name has this in it")
+    parser.add_argument("--devices", nargs="+", default=["cpu"], help="a process for each, such as cpu cpu cuda")
+    parser.add_argument("--classifier", type=Path, help="file of the classifier, written where missing")
+    parser.add_argument("--save", type=Path, help="folder for the parameters of the trained nets")
+    parser.add_argument("--out", type=Path, help="folder of .json and .md; by default docs/_generated")
+    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.tables if name not in TABLES]
+    if unknown:
+        parser.error(f"no table is called {unknown[0]!r}; these are {', '.join(TABLES)}")
+    args.tables = args.tables or list(TABLES)
+    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
+    args.seeds = args.seeds[:1] if args.smoke else args.seeds
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains everything, seed by seed, and writes what there is after each training."""
+    args = parse_args(argv)
+    settings = [(table, setting) for table in args.tables for setting in TABLES[table]() if args.only in setting.name]
+    jobs = [(table, setting, seed) for seed in args.seeds for table, setting in settings]
+    name = "quality" if args.data == "bundled" else "quality_mnist"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.classifier is not None:
+        load_data(args.data, args.root, args.smoke, args.classifier)
+    rows: list[dict[str, Any]] = []
+    command = " ".join(["python benchmarks/quality.py", *(sys.argv[1:] if argv is None else argv)])
+    for row in run(jobs, args):
+        rows.append(row)
+        shown = {key: row[key] for key in ("test_cost", "samples", "p_values", "ms", "failure") if key in row}
+        print(row["table"], row["key"], row["seed"], shown, flush=True)
+        report = {"command": command, "torch": torch.__version__.partition("+")[0], "results": rows}
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / f"{name}.md").write_text(f"{summary(rows)}\nMade by `{command}`, torch {report['torch']}.\n")
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The figure of a report: the plane of largest discrepancy, and images where there are such."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.poutine import runtime
+
+from pyro_wae.diagnostics import report
+
+FAST = {"test_codes": 300, "permutations": 99}
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    assert runtime._PYRO_STACK == []
+
+
+def data(n, d=3, seed=1):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(encode, noise=0.0):
+    """A standard normal prior, and a guide that gives codes ``encode(x)``."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            code = encode(x)
+            fn = dist.Normal(code, noise) if noise else dist.Delta(code)
+            pyro.sample("z", fn.to_event(1))
+
+    return model, guide
+
+
+def imaging(shape, scale=1.0):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
+            pixels = torch.sigmoid(z.mean(1)).reshape(-1, *[1] * len(shape)) * scale * x.new_ones(shape)
+            pyro.sample("x", dist.Normal(pixels, 1).to_event(len(shape)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x.flatten(1)[:, :3]).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    ("event", "shape"),
+    [((8, 9), None), ((1, 8, 8), None), ((3, 8, 8), None), ((72,), (8, 9)), ((192,), (3, 8, 8))],
+    ids=str,
+)
+def test_images_are_shown(event, shape):
+    pytest.importorskip("matplotlib")
+    x = torch.rand(60, *event)
+    found = report(*imaging(event), x, shape=shape, **FAST)
+    size = shape or event
+    pictures = found.pictures["x"]
+    torch.testing.assert_close(pictures.inputs, x[:10].reshape(10, *size))
+    expected = torch.sigmoid(x.flatten(1)[:10, :3].mean(1))
+    torch.testing.assert_close(pictures.outputs.flatten(1).mean(1), expected)
+    # A way goes evenly from the code of datum 0 to that of datum 1.
+    ends = x.flatten(1)[:2, :3].mean(1)
+    ways = torch.sigmoid(torch.linspace(0, 1, pictures.steps) * (ends[1] - ends[0]) + ends[0])
+    torch.testing.assert_close(pictures.paths.flatten(1).mean(1)[: pictures.steps], ways)
+    assert pictures.samples.flatten(1).mean(1).unique().numel() == len(pictures.samples)
+    assert len(found.plot().axes) == 2 + 1 + 3
+
+
+def test_images_of_any_scale_are_shown_on_theirs():
+    x = 255 * torch.rand(40, 8, 8)
+    x[0, 0, 0], x[0, 0, 1] = 0, 255
+    pictures = report(*imaging((8, 8), 255.0), x / 1, **FAST).pictures["x"]
+    torch.testing.assert_close(pictures.inputs, x[:10] / 255)
+
+
+@pytest.mark.parametrize("event", [(64,), (30, 8), (7, 7)], ids=str)
+def test_what_is_no_image_is_not_shown(event):
+    assert report(*imaging(event), torch.rand(40, *event), **FAST).pictures == {}
+
+
+def test_the_plane_begins_with_the_worst_direction():
+    pytest.importorskip("matplotlib")
+    found = report(*pair(lambda x: x + torch.tensor([0.0, 3.0, 0.0])), data(500), **FAST)
+    figure = found.plot()
+    codes, prior, lines = figure.axes
+    assert codes.get_xlabel() == "largest discrepancy"
+    shown, drawn = (
+        torch.cat([torch.as_tensor(dots.get_offsets().data) for dots in axes.collections]) for axes in (codes, prior)
+    )
+    assert len(shown) == len(drawn) == 500
+    # A shift by 3, in deviations of the 500 prior draws that are the yardstick.
+    expected = 3 / found.joint.moments.prior_spread[1]
+    assert shown[:, 0].mean() - drawn[:, 0].mean() == pytest.approx(expected, abs=5 * math.sqrt(2 / 500) / 0.88)
+    assert abs(shown[:, 1].mean() - drawn[:, 1].mean()) < 0.3
+    assert "z[1], largest discrepancy" in [text.get_text() for text in lines.get_legend().get_texts()]
+
+
+def test_a_code_of_one_number_has_no_plane():
+    pytest.importorskip("matplotlib")
+    assert len(report(*pair(lambda x: x), data(300, 1), **FAST).plot().axes) == 1
