@@ -7,11 +7,16 @@ data's. Constructors are left out: the state of a module is on the default devic
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
+from pyro.poutine import runtime
 from torch.overrides import TorchFunctionMode
+
+from pyro_wae import hints
 
 PACKAGE = str(Path(__file__).parents[1] / "pyro_wae")
 DTYPE, DEVICE = (os.environ.get(f"PYRO_WAE_TEST_{name}") for name in ("DTYPE", "DEVICE"))
@@ -40,12 +45,15 @@ class OtherDevice(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def _other_device():
-    if not DEVICE:
+def _fresh_start():
+    """Each test starts from an empty parameter store and one seed, and leaves no handler of Pyro's behind."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    hints._trained.clear()
+    with OtherDevice() if DEVICE else nullcontext():
         yield
-        return
-    with OtherDevice():
-        yield
+    assert runtime._PYRO_STACK == []
+    assert runtime._DIM_ALLOCATOR._stack == []
 
 
 @pytest.fixture(scope="session")

@@ -34,12 +34,6 @@ EVERY_COST = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 def observation(fn, value=X, *, shape=None, data_dim=-1, **options):
     return Site("x", fn, value, tuple(fn.batch_shape) if shape is None else shape, data_dim, **options)
 

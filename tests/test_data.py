@@ -14,16 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, CramerWold, JensenShannon, KernelStein, SlicedWasserstein
-from pyro_wae.recording import graph
 from pyro_wae.weights import Constraint
 
 X, D = 6, 2
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
 
 
 class Net(nn.Module):
@@ -162,7 +155,6 @@ LOSSES = {
     "Stein": lambda: WAELoss(KernelStein(), penalty_weight=1.0),
     "constraint": lambda: WAELoss(SlicedWasserstein(20), penalty_weight=Constraint(codes=50)),
     "particles": lambda: WAELoss(MMD(), penalty_weight=1.0, num_particles=2),
-    "recorded": lambda: WAELoss(MMD(), penalty_weight=1.0, compile=graph),
     "micro-batches": lambda: WAELoss(MMD(), penalty_weight=1.0, micro_batch=16),
 }
 every_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)

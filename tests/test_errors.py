@@ -13,7 +13,6 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.poutine import runtime
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -21,15 +20,6 @@ from pyro_wae.costs import NegativeLogLikelihood, SquaredError
 from pyro_wae.penalties import MMD
 
 N = 6
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    yield
-    assert runtime._PYRO_STACK == []
-    assert runtime._DIM_ALLOCATOR._stack == []
 
 
 # A silent wrong answer would follow without these errors: they hold without Pyro's validation too.
@@ -325,7 +315,7 @@ def test_a_model_that_changes_between_runs(validation):
     with raises(ValueError, "ran again for prior draws", "did not sample site 'z'", "same sites in every run"):
         step(changing.model, changing.guide)
     changing = Changing(2)
-    with raises(ValueError, "Site 'other' is in one particle's run", "not in another's", "same sites in every run"):
+    with raises(ValueError, "Runs of one step", "'z': (1, 3)", "'other': (1, 3)", "write the choice into the site"):
         step(changing.model, changing.guide, num_particles=2)
 
 
@@ -384,7 +374,7 @@ def test_sites_in_separate_plates(validation):
         with pyro.plate("a", len(x)):
             pyro.sample("z", dist.Normal(x, 1).to_event(1))
 
-    with raises(ValueError, "Observed site 'x'", "outside the data plate 'a'", "pyro.plate('a', 6): pyro.sample('x'"):
+    with raises(ValueError, "Latent site 'z'", "outside the data plate 'b'", "pyro.plate('b', 6): pyro.sample('z'"):
         step(model, guide)
 
 
@@ -565,14 +555,16 @@ def test_nan_names_its_part_and_adds_no_gradient(method):
             call(plain_model, nan_guide, penalty=gap)
         with raises(ValueError, "cost of observed site 'x' is NaN", "model's output"):
             call(nan_model, guide, penalty=gap, cost={"x": nan_cost, "y": SquaredError()})
-        with raises(ValueError, "The penalty is NaN, though the codes are not"):
+        with raises(ValueError, "The penalty is NaN, though the codes are finite"):
             call(plain_model, guide, penalty=nan_penalty)
         with raises(ValueError, "The penalty of latent site 'z' is NaN"):
             call(plain_model, guide, penalty={"z": nan_penalty})
         with raises(ValueError, "The penalty is NaN"):
             call(plain_model, guide, penalty=nan_penalty, penalty_weight=0.0)
-        with raises(ValueError, "The loss is NaN, though its parts are not", "overflows"):
+        with raises(ValueError, "The penalty is infinity, though the codes are finite"):
             call(plain_model, guide, penalty=lambda c, p: c.sum() * 0 + math.inf, penalty_weight=0.0)
+        with raises(ValueError, "The loss is not finite, though its parts are", "(1e+30)", "overflows"):
+            call(plain_model, guide, penalty=lambda c, p: c.sum() * 0 + 1e30, penalty_weight=1e30)
     assert weight.grad is None
 
 
@@ -640,11 +632,11 @@ def test_a_cost_dict_with_wrong_sites(validation, cost, parts):
 
 @pytest.mark.parametrize("weight", [-1.0, -1e-9, math.inf, math.nan, -math.inf])
 def test_a_penalty_weight_out_of_range(weight):
-    with raises(ValueError, "penalty_weight must be finite and >= 0", f"found {weight}", "penalty_weight=100.0"):
+    with raises(ValueError, "penalty_weight must be a finite number >= 0", f"found {weight}", "penalty_weight=100.0"):
         WAELoss(penalty_weight=weight)
 
 
-@pytest.mark.parametrize("weight", ["1", True, [1.0], torch.tensor(1.0)])
+@pytest.mark.parametrize("weight", ["1", True, [1.0]])
 def test_a_penalty_weight_that_is_no_number(weight):
     with raises(TypeError, "penalty_weight must be a number", type(weight).__name__, "penalty_weight=100.0"):
         WAELoss(penalty_weight=weight)
@@ -653,7 +645,12 @@ def test_a_penalty_weight_that_is_no_number(weight):
 @pytest.mark.parametrize("argument", ["num_particles", "prior_draws"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, True, "2", None])
 def test_a_count_out_of_range(argument, value):
-    with raises(ValueError, f"{argument} must be a whole number >= 1", f"found {value!r}", f"Write {argument}=1"):
+    with raises(
+        ValueError if type(value) is int else TypeError,
+        f"{argument} must be a whole number >= 1",
+        f"found {value!r}",
+        f"Write {argument}=1",
+    ):
         WAELoss(**{argument: value})
 
 

@@ -48,12 +48,6 @@ FIXED = ("MMD", "energy", "Cramer-Wold", "Sinkhorn")
 """Penalties that draw no random numbers."""
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
 class Net(nn.Module):
     """A random encoder, with BatchNorm and dropout."""
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pyro
 import pytest
 import torch
 
@@ -25,12 +24,6 @@ needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="torch is built without gloo, which joins processes on CPUs",
 )
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
 
 
 def run(command, folder, **environment):

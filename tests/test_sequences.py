@@ -33,12 +33,6 @@ TUTORIAL = Path(__file__).parents[1] / "tutorials" / "sequences.py"
 D = 2
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
 class Record(Penalty):
     """Keeps what reaches it, call by call; its value is the number of data."""
 

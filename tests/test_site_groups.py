@@ -18,12 +18,6 @@ from pyro_wae.penalties import MMD, JensenShannon, Penalty, SlicedWasserstein
 N, SIZES = 20, {"a": 1, "b": 2, "c": 3}
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
 class Capture(Penalty):
     """Keeps the rows that reach it; its value is a constant."""
 
@@ -204,7 +198,7 @@ def test_groups_that_are_all_free_are_refused():
 
 def test_modules_of_groups_have_valid_names_of_their_own():
     penalties = {"a.b": MMD(), "a_b": MMD(), "a_b_": MMD(), ("a", "b"): MMD(), ("a.b", "c"): MMD(), "z_*": MMD()}
-    names = [name for name, _ in WAELoss(penalties).modules() if name.startswith("penalty")]
+    names = [name for name, _ in WAELoss(penalties).named_children() if name.startswith("penalty")]
     assert len(set(names)) == len(penalties)
     wae = WAELoss(penalties)(model, guide)  # an nn.Module, which refuses a dot
     assert {name for name, _ in wae.named_children()} >= set(names)

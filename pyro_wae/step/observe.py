@@ -95,10 +95,8 @@ class Observer:
             self.max_plate_nesting = self._plate_nesting(args, kwargs)
 
         def in_plate(program: Program) -> Program:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                with pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(self.max_plate_nesting)):
-                    return program(*args, **kwargs)
-
+            # A plate as a handler, and not in a function of its own, in which a messenger guide would not be found.
+            wrapped: Program = pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(self.max_plate_nesting))(program)
             return wrapped
 
         return self._run(in_plate(self.model), in_plate(self.guide), args, kwargs, subsample_of)

@@ -124,7 +124,8 @@ def _check_inside(
         for node in nodes:
             own = plates[node["name"]]
             if data_plate is None or data_plate not in own:
-                has_own_plate = bool(own) and not around_data & own.keys()
+                # A plate as large as the data's is rather the data under another name.
+                has_own_plate = not around_data & own.keys() and any(frame.size != size for frame in own.values())
                 raise ValueError(_outside(node, kind, data_plate, size, has_own_plate=has_own_plate))
 
 

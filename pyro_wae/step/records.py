@@ -173,7 +173,7 @@ class Step:
             return scales[0] if scales[0] > 0 and all(scale == scales[0] for scale in scales) else 1.0
         if any(isinstance(scale, Tensor) and scale.numel() != 1 for scale in scales):
             return 1.0
-        found = torch.stack([torch.as_tensor(scale, device=self.codes.device) for scale in scales])
+        found = torch.stack([torch.as_tensor(scale, device=self.codes.device).detach() for scale in scales])
         return torch.where((found == found[0]).all() & (found[0] > 0), found[0], 1.0)
 
     def terms(self) -> Terms:
