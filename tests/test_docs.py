@@ -92,3 +92,17 @@ def test_every_public_class_and_function_has_an_entry_in_the_api_reference(name)
     public = set(module.__all__) - INTERNAL
     objects = {n for n in public if isclass(getattr(module, n)) or isroutine(getattr(module, n))}
     assert objects - set(entries) == set()
+
+
+# Pictures of measurements, which other commands draw.
+MEASURED = {"kernel_penalty", "overview", "report", "step", "zoo"}
+PICTURES = sorted(path for path in (ROOT / "docs" / "images").glob("*.png") if path.stem not in MEASURED)
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+def test_every_figure_is_light_drawn_by_a_command_and_shown_with_a_description(path):
+    assert path.stat().st_size <= 60_000
+    scripts = "".join(script.read_text(encoding="utf-8") for script in (ROOT / "docs" / "figures").glob("*.py"))
+    assert f'"{path.stem}"' in scripts
+    shown = re.compile(rf"```{{image}} images/{path.stem}\.png\n:alt: \w+")
+    assert any(shown.search(page.read_text(encoding="utf-8")) for page in PAGES)
