@@ -354,3 +354,20 @@ def test_every_prior_of_the_benchmark_has_a_row_of_finite_numbers(smoke):
         assert f"\n| {result['prior']} | " in markdown
         assert result["ratio"] == pytest.approx(result["samples"] / result["reconstructions"])
     assert "    python benchmarks/learned_priors.py --smoke --out " in markdown
+
+
+def test_a_mixture_of_as_many_components_as_data_is_one_prior_for_all_of_them():
+    # A component's parameters are then as long as the data, and are not theirs.
+    net = Nets(MixturePrior(N, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WAELoss(MMD() + PriorLikelihood(), penalty_weight=1.0).loss_and_grads(net.model, net.guide, torch.randn(N, 4))
+    assert net.prior.locs.grad is not None
+
+
+def test_of_a_mixture_with_many_components_mmd_takes_draws():
+    prior = MixturePrior(33, 2)()
+    context, codes, draws = PenaltyContext(prior=lambda: prior), torch.randn(20, 2), prior.sample((30,))
+    assert MMD()(codes, draws, context) == MMD(closed_form=False)(codes, draws)
+    few = MixturePrior(32, 2)()
+    assert MMD()(codes, draws, PenaltyContext(prior=lambda: few)) != MMD(closed_form=False)(codes, draws)

@@ -13,7 +13,10 @@ from pyro_wae import WAELoss
 from pyro_wae.penalties import MMD, UnitVarianceKL
 
 PAGE = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-SECTIONS = (PAGE.partition("### NaN and infinite values")[2].partition("### ")[0], PAGE.partition("## Error messages")[2])
+SECTIONS = (
+    PAGE.partition("### NaN and infinite values")[2].partition("### ")[0],
+    PAGE.partition("## Error messages")[2],
+)
 LISTED = re.findall(r"^\| `(.+?)` ?(?:\(a warning\) )?\|", "\n".join(SECTIONS), re.MULTILINE)
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)

@@ -183,9 +183,14 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         return any(_varies(item, n, place, batch, event_dim, depth - 1, look=look) for item in value)
     if isinstance(value, ExpandedDistribution):
         # The dimensions that it adds on the left are not those of what it repeats.
-        place -= len(value.batch_shape) - len(value.base_dist.batch_shape)
-        return place >= 0 and _varies(value.base_dist, n, place, batch, event_dim, depth - 1, look=look)
+        own = len(value.base_dist.batch_shape)
+        place -= len(value.batch_shape) - own
+        return place >= 0 and _varies(value.base_dist, n, place, own, event_dim, depth - 1, look=look)
     if isinstance(value, torch.distributions.Distribution):
+        # Nor are those that a part lacks, such as the one mixture that a NormalMixture repeats.
+        place -= max(batch - len(value.batch_shape), 0)
+        if place < 0:
+            return False
         inner, constraints = len(value.batch_shape), _constraints(value)
         for name, part in vars(value).items():
             # Some families keep a parameter a second time, as it was before it was broadcast.
