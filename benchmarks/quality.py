@@ -507,9 +507,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
         for key in dict.fromkeys(row["key"] for row in mine):
             seeds = sorted((row for row in mine if row["key"] == key and "failure" not in row), key=lambda r: r["seed"])
             first = next(row for row in mine if row["key"] == key)
+            weight = "-" if first["penalty"].startswith("VAE") else first["weight"].removesuffix(".0")
             lines.append("| " + " | ".join([
                 first["name"], first["nets"], first["data"] or "", str(first["zdim"]), str(first["batch"]),
-                "-" if first["penalty"].startswith("VAE") else first["weight"].removesuffix(".0"), column(seeds, "weight_at_end", ".0f"),
+                weight, column(seeds, "weight_at_end", ".0f"),
                 column(seeds, "test_cost", ".2f"), column(seeds, "reconstructions", ".2f"),
                 column(seeds, "samples", ".2f"), column(seeds, "fitted_afterwards", ".2f"),
                 ", ".join(f"{row['p_for_choosing']:.3f}" for row in seeds),

@@ -21,7 +21,7 @@ from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, Penalty, PriorLikelihood
+from pyro_wae.penalties import MMD, Penalty, PenaltyContext, PriorLikelihood
 from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
 
 SEED = 3
