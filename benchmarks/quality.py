@@ -59,6 +59,7 @@ def laplace(*lengths: float) -> str:
 FINE, MIDDLE, COARSE = laplace(0.02, 0.05, 0.15), laplace(0.05, 0.15, 0.5), laplace(0.1, 0.3, 1.0)
 KERNELS = {
     "IMQ, 7 scales": IMQ,
+    "Laplace .05 .15 .5 5": "Laplace.multiscale()",
     "Laplace .02 .05 .15": FINE,
     "Laplace .05 .15 .5": MIDDLE,
     "Laplace .1 .3 1": COARSE,
@@ -339,7 +340,7 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
                 net.model, net.guide, data.train[:20_000], prior=MixturePrior(100, setting.zdim, full_covariance=True),
                 steps=steps,
             )  # fmt: skip
-        found["fitted"] = frechet(in_parts(net.decoder, fitted().sample((n,))), data.heldout)
+        found["fitted_afterwards"] = frechet(in_parts(net.decoder, fitted().sample((n,))), data.heldout)
         last = list(tested(net, data))[-1]
         found["fitted_p"] = two_sample_test(last.cpu(), fitted().sample((len(last),)).cpu()).p_value
     return found
@@ -506,13 +507,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
         for key in dict.fromkeys(row["key"] for row in mine):
             seeds = sorted((row for row in mine if row["key"] == key and "failure" not in row), key=lambda r: r["seed"])
             first = next(row for row in mine if row["key"] == key)
+            weight = "-" if first["penalty"].startswith("VAE") else first["weight"].removesuffix(".0")
             lines.append("| " + " | ".join([
                 first["name"], first["nets"], first["data"] or "", str(first["zdim"]), str(first["batch"]),
-                first["weight"].removesuffix(".0"), column(seeds, "weight_at_end", ".0f"),
+                weight, column(seeds, "weight_at_end", ".0f"),
                 column(seeds, "test_cost", ".2f"), column(seeds, "reconstructions", ".2f"),
-                column(seeds, "samples", ".2f"), column(seeds, "fitted", ".2f"),
-                ", ".join(f"{row['p_for_choosing']:.2f}" for row in seeds),
-                "; ".join(" ".join(f"{p:.2f}" for p in row["p_values"]) for row in seeds), column(seeds, "ms", ".0f"),
+                column(seeds, "samples", ".2f"), column(seeds, "fitted_afterwards", ".2f"),
+                ", ".join(f"{row['p_for_choosing']:.3f}" for row in seeds),
+                "; ".join(" ".join(f"{p:.3f}" for p in row["p_values"]) for row in seeds), column(seeds, "ms", ".0f"),
             ]) + " |")  # fmt: skip
         lines.append("")
     return "\n".join(lines)

@@ -50,9 +50,11 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(bool|dict|float|int|list|None|object|optional|str|tuple|type|[A-Z]\w+Error)"),
 ]
 
-# The type variable of a decorator, and a type alias of images and codes.
+# Type variables, and type aliases: of images and codes, and of models and guides.
 nitpick_ignore = [
     ("py:class", "pyro_wae.penalties.kernel_means.F"),
+    ("py:class", "pyro_wae.priors.fitting.Prior"),
+    ("py:class", "Program"),
     ("py:class", "Rows"),
     ("py:class", "os.PathLike"),
 ]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pyro_wae._core.distributions import family, innermost
+from pyro_wae._core.distributions import distribution_tensors, family, innermost
 from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.sites import Site
 
@@ -65,7 +67,7 @@ class Cost(CallRepr, nn.Module):
         Raises:
             ValueError: If the distribution does not serve or the cost has the wrong shape; the message names the site.
         """
-        value, mask = site.value, site.mask
+        value, mask = _as_float(site.value), site.mask
         try:
             if mask is not None:
                 value = self.fill(site.distribution, value, mask)
@@ -73,8 +75,7 @@ class Cost(CallRepr, nn.Module):
         except ValueError as error:
             raise ValueError(f"At observed site '{site.name}': {error}") from error
         expected = value.shape[: value.ndim - site.event_dim]
-        if not isinstance(costs, Tensor) or costs.shape != expected:
-            raise ValueError(_wrong_shape(self, site.name, costs, tuple(expected)))
+        _check_costs(self, site.name, costs, tuple(expected))
         if mask is not None:
             kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if site.event_dim else mask
             costs = costs.where(kept, 0.0)
@@ -106,12 +107,18 @@ class OutputCost(Cost):
         raise NotImplementedError
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        output = _checked_output(self.output(distribution), value)
+        output = self._output_for(distribution, value)
         return _sum_event(self.difference(at_least_float32(value), output), distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         # A masked element equals the output: it costs nothing and passes no gradient, NaN data included.
-        return torch.where(mask, value, _checked_output(self.output(distribution), value).detach())
+        return torch.where(mask, value, self._output_for(distribution, value).detach())
+
+    def _output_for(self, distribution: Any, value: Tensor) -> Tensor:
+        """G(z) in the shape of the data, and with their total where the family has a fixed one."""
+        if self.decode is not None:
+            return _checked_output(self.decode(distribution), value)
+        return _checked_output(with_own_total(distribution, self.output(distribution), value), value)
 
 
 class SquaredError(OutputCost):
@@ -175,6 +182,12 @@ class NegativeLogLikelihood(Cost):
         with torch.autocast(value.device.type, enabled=False):
             return -_widened(distribution).log_prob(at_least_float32(value))
 
+    def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
+        # A masked value may be NaN or outside the support; a draw never is, and its log density has a finite gradient.
+        with restored_random_state(), torch.no_grad():
+            draw = distribution()
+        return torch.where(mask, value, draw.to(value))
+
 
 class FunctionCost(OutputCost):
     """A plain function f(x, g) of data and generator output, as a cost.
@@ -194,14 +207,14 @@ class FunctionCost(OutputCost):
         self.function = function
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        return self.function(at_least_float32(value), _checked_output(self.output(distribution), value))
+        return self.function(at_least_float32(value), self._output_for(distribution, value))
 
     def per_datum(self, site: Site) -> Tensor:
-        value = site.value
+        value = _as_float(site.value)
         try:
             if site.mask is not None:
                 value = self.fill(site.distribution, value, site.mask)
-            output = _checked_output(self.output(site.distribution), value)
+            output = self._output_for(site.distribution, value)
             if site.mask is not None:
                 # A function such as a root may have an infinite slope where x equals g.
                 output = torch.where(site.mask, output, output.detach())
@@ -210,8 +223,7 @@ class FunctionCost(OutputCost):
         x, g = site.rows(at_least_float32(value), site.event_dim), site.rows(output, site.event_dim)
         particles, n = x.shape[:2]
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
-        if not isinstance(costs, Tensor) or costs.shape != (particles * n,):
-            raise ValueError(_wrong_shape(self.function, site.name, costs, (particles * n,)))
+        _check_costs(self.function, site.name, costs, (particles * n,))
         return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(site) * site.subsample_scale
 
     @staticmethod
@@ -238,18 +250,62 @@ def generator_output(distribution: Any) -> Tensor:
         Shape ``batch_shape + event_shape``.
 
     Raises:
-        ValueError: If the distribution has no mean, or none that is finite.
+        ValueError: If the distribution has no mean, none that is finite, one outside its support, or is one of angles,
+            which have no difference along a line. On an accelerator, values are not looked at.
+    """
+    try:
+        mean = distribution.mean
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
+    _check_angles(distribution, mean)
+    if mean.device.type != "cpu":
+        return mean
+    if not bool(mean.isfinite().all()):
+        if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
+            return mean  # parameters that are not finite are the net's fault, and reported as such
+        raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
+    support = _support(distribution)
+    # Between whole numbers a mean may lie.
+    if not (support is constraints.real or getattr(support, "is_discrete", False) or bool(support.check(mean).all())):
+        raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
+    return mean
+
+
+_REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
+
+
+def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
+    """The mean, with the total of each datum where the family has a fixed total (Multinomial).
+
+    Documents of different lengths share one ``total_count``, which their log_prob ignores.
     """
     inner = innermost(distribution)
-    while isinstance(inner, dist.MixtureSameFamily):
-        inner = innermost(inner.component_distribution)
-    remedy = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
-    if isinstance(inner, dist.Categorical | dist.Cauchy | dist.HalfCauchy):
-        raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {remedy}")
-    try:
-        return distribution.mean
-    except (NotImplementedError, AttributeError) as error:
-        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {remedy}") from error
+    if not (hasattr(inner, "total_count") and len(inner.event_shape) == 1):
+        return mean
+    ratio = value.sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
+    return mean * ratio.where(ratio.isfinite(), 1.0)
+
+
+def _support(distribution: Any) -> Any:
+    """What a value may be, an event's dimensions taken off."""
+    support = innermost(distribution).support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _check_angles(distribution: Any, mean: Tensor) -> None:
+    """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
+    if distribution.has_rsample or _support(distribution) is not constraints.real:
+        return  # those of angles have no rsample, and it is quicker to ask
+    with torch.no_grad():
+        turned = torch.isclose(distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi))
+    if bool(turned.all()):
+        raise ValueError(
+            f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "
+            "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
+            "decode=lambda fn: fn.mean), the squared chord, or cost=NegativeLogLikelihood()."
+        )
 
 
 def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:
@@ -281,6 +337,21 @@ def _widened(value: Any) -> Any:
     widened = copy.copy(value)
     vars(widened).update(wide)
     return widened
+
+
+def _as_float(value: Tensor) -> Tensor:
+    """Truth values as numbers."""
+    return value.float() if value.dtype == torch.bool else value
+
+
+def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:
+    if not isinstance(found, Tensor) or found.shape != expected:
+        raise ValueError(_wrong_shape(cost, site, found, expected))
+    if not found.is_floating_point():
+        raise ValueError(
+            f"At observed site '{site}', the cost {cost!r} returned {found.dtype}, through which no gradient reaches "
+            "the decoder. Return floats: write (x - g).square().flatten(1).sum(1)."
+        )
 
 
 def _sum_event(costs: Tensor, event_dim: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pyro import poutine
@@ -17,11 +18,21 @@ from pyro_wae.step.records import Step
 
 __all__ = ["Hints"]
 
+
+@dataclass
+class _Training:
+    """What is known of a loss in training, also when it is gone: model and guide, itself, and its number of steps."""
+
+    program: Any
+    hints: weakref.ref[Hints]
+    steps: int = 0
+
+
 MADE_ANEW = 4
 """Losses of one model, each of a single training step, after which it is said that a loss has a state."""
 
-_trained: list[tuple[Any, weakref.ref[Hints]]] = []
-"""The model and guide of the last training steps of each loss, the youngest last."""
+_trained: list[_Training] = []
+"""The trainings that have begun, the youngest last, each without its loss."""
 
 
 class Hints:
@@ -33,21 +44,17 @@ class Hints:
 
     def __init__(self, *, has_state: bool) -> None:
         self.has_state = has_state
-        self.steps = 0
-        self._program: Any = None
+        self._training: _Training | None = None
         self._given: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy may be of another model, as an averaged one.
-        return _copy, (self.has_state, self.steps, self._given)
+        return _copy, (self.has_state, self._given)
 
     def evaluated(self, observer: Observer) -> None:
-        """Before a loss is evaluated: whether it is that which has been trained."""
-        if not self.has_state or self.steps:
-            return
+        """Before a loss whose weight has seen no step is evaluated: whether another one has been trained."""
         program = _identity(observer)
-        others = (ref() for trained, ref in _trained if trained == program)
-        if any(other is not None and other is not self and other.steps > 1 for other in others):
+        if any(other.program == program and other.steps > 1 and other.hints() is not None for other in _trained):
             self._say(
                 "state",
                 "This WAELoss has not been trained, and another one has been, with the same model and guide. A WAELoss "
@@ -58,16 +65,18 @@ class Hints:
     def trained(self, observer: Observer, step: Step) -> None:
         """After a training step: whether the loss is used for another model, is made anew, or leaves something out."""
         program = _identity(observer)
-        if self._program is None:
-            self._program = program
+        if self._training is None:
             self._made_anew(program)
-        elif all(mine != other for mine, other in zip(self._program, program, strict=True)):
+            self._training = _Training(program, weakref.ref(self))
+            _trained.append(self._training)
+            del _trained[:-64]
+        elif all(mine != other for mine, other in zip(self._training.program, program, strict=True)):
             self._say(
                 "program",
                 "This WAELoss has been trained with another model and guide. It keeps what it took from their prior "
                 "and codes: kernel lengths, the penalty weight, a discriminator. Make a WAELoss for each model.",
             )
-        self.steps += 1
+        self._training.steps += 1
         if step.factors or step.once:
             self._factor(observer, [*step.factors, *step.once])
         if observer.condition is None and "condition" not in self._given and step.prior_varies:
@@ -95,11 +104,9 @@ class Hints:
             )
 
     def _made_anew(self, program: Any) -> None:
-        youngest = [ref() for trained, ref in _trained[-MADE_ANEW:] if trained == program]
-        _trained.append((program, weakref.ref(self)))
-        del _trained[:-64]
-        # Those that are gone took one step each, or another would have been the youngest since.
-        if self.has_state and len(youngest) == MADE_ANEW and all(other is None for other in youngest):
+        youngest = _trained[-MADE_ANEW:]
+        are_gone = all(other.program == program and other.steps == 1 and other.hints() is None for other in youngest)
+        if self.has_state and len(youngest) == MADE_ANEW and are_gone:
             self._say(
                 "anew",
                 "A WAELoss has been made anew for each step of one model. Trace_ELBO has no state, and a WAELoss has: "
@@ -124,7 +131,7 @@ def _mark(program: Callable[..., Any]) -> tuple[Any, ...]:
     return getattr(program, "__code__", None), id(owner), tuple(id(cell.cell_contents) for cell in cells)
 
 
-def _copy(has_state: bool, steps: int, given: set[str]) -> Hints:
+def _copy(has_state: bool, given: set[str]) -> Hints:
     copy = Hints(has_state=has_state)
-    copy.steps, copy._given = steps, set(given)
+    copy._given = set(given)
     return copy

@@ -193,7 +193,8 @@ class WAELoss(CallRepr, ELBO):
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
         """
         observer = self._observer(model, guide)
-        self._hints.evaluated(observer)
+        if isinstance(self.penalty_weight, Constraint) and self.penalty_weight.step == 0:
+            self._hints.evaluated(observer)
         with torch.no_grad():
             return self._value(self._run(observer, args, kwargs))
 

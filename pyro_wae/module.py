@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pyro.infer.elbo import ELBOModule
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from pyro_wae import predict
+from pyro_wae._core.distributions import leaves
+from pyro_wae._core.programs import owners
+from pyro_wae.step.program import Program
 from pyro_wae.step.terms import Terms
 
 if TYPE_CHECKING:
@@ -48,16 +54,23 @@ class WAEModule(ELBOModule):
         >>> optimiser.step()
     """
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], loss: WAELoss) -> None:
+    def __init__(self, model: Program, guide: Program, loss: WAELoss) -> None:
         nn.Module.__init__(self)
         self.elbo = loss
+        self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._is_checked = False
         for role, program in (("model", model), ("guide", guide)):
             if not callable(program):
                 raise TypeError(f"The {role} must be a module or a function, found {program!r}.")
             setattr(self, role, program)
-            owner = getattr(program, "__self__", None)
-            if isinstance(owner, nn.Module):
-                self.add_module(f"{role}_owner", owner)
+            if isinstance(program, nn.Module):
+                continue
+            bound = getattr(program, "__self__", None)
+            if isinstance(bound, nn.Module):
+                self.add_module(f"{role}_owner", bound)
+                continue
+            for number, owner in enumerate(owners(program)):
+                self.add_module(f"{role}_owner" + (f"_{number}" if number else ""), owner)
         for name, module in loss.named_children():
             self.add_module(name, module)
 
@@ -65,3 +78,71 @@ class WAEModule(ELBOModule):
     def terms(self) -> Terms | None:
         """The parts of the last loss."""
         return self.elbo.terms
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The differentiable loss on a batch.
+
+        Warns:
+            UserWarning: Once, if the loss depends on parameters that are not among those of this module.
+        """
+        self._last_call = args, kwargs
+        loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        if not self._is_checked and loss.requires_grad:
+            self._is_checked = True
+            self._check_parameters(loss, (args, kwargs))
+        return loss
+
+    def encode(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The latent codes of data; see :func:`pyro_wae.predict.encode`."""
+        self._last_call = args, kwargs
+        return predict.encode(self.model, self.guide, *args, data_plate=self.elbo.data_plate, **kwargs)
+
+    def decode(self, z: Tensor | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The generator's output for latent codes; see :func:`pyro_wae.predict.decode`.
+
+        Args:
+            z: The codes of each latent site, as :meth:`encode` returns them, or a tensor where there is one site.
+            args: Arguments of the model. Default: those of the last call of this module, of :meth:`encode` or of
+                another method here. Give them where the model is conditional on them.
+            kwargs: Keyword arguments of the model.
+        """
+        args, kwargs = self._call(args, kwargs, "decode(z, x)")
+        return predict.decode(self.model, z, *args, data_plate=self.elbo.data_plate, **kwargs)
+
+    def reconstruct(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The reconstructions of data; see :func:`pyro_wae.predict.reconstruct`."""
+        self._last_call = args, kwargs
+        return predict.reconstruct(self.model, self.guide, *args, data_plate=self.elbo.data_plate, **kwargs)
+
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples of the model; see :func:`pyro_wae.predict.sample`, and :meth:`decode` for the arguments."""
+        args, kwargs = self._call(args, kwargs, f"sample({num_samples}, x)")
+        return predict.sample(self.model, *args, num_samples=num_samples, data_plate=self.elbo.data_plate, **kwargs)
+
+    def interpolate(self, x_a: Any, x_b: Any, steps: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+        """Latent interpolations between two batches of data; see :func:`pyro_wae.predict.interpolate`."""
+        return predict.interpolate(self.model, self.guide, x_a, x_b, steps, data_plate=self.elbo.data_plate, **kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args or kwargs:
+            return args, kwargs
+        if self._last_call is None:
+            raise ValueError(
+                f"The model's arguments are not known: this module has not been called. Write {line}, with the data "
+                "that the model is called with, or call the module on a batch first."
+            )
+        return self._last_call
+
+    def _check_parameters(self, loss: Tensor, arguments: Any) -> None:
+        given = [leaf for value in tree_leaves(arguments) if isinstance(value, Tensor) for leaf in leaves(value)]
+        known = {id(value) for value in (*self.parameters(), *given)}
+        missing = [value for value in leaves(loss) if id(value) not in known and isinstance(value, nn.Parameter)]
+        if missing:
+            shapes = ", ".join(str(tuple(value.shape)) for value in missing[:4])
+            warnings.warn(
+                f"The loss depends on {len(missing)} parameters (of shapes {shapes} ...) that are not in "
+                "parameters() of this module, and an optimiser of them does not train these. Make model and guide "
+                "methods of one torch.nn.Module: WAELoss()(net.model, net.guide).",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -134,17 +134,17 @@ class SharedOptim(CallRepr, PyroOptim):
                 clip(p)
         for optimizer in self.optimizers:
             members = optimizer.param_groups[0]["params"]
-            idle = [p for p in members if p not in active]
-            if len(idle) == len(members):
+            unused = [p for p in members if p not in active]
+            if len(unused) == len(members):
                 continue
             # SVI leaves zeros as gradients, by which momentum would go on to move what this step did not use.
-            gradients = [p.grad for p in idle]
-            for p in idle:
+            gradients = [p.grad for p in unused]
+            for p in unused:
                 p.grad = None
             try:
                 optimizer.step(*args, **kwargs)
             finally:
-                for p, gradient in zip(idle, gradients, strict=True):
+                for p, gradient in zip(unused, gradients, strict=True):
                     p.grad = gradient
 
     def step(self, *args: Any, **kwargs: Any) -> None:

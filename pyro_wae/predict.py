@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae.costs import generator_output
+from pyro_wae._core.sites import Site
+from pyro_wae.costs import generator_output, with_own_total
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.plates import find_data_plate, layout
 from pyro_wae.step.program import Program, ReplaySubsamples, Run, is_random, observed_nodes, run
@@ -116,7 +117,7 @@ def code_rows(
 
 def decode(
     model: Program,
-    codes: Mapping[str, Tensor],
+    codes: Mapping[str, Tensor] | Tensor,
     *args: Any,
     return_sites: Sequence[str] | None = None,
     random: bool = False,
@@ -131,7 +132,7 @@ def decode(
     Args:
         model: The Pyro model.
         codes: A value for each latent site in the site's own shape, as :func:`encode` gives them, for any number of
-            data.
+            data; or the tensor alone, where the model has one latent site.
         args: Arguments of the model. Of data, the number is used, and whatever the generator sees of them. With more
             or fewer codes than data the model runs as often as it must, and takes the data from the first again.
         return_sites: Names of the sites to give; None takes the observed ones.
@@ -159,6 +160,10 @@ def decode(
     """
     first = _run_model(model, args, kwargs)
     latents = [name for name, site in first.nodes.items() if is_random(site)]
+    if isinstance(codes, Tensor):
+        if len(latents) != 1:
+            raise ValueError(f"The model has the latent sites {latents}: name them, as in codes={{'z': z}}.")
+        codes = {latents[0]: codes}
     unknown = [name for name in codes if name not in latents]
     if unknown or not codes:
         found = f"names '{unknown[0]}', which is no latent site of the model" if unknown else "is empty"
@@ -227,10 +232,9 @@ def reconstruct(
         {'x': tensor([[2., 2.]])}
     """
     encoded = _encoded(model, guide, args, kwargs, data_plate)
-    sites = {name: site.distribution for name, site in encoded.observed.items()}
-    names = list(sites) if return_sites is None else return_sites
-    _check_names(names, sites)
-    return {name: _output(name, sites[name], random) for name in names}
+    names = list(encoded.observed) if return_sites is None else return_sites
+    _check_names(names, encoded.observed)
+    return {name: _reconstruction(encoded.observed[name], random) for name in names}
 
 
 def sample(
@@ -409,10 +413,15 @@ def _check_names(return_sites: Sequence[str], known: Mapping[str, Any]) -> None:
         raise ValueError(f"return_sites {found}. Write return_sites=('{next(iter(known), 'x')}',).")
 
 
+def _reconstruction(site: Site, random: bool) -> Tensor:
+    output = _output(site.name, site.distribution, random)
+    return output if random else with_own_total(site.distribution, output, site.value)
+
+
 def _output(name: str, fn: Any, random: bool) -> Tensor:
     if random:
         with torch.no_grad():
-            return fn.sample()
+            return fn()
     try:
         return generator_output(fn).detach().expand(fn.shape())
     except ValueError as error:

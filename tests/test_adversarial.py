@@ -741,3 +741,31 @@ def test_a_nan_among_the_codes_does_not_stay_in_the_discriminator():
     assert penalty(codes, torch.randn(10, 2)).isnan()
     for name, value in penalty.discriminator.named_parameters():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("where", [0, 1], ids=["codes", "prior"])
+def test_an_infinite_number_trains_no_discriminator_though_its_gradient_is_finite(where):
+    penalty = JensenShannon(nn.Sequential(nn.Tanh(), plane()))
+    penalty(rows(N, D), rows(M, D))
+    before, batch = state(penalty), [rows(N, D), rows(M, D)]
+    batch[where][2, 0] = math.inf
+    assert penalty(*batch).isnan()
+    assert same_state(penalty.discriminator, {k.removeprefix("discriminator."): v for k, v in before.items()})
+    assert penalty(rows(N, D), rows(M, D)).isfinite()
+
+
+def test_a_gradient_that_overflows_trains_no_discriminator():
+    class Exponential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, z):
+            return (self.rate * z).exp().sum(1)
+
+    penalty = JensenShannon(Exponential())
+    penalty(1000 + rows(N, D), rows(M, D))
+    assert penalty.discriminator.rate == 1
+    penalty(rows(N, D), rows(M, D))
+    assert penalty.discriminator.rate.isfinite()
+    assert penalty.discriminator.rate != 1

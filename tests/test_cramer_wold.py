@@ -109,7 +109,7 @@ def test_the_derivatives_of_the_projected_gaussian_agree_with_finite_differences
 
 
 def test_directions_need_two_dimensions():
-    with pytest.raises(ValueError, match="d >= 2 dimensions, found 1"):
+    with pytest.raises(ValueError, match="dimension must be a whole number >= 2, found 1"):
         projected_gaussian(torch.ones(2), 1)
 
 

@@ -78,8 +78,8 @@ def test_a_page_that_shows_another_number_than_is_printed_is_found():
     assert same("error 3e-08", "error 9e-08")
 
 
-# Names that other modules of the package import, and users do not.
-INTERNAL = {"all_states", "kinds_of", "names_of", "restore_states", "GroupLike", "Ranks", "check_group"}
+# Names that other modules of the package import and users do not, and an old name that warns.
+INTERNAL = {"Linear", "all_states", "kinds_of", "names_of", "restore_states", "GroupLike", "Ranks", "check_group"}
 MODULES = ["checkpoint", "costs", "diagnostics", "distributed", "kernels", "optim"]
 MODULES += ["penalties", "plotting", "predict", "priors", "weights"]
 
@@ -89,5 +89,20 @@ def test_every_public_class_and_function_has_an_entry_in_the_api_reference(name)
     module = importlib.import_module(name)
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     entries = re.findall(r"\.\. auto(?:class|function):: (?:[\w.]+\.)?(\w+)", text)
-    objects = {n for n in module.__all__ if isclass(getattr(module, n)) or isroutine(getattr(module, n))}
-    assert objects - INTERNAL - set(entries) == set()
+    public = set(module.__all__) - INTERNAL
+    objects = {n for n in public if isclass(getattr(module, n)) or isroutine(getattr(module, n))}
+    assert objects - set(entries) == set()
+
+
+# Pictures of measurements, which other commands draw.
+MEASURED = {"kernel_penalty", "overview", "report", "step", "zoo"}
+PICTURES = sorted(path for path in (ROOT / "docs" / "images").glob("*.png") if path.stem not in MEASURED)
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+def test_every_figure_is_light_drawn_by_a_command_and_shown_with_a_description(path):
+    assert path.stat().st_size <= 60_000
+    scripts = "".join(script.read_text(encoding="utf-8") for script in (ROOT / "docs" / "figures").glob("*.py"))
+    assert f'"{path.stem}"' in scripts
+    shown = re.compile(rf"```{{image}} images/{path.stem}\.png\n:alt: \w+")
+    assert any(shown.search(page.read_text(encoding="utf-8")) for page in PAGES)

@@ -40,10 +40,6 @@ def rows(*shape):
 
 
 # Each kernel beside its value at a squared distance, written once more.
-def _t(two_nu, r):
-    return np.sqrt(two_nu * r) / 0.8
-
-
 KERNELS = {
     "gaussian": (lambda: Gaussian(0.8), lambda r: np.exp(-r / (2 * 0.8**2))),
     "imq": (lambda: InverseMultiquadratic(1.5**0.5), lambda r: 1.5 / (1.5 + r)),
@@ -52,13 +48,6 @@ KERNELS = {
         lambda r: sum(4 * c / (4 * c + r) for c in (0.1, 0.2, 0.5, 1, 2, 5, 10)),
     ),
     "multiscale": (lambda: MultiScale(Gaussian(1.0), (0.5, 3.0)), lambda r: np.exp(-r) + np.exp(-r / 6)),
-    "laplace": (lambda: Laplace(0.8), lambda r: np.exp(-np.sqrt(r) / 0.8)),
-    "matern 3/2": (lambda: Matern(1.5, 0.8), lambda r: (1 + _t(3, r)) * np.exp(-_t(3, r))),
-    "matern 5/2": (lambda: Matern(2.5, 0.8), lambda r: (1 + _t(5, r) + _t(5, r) ** 2 / 3) * np.exp(-_t(5, r))),
-    "laplace lengths": (
-        lambda: Laplace.multiscale(2.0, (0.1, 1.0, 5.0)),
-        lambda r: sum(np.exp(-np.sqrt(r) / length) for length in (0.2, 2.0, 10.0)),
-    ),
     "sum": (
         lambda: Gaussian(0.5) + 0.3 * InverseMultiquadratic(2.0**0.5),
         lambda r: np.exp(-r / 0.5) + 0.3 * 2 / (2 + r),
@@ -80,8 +69,8 @@ def known(name, prior):
     return kernel_mean(KERNELS[name][0](), prior)
 
 
-def on_a_line(weights, locs, scales):
-    weights, locs, scales = (torch.tensor(values, dtype=torch.float64) for values in (weights, locs, scales))
+def on_a_line(weights, locs, scales, dtype=torch.float64):
+    weights, locs, scales = (torch.tensor(values, dtype=dtype) for values in (weights, locs, scales))
     if len(weights) == 1:
         return dist.Normal(locs, scales).to_event(1)
     return dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(locs[:, None], scales[:, None]).to_event(1))
@@ -125,6 +114,55 @@ def test_the_mean_at_a_point_is_the_integral_over_the_prior(name, law):
     # The multiquadratic's own quadrature leaves out a mass of e^-22 for each scale.
     np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=3e-9)
     np.testing.assert_allclose([(k((x - p) ** 2) * weights).sum() for x in points], expected, rtol=1e-9)
+
+
+def matern(two_nu, r):
+    t = np.sqrt(two_nu * r) / 0.8
+    return {1: 1, 3: 1 + t, 5: 1 + t + t**2 / 3}[two_nu] * np.exp(-t)
+
+
+NOT_SMOOTH = {
+    "laplace": (lambda: Laplace(0.8), lambda r: matern(1, r)),
+    "matern 1/2": (lambda: Matern(0.5, 0.8), lambda r: matern(1, r)),
+    "matern 3/2": (lambda: Matern(1.5, 0.8), lambda r: matern(3, r)),
+    "matern 5/2": (lambda: Matern(2.5, 0.8), lambda r: matern(5, r)),
+    "four lengths": (
+        lambda: Laplace.multiscale(2.0),
+        lambda r: sum(np.exp(-np.sqrt(r) / length) for length in (0.1, 0.3, 1.0, 10.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NOT_SMOOTH)
+@pytest.mark.parametrize("law", LAWS)
+def test_the_mean_of_a_kernel_with_a_kink_is_the_integral_over_the_prior(name, law, dtype):
+    make, k = NOT_SMOOTH[name]
+    points, p = [-4.0, 0.0, 0.9, 7.0], grid(law)[0]
+    expected = [
+        scipy.integrate.quad(
+            lambda y, x=x: k((x - y) ** 2) * density(law, y),
+            *(p[0], p[-1]),
+            points=sorted({x, *LAWS[law][1], *(loc + h for h in (-0.3, 0.3) for loc in LAWS[law][1])}),
+            epsabs=1e-12,
+            limit=500,
+        )[0]
+        for x in points
+    ]
+    actual = kernel_mean(make(), on_a_line(*LAWS[law], dtype=dtype)).at(torch.tensor(points, dtype=dtype)[:, None])
+    # The kernel's own quadrature leaves out a mass of e^-17.
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=3e-7 if dtype == torch.float32 else 5e-8)
+
+
+@pytest.mark.parametrize("name", NOT_SMOOTH)
+@pytest.mark.parametrize("d", [2, 8, 64])
+def test_the_norm_of_a_kernel_with_a_kink_is_an_integral_over_distances(name, d):
+    # The squared distance of two draws of N(0, 1.3^2 I) over 2 * 1.3^2 has a chi-squared distribution.
+    make, k = NOT_SMOOTH[name]
+    law = scipy.stats.chi2(d)
+    expected = scipy.integrate.quad(lambda u: k(2 * 1.69 * u) * law.pdf(u), 0, law.ppf(1 - 1e-14), limit=500)[0]
+    prior = dist.Normal(torch.zeros(d, dtype=torch.float64), 1.3).to_event(1)
+    assert kernel_mean(make(), prior).norm().item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 @every_kernel

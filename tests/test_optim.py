@@ -1,24 +1,33 @@
-from copy import deepcopy
+"""Optimisers that share one torch optimiser move parameters as one for each does."""
+
 from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.distributions import constraints
+from optim_trajectories import (
+    SCHEDULERS,
+    STEPS,
+    advance,
+    assert_same,
+    by_module_and_name,
+    by_name,
+    clip_by_name,
+    scheduled,
+    steps,
+    trajectory,
+    values,
+)
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.dct_adam import DCTAdam
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch.optim import lr_scheduler
 
 from pyro_wae import WAELoss
 from pyro_wae.optim import SGD, Adam, AdamW, SharedOptim
 from pyro_wae.penalties import JensenShannon
-
-STEPS = 50
-LATE = 17
 
 
 @pytest.fixture(autouse=True)
@@ -27,81 +36,6 @@ def fresh_store():
     with pyro.validation_enabled(False):
         yield
     pyro.clear_param_store()
-
-
-def param(name, value, dtype=torch.float64, **kwargs):
-    value = torch.full(value, 0.5, dtype=dtype) if isinstance(value, tuple) else torch.tensor(value, dtype=dtype)
-    return pyro.param(name, value, **kwargs)
-
-
-def objective(model, guide, step):
-    """A noisy loss of matrices, scalars, positive numbers, another dtype, and parameters that are not always used."""
-    x = torch.randn(7, 3, dtype=torch.float64) + 2
-    z = x @ param("encoder$$$weight", (3, 2)) + torch.randn(7, 2) * param("encoder$$$scale", (2,))
-    mean = z @ param("decoder$$$weight", (2, 3)) + param("decoder$$$bias", (3,))
-    scale = param("scale", 1.5, constraint=constraints.positive)
-    at_times = param("with a gradient at times", 1.0)
-    if step % 3 == 0:
-        mean = mean + at_times
-    if step % 2:
-        mean = mean + param("used at times", 2.0)
-    if step >= LATE:
-        mean = mean + param("late", (3,))
-    # Apart from all others, which would take part in its rounding.
-    single = (param("single precision", (3,), torch.float32) - 3).square().sum()
-    return ((x - mean) / scale).square().sum(1).mean() + scale.log() + single
-
-
-def values():
-    return {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
-
-
-def steps(optim, first=0, last=STEPS, after_step=lambda optim, loss: None):
-    """The parameters after each of the steps."""
-    svi = SVI(None, None, optim, loss=objective)
-    history = []
-    for step in range(first, last):
-        pyro.set_rng_seed(step)
-        loss = svi.step(step)
-        after_step(optim, loss)
-        history.append(values())
-    return history
-
-
-def trajectory(optim, **kwargs):
-    pyro.clear_param_store()
-    return steps(optim, **kwargs)
-
-
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            tolerance = 1e-9 if a[name].dtype == torch.float64 else 1e-5
-            torch.testing.assert_close(
-                a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-def assert_identical(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
-
-
-def by_name(name):
-    return {"lr": 0.05, "betas": (0.5, 0.9)} if name.startswith("encoder.") else {"lr": 0.01}
-
-
-def by_module_and_name(module, name):
-    return {"lr": 0.05 if (module, name) == ("encoder", "weight") else 0.01}
-
-
-def clip_by_name(module, name):
-    return {"clip_norm": 0.3} if (module, name) == ("encoder", "weight") else {}
 
 
 CASES = {
@@ -286,27 +220,6 @@ def test_nets_learn_as_with_an_optimiser_for_each_parameter(make_loss, num_param
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-SCHEDULERS = {
-    "ExponentialLR": (lr_scheduler.ExponentialLR, {"gamma": 0.9}),
-    "StepLR": (lr_scheduler.StepLR, {"step_size": 5, "gamma": 0.5}),
-    "MultiStepLR": (lr_scheduler.MultiStepLR, {"milestones": [4, 20], "gamma": 0.5}),
-    "LambdaLR": (lr_scheduler.LambdaLR, {"lr_lambda": lambda epoch: 1 / (1 + epoch)}),
-    "OneCycleLR": (lr_scheduler.OneCycleLR, {"max_lr": 0.05, "total_steps": 60}),
-    "ReduceLROnPlateau": (lr_scheduler.ReduceLROnPlateau, {"patience": 1, "factor": 0.7}),
-}
-
-
-def scheduled(make_scheduler, kwargs, optim_args):
-    ours = Adam(optim_args, scheduler=lambda optimizer: make_scheduler(optimizer, **kwargs))
-    pyros = PyroLRScheduler(make_scheduler, {"optimizer": torch.optim.Adam, "optim_args": optim_args, **kwargs})
-    return ours, pyros
-
-
-def advance(optim, loss):
-    plateau = any(isinstance(o, lr_scheduler.ReduceLROnPlateau) for o in optim.optim_objs.values())
-    optim.step(*([loss] if plateau else []))
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_learning_rates_fall_as_with_a_scheduler_for_each(scheduler):
     ours, pyros = scheduled(*scheduler, by_name)
@@ -322,126 +235,6 @@ def test_late_parameter_has_its_own_first_learning_rate():
     optim.step()
     optim([early, late])
     assert [optim.optim_objs[p].optimizer.param_groups[0]["lr"] for p in (early, late)] == [0.5, 1.0]
-
-
-@pytest.mark.parametrize(
-    "make_optim",
-    [
-        lambda: Adam({"lr": 0.03}),
-        lambda: Adam(by_name, {"clip_norm": 0.5}),
-        lambda: SGD({"lr": 0.001, "momentum": 0.9}),
-        lambda: SharedOptim(torch.optim.Adagrad, {"lr": 0.1}),
-        lambda: SharedOptim(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
-        lambda: SharedOptim(ClippedAdam, {"lr": 0.03, "lrd": 0.99}),
-    ],
-    ids=["Adam", "by name", "SGD", "Adagrad", "RMSprop", "ClippedAdam"],
-)
-def test_continues_bit_for_bit_from_a_file(make_optim, tmp_path):
-    check_continuation(make_optim, 28, tmp_path / "optim.pt")
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_scheduler_continues_bit_for_bit_from_a_file(scheduler, tmp_path):
-    make_scheduler, kwargs = scheduler
-    check_continuation(
-        lambda: Adam({"lr": 0.03}, scheduler=lambda optimizer: make_scheduler(optimizer, **kwargs)),
-        28,  # An even step: a parameter that is not used in it has a scheduler that is to advance.
-        tmp_path / "optim.pt",
-        after_step=advance,
-    )
-
-
-def check_continuation(make_optim, stop, path, **kwargs):
-    optim = make_optim()
-    trajectory(optim, last=stop, **kwargs)
-    optim.save(str(path))
-    store = deepcopy(pyro.get_param_store().get_state())
-    expected = steps(optim, first=stop, **kwargs)
-
-    pyro.clear_param_store()
-    pyro.get_param_store().set_state(store)
-    again = make_optim()
-    again.load(str(path))
-    assert_identical(steps(again, first=stop, **kwargs), expected)
-    assert len(again.optimizers) == len(optim.optimizers)
-
-
-@pytest.mark.parametrize("ours_first", [True, False], ids=["ours, then Pyro's", "Pyro's, then ours"])
-@pytest.mark.parametrize("scheduler", [False, True], ids=["", "scheduler"])
-def test_state_is_that_of_pyro(ours_first, scheduler, tmp_path):
-    path = str(tmp_path / "optim.pt")
-    kwargs = {"after_step": advance} if scheduler else {}
-
-    def make():
-        if scheduler:
-            return scheduled(*SCHEDULERS["StepLR"], {"lr": 0.03})
-        return Adam({"lr": 0.03}), pyro.optim.Adam({"lr": 0.03})
-
-    expected = trajectory(make()[1], **kwargs)
-    first, second = make() if ours_first else reversed(make())
-    history = trajectory(first, last=31, **kwargs)
-    first.save(path)
-    second.load(path)
-    history += steps(second, first=31, **kwargs)
-    assert_same(history, expected)
-
-
-def test_a_loaded_state_keeps_the_fused_kernel():
-    pyros, ours = pyro.optim.Adam({"lr": 0.03}), Adam({"lr": 0.03})
-    trajectory(pyros, last=3)
-    ours.set_state(pyros.get_state())
-    steps(ours, 3, 4)
-    assert [o.param_groups[0]["fused"] for o in ours.optimizers] == [True]
-
-
-def test_state_can_be_set_in_the_middle_and_more_than_once():
-    optim = Adam({"lr": 0.03})
-    trajectory(optim, last=20)
-    state, store = optim.get_state(), deepcopy(pyro.get_param_store().get_state()["params"])
-    expected = steps(optim, 20)
-    for _ in range(2):
-        for name, p in pyro.get_param_store().named_parameters():
-            if name in store:
-                p.data.copy_(store[name])
-        optim.set_state(state)
-        assert_identical(steps(optim, 20), expected)
-        assert len(optim.optimizers) == 1
-
-
-def test_state_of_some_parameters_leaves_the_others():
-    a, b = (pyro.param(name, torch.ones(2)).unconstrained() for name in "ab")
-    optim = SGD({"lr": 1.0, "momentum": 0.5})
-    for p in (a, b):
-        p.grad = torch.ones(2)
-    optim([a, b])
-    state = optim.get_state()
-    optim([a, b])
-    optim.set_state({"a": state["a"]})
-    optim([a, b])
-    # The velocities were 1 and 1.5; b's goes on to 1.75, and a's is again the second.
-    torch.testing.assert_close(a, torch.full((2,), 1 - 1 - 1.5 - 1.5))
-    torch.testing.assert_close(b, torch.full((2,), 1 - 1 - 1.5 - 1.75))
-
-
-def test_state_that_waits_is_not_lost():
-    optim = Adam({"lr": 0.03})
-    trajectory(optim, last=3)
-    state = optim.get_state()
-    again = Adam({"lr": 0.03})
-    again.set_state(state)
-    assert again.get_state().keys() == state.keys()
-
-
-def test_state_leaves_out_what_the_store_has_lost():
-    optim = Adam({"lr": 0.03})
-    for _ in range(2):
-        trajectory(optim, last=1)
-    state = optim.get_state()
-    assert set(state) == set(pyro.get_param_store().keys())
-    # The parameters of the second run are new, and have been stepped once.
-    assert state["encoder$$$weight"]["state"][0]["step"] == 1
-    pyro.clear_param_store()
-    assert optim.get_state() == {}
 
 
 def test_repr_is_the_call():
@@ -465,33 +258,6 @@ def test_functions_need_names(argument):
         Adam(**{"optim_args": {"lr": 0.1}, argument: by_module_and_name})([torch.ones(2, requires_grad=True)])
 
 
-def test_state_needs_names():
-    optim = Adam({"lr": 0.1})
-    optim([torch.ones(2, requires_grad=True)])
-    with pytest.raises(ValueError, match="not in it"):
-        optim.get_state()
-
-
 def test_step_needs_a_scheduler():
     with pytest.raises(ValueError, match="there is none"):
         Adam({"lr": 0.1}).step()
-
-
-@pytest.mark.parametrize("saved", [False, True], ids=["saved without", "saved with"])
-def test_state_and_optimiser_agree_on_a_scheduler(saved):
-    optims = [Adam({"lr": 0.1}), Adam({"lr": 0.1}, scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.9))]
-    trajectory(optims[saved], last=1)
-    optims[not saved].set_state(optims[saved].get_state())
-    with pytest.raises(ValueError, match=f"saved {'with' if saved else 'without'} a scheduler"):
-        steps(optims[not saved], last=1)
-
-
-def test_state_of_another_shape_is_named():
-    optim = Adam({"lr": 0.1})
-    trajectory(optim, last=1)
-    state = optim.get_state()
-    state["encoder$$$weight"]["state"][0]["exp_avg"] = torch.zeros(5, 2)
-    again = Adam({"lr": 0.1})
-    again.set_state(state)
-    with pytest.raises(ValueError, match=r"'encoder\$\$\$weight'.*\(5, 2\).*\(3, 2\)"):
-        steps(again, last=1)

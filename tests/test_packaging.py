@@ -1,6 +1,7 @@
 """What is shipped, and what is said of it in several places."""
 
 import importlib
+import importlib.util
 import pkgutil
 import re
 import shutil
@@ -71,6 +72,49 @@ def test_only_torch_and_pyro_are_required():
     assert [re.split(r"\W*>=", line)[0] for line in PROJECT["dependencies"]] == ["torch", "pyro-ppl"]
 
 
+def test_oldest_versions_that_are_promised_are_those_that_are_tested():
+    line = next(line for line in read("docs/install.md").splitlines() if "make test-oldest" in line)
+    for dependency in PROJECT["dependencies"]:
+        assert dependency.replace(">=", " ") in line, dependency
+    workflow = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]
+    versions = {job: step["with"]["python-version"] for job in workflow for step in workflow[job]["steps"][1:2]}
+    assert f">={versions['oldest']}" == PROJECT["requires-python"]
+    assert f"Programming Language :: Python :: {versions['newest']}" in PROJECT["classifiers"]
+    assert {"run": "make test-oldest"} in workflow["oldest"]["steps"]
+    assert {"run": ".ci/run"} in workflow["newest"]["steps"]
+
+
+# How the house is measured
+
+
+def test_circles_repeated_lines_and_names_of_a_package_are_counted(tmp_path):
+    spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house.py")
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    (tmp_path / "pyro_wae" / "deep").mkdir(parents=True)
+    (tmp_path / "docs" / "api").mkdir(parents=True)
+    (tmp_path / "docs" / "api" / "page.md").write_text(".. autoclass:: pyro_wae.A\n")
+    same = "\n".join(f"x{i} = {i}" for i in range(8))
+    files = {
+        "__init__.py": '__all__ = ["A", "B"]\n',
+        "a.py": f"from pyro_wae.deep import b\n{same}\n",
+        "deep/__init__.py": "",
+        "deep/b.py": "from pyro_wae.c import f\n",
+        # A comment and a docstring between the same lines are no difference.
+        "c.py": f'"""Text."""\n\nimport pyro_wae.a\n{same.replace("x4", "# why" + chr(10) + "x4")}\n',
+        "d.py": "from pyro_wae.a import x1\n" + "\n".join(same.split("\n")[:6]),  # six lines are no repetition
+    }
+    for name, text in files.items():
+        (tmp_path / "pyro_wae" / name).write_text(text)
+    package = house.Package(tmp_path)
+    assert package.circles() == ["a.py c.py deep/b.py"]
+    assert len(package.repeated()) == 1
+    assert {"a.py:2", "c.py:4"} == set(package.repeated()[0].split(" = "))
+    assert (package.public(), package.documented()) == (["A", "B"], {"A"})
+    calls = [["a.py", 1, "f"], ["c.py", 1, "g"], ["c.py", 1, "g"], ["a.py", 1, "f"]]
+    assert house.walk(calls) == {"calls": 4, "functions": 2, "files": 2, "switches": 2}
+
+
 # Forms
 
 
@@ -118,7 +162,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert "pyro_wae/py.typed" in names
     assert {name.removeprefix(f"{folder}/") for name in about} == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(required) == ["pyro-ppl>=1.9.1", "torch>=2.4"]
+    assert sorted(required) == sorted(PROJECT["dependencies"])
 
 
 @pytest.mark.slow

@@ -336,13 +336,6 @@ def test_a_learnable_hierarchical_prior_gets_its_gradient_from_the_penalty():
     assert layer.bias.grad.abs() > 0
 
 
-def test_the_encoder_alone_feels_a_fixed_prior():
-    net, capture = Plain(2), Capture()
-    WAELoss(capture)(net.model, net.guide)(torch.randn(N, 4), PRIORS["Normal"])
-    assert capture.codes[0].requires_grad
-    assert not capture.prior[0].requires_grad
-
-
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_a_learnable_mixture_weight_warns_that_its_gradient_is_lost(vectorize):
     logits = nn.Parameter(torch.zeros(2))
@@ -382,17 +375,6 @@ def test_a_learnable_weight_deep_in_a_hierarchy_warns():
 
     with pytest.warns(UserWarning, match="prior at site 'z2'"):
         WAELoss().differentiable_loss(model, guide, torch.randn(32, 2))
-
-
-def test_a_learnable_flow_gets_its_gradient():
-    flow = transforms.spline(2)
-
-    def prior():
-        return dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1).to_event(1), [flow])
-
-    net = Plain(2)
-    WAELoss()(net.model, net.guide)(torch.randn(32, 4), prior).backward()
-    assert finite_gradients(flow)
 
 
 def test_a_latent_that_the_guide_leaves_to_the_model_is_no_code_but_is_drawn_afresh():

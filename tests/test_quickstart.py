@@ -11,6 +11,7 @@ TUTORIALS = Path(__file__).parents[1] / "tutorials"
 sys.path.insert(0, str(TUTORIALS))
 
 from digits import load_digits  # noqa: E402
+from judge import frechet_distance  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +36,19 @@ def test_quickstart_draws_every_picture(smoke, name):
 def test_quickstart_writes_what_it_reached(smoke):
     out, _ = smoke
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == {"test_cost", "test_mmd2", "null_mmd2_std", "seconds", "history", "options"}
-    assert all(np.isfinite(metrics[key]) for key in ("test_cost", "test_mmd2", "null_mmd2_std", "seconds"))
+    found = {"test_cost", "reconstructions_frechet", "samples_frechet", "samples_read"}
+    found |= {"heldout_mmd2", "null_mmd2_std", "heldout_p_value", "seconds"}
+    assert set(metrics) == found | {"history", "options"}
+    assert all(np.isfinite(metrics[key]) for key in found)
+    assert 0 < metrics["heldout_p_value"] <= 1
+    assert 0 <= metrics["samples_read"] <= 1
     assert {key: len(values) for key, values in metrics["history"].items()} == {"cost": 1, "penalty": 1, "weight": 1}
     assert metrics["options"]["smoke"] is True
 
 
 def test_quickstart_says_what_it_reached_and_where_it_is(smoke):
     out, printed = smoke
-    for text in ("squared error", "MMD^2", "seconds", str(out)):
+    for text in ("squared error", "MMD^2", "p = ", "Frechet distance of samples", "seconds", str(out)):
         assert text in printed
 
 
@@ -57,12 +62,40 @@ def test_bundled_digits_are_images_with_labels():
         assert labels.dtype == torch.int64
 
 
+def test_held_out_digits_are_of_the_training_set_and_not_trained_on():
+    train_images, _, heldout_images, heldout_labels = load_digits(parts=("train", "heldout"))
+    assert heldout_images.shape == (3000, 1, 28, 28)
+    assert heldout_labels.shape == (3000,)
+    trained = {image.numpy().tobytes() for image in train_images}
+    assert len({image.numpy().tobytes() for image in heldout_images} - trained) == 3000
+
+
+def test_unknown_parts_are_named():
+    with pytest.raises(ValueError, match="one is 'validation'"):
+        load_digits(parts=("train", "validation"))
+
+
+def test_frechet_distance_is_that_of_the_normal_laws_with_the_moments_of_the_rows():
+    linalg = pytest.importorskip("scipy.linalg")
+    torch.manual_seed(0)
+    a, b = (
+        torch.randn(300, 5, dtype=torch.float64),
+        torch.rand(200, 5).double() @ torch.randn(5, 5).double(),
+    )
+    covariances = [np.cov(x.numpy(), rowvar=False) for x in (a, b)]
+    overlap = np.trace(linalg.sqrtm(covariances[0] @ covariances[1]).real)
+    expected = (a.mean(0) - b.mean(0)).square().sum().item() + sum(map(np.trace, covariances)) - 2 * overlap
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
 def test_bundled_digits_have_the_class_shares_of_mnist():
     # The counts of the 60,000 and of the 10,000 digits, as MNIST is published.
     mnist_train = torch.tensor([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949])
     mnist_test = torch.tensor([980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])
-    _, train_labels, _, test_labels = load_digits()
-    for labels, counts in ((train_labels, mnist_train), (test_labels, mnist_test)):
+    _, train_labels, _, heldout_labels, _, test_labels = load_digits(parts=("train", "heldout", "test"))
+    left = mnist_train - train_labels.bincount(minlength=10)
+    for labels, counts in ((train_labels, mnist_train), (heldout_labels, left), (test_labels, mnist_test)):
         expected = counts * len(labels) / counts.sum()
         assert (labels.bincount(minlength=10) - expected).abs().max() < 1
 

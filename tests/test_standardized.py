@@ -209,6 +209,20 @@ def test_draws_of_different_numbers_are_weighted_by_them():
     torch.testing.assert_close(penalty.null.square, sum(seen) / 50)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 1])
+def test_draws_that_are_not_finite_are_left_out(bad, at):
+    kernel, batches = Gaussian(1.0), [rows(20, 2) for _ in range(3)]
+    wrong = torch.full((20, 2), bad, dtype=torch.float64)
+    found, usual = NullVariance(), NullVariance()
+    for prior in (*batches[:at], wrong, *batches[at:]):
+        found.of_draws(kernel, prior)
+    for prior in batches:
+        usual.of_draws(kernel, prior)
+    assert torch.equal(found.square, usual.square)
+    assert found.draws == usual.draws == 60
+
+
 def test_the_unit_is_the_closed_form_at_once():
     """The Gaussian kernel of bandwidth 1 against N(0, 1), whose integrals are those of Gaussians."""
     penalty = MMD(Gaussian(1.0), standardize=True)

@@ -327,7 +327,7 @@ def test_a_kernel_without_two_derivatives_is_refused(kernel):
 
 @pytest.mark.parametrize("kernel", [lambda x, y: x @ y.mT, "gaussian"])
 def test_what_is_no_radial_kernel_is_refused(kernel):
-    with pytest.raises(TypeError, match="KernelStein takes a radial kernel"):
+    with pytest.raises(TypeError, match="KernelStein's kernel must be a radial kernel"):
         KernelStein(kernel)
 
 

@@ -13,7 +13,10 @@ from pyro_wae import WAELoss
 from pyro_wae.penalties import MMD, UnitVarianceKL
 
 PAGE = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-SECTIONS = (PAGE.partition("### NaN")[2].partition("### ")[0], PAGE.partition("## Error messages")[2])
+SECTIONS = (
+    PAGE.partition("### NaN and infinite values")[2].partition("### ")[0],
+    PAGE.partition("## Error messages")[2],
+)
 LISTED = re.findall(r"^\| `(.+?)` ?(?:\(a warning\) )?\|", "\n".join(SECTIONS), re.MULTILINE)
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -123,19 +126,19 @@ CASES = {
         BROKEN,
     ),
     "The cost of observed site 'x' is NaN": (None, a_model(obs=BROKEN), None, None),
-    "The penalty is NaN, though the codes are not": (
+    "The penalty is NaN, though the codes are finite": (
         lambda: WAELoss(lambda codes, prior: codes.sum() * torch.nan),
         None,
         None,
         None,
     ),
-    "The loss is NaN, though its parts are not": (
+    "The loss is not finite, though its parts are": (
         lambda: WAELoss(lambda codes, prior: codes.sum() * 0, penalty_weight=torch.finfo(torch.float32).max * 1e10),
         None,
         None,
         None,
     ),
-    "... is in no plate, so that nothing says which dimension is the data": (
+    "... is in no plate. It is ambiguous which of its dimensions is the data": (
         None,
         without_plate,
         guide_without_plate,
@@ -189,7 +192,7 @@ CASES = {
     ),
     "The guide is deterministic at site": (lambda: WAELoss(MMD() + UnitVarianceKL()), None, None, None),
     "penalty has no entry for the latent site": (lambda: WAELoss({}), None, None, None),
-    "has parameters to learn but cannot be reparameterised": (
+    "has learnable parameters but cannot be reparameterised": (
         lambda: WAELoss(MMD(closed_form=False)),
         learnt_model,
         None,
@@ -215,7 +218,7 @@ def test_message_is_what_the_page_says(text):
         if isinstance(made, WAELoss):
             made.loss_and_grads(its_model or model, its_guide or guide, X if x is None else x)
 
-    if "parameters to learn" in text:
+    if "learnable parameters" in text:
         with pytest.warns(UserWarning, match=pattern):
             step()
     else:

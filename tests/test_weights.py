@@ -82,7 +82,7 @@ def test_the_loss_is_cost_plus_weight_times_penalty_of_that_step():
 
 
 def test_evaluation_does_not_count_as_a_step():
-    loss, net, x = WAELoss(penalty_weight=Schedule(float)), Net(), torch.randn(64, D)
+    loss, net, x = WAELoss(penalty_weight=Schedule(lambda step: 1.0)), Net(), torch.randn(64, D)
     loss.loss(net.model, net.guide, x)
     with torch.no_grad():
         loss.differentiable_loss(net.model, net.guide, x)
@@ -132,7 +132,7 @@ def test_a_weight_out_of_range_is_an_error_that_says_what_to_write(make, error, 
 
 @pytest.mark.parametrize(
     "weight",
-    [LinearSchedule(0.0, 1.0, steps=2), Constraint(codes=500), Schedule(float)],
+    [LinearSchedule(0.0, 1.0, steps=2), Constraint(codes=500), Schedule(lambda step: 1.0)],
     ids=lambda w: w._get_name(),
 )
 def test_a_weight_shows_the_call_that_makes_it(weight):
@@ -446,6 +446,8 @@ def test_a_constraint_leaves_out_a_step_that_is_not_finite(bad, part, at):
     wrong[part].view(-1)[0] = bad
     constraint = observed([*right[:at], wrong])
     assert constraint.weight.isfinite() or (at == 0 and constraint.weight.isnan())
+    assert constraint.differences.isfinite().all()
+    assert constraint.discrepancy.isfinite() or at < 2
     usual, with_bad = observed(right), observed([*right[:at], wrong, *right[at:]])
     # Once the bad step has left the pool, both measure the same steps.
     torch.testing.assert_close(with_bad.discrepancy, usual.discrepancy, rtol=0.05, atol=0)

@@ -16,7 +16,7 @@ from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.optim import SGD, Adam
 from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein, SlicedWasserstein
-from pyro_wae.weights import Constraint, Linear
+from pyro_wae.weights import Constraint, LinearSchedule
 
 D = 4
 
@@ -128,7 +128,7 @@ def discriminator():
 LOSSES = {
     "mmd": WAELoss,
     "standardised": lambda: WAELoss(
-        MMD(Gaussian(), standardize=True, closed_form=False), penalty_weight=Linear(0, 9, steps=9)
+        MMD(Gaussian(), standardize=True, closed_form=False), penalty_weight=LinearSchedule(0, 9, steps=9)
     ),
     "gan": lambda: WAELoss(JensenShannon(discriminator())),
     "gan of the caller": lambda: WAELoss(JensenShannon(discriminator(), optimizer=None)),

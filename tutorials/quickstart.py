@@ -143,11 +143,11 @@ def evaluate(
     """
     outputs, codes = wae.decoder(wae.encoder(images)), wae.encoder(heldout)
     prior = wae.prior()
-    draws = prior.sample((10 * TESTED,))
     mmd = MMD(closed_form=False)
     # The sampling noise of the estimate is its deviation between two sets of prior draws, which do match.
     null = torch.stack([mmd(prior.sample((len(codes),)), prior.sample((len(codes),))) for _ in range(20)])
     tested = codes[torch.linspace(0, len(codes) - 1, min(TESTED, len(codes))).long()]
+    drawn = torch.cat([wae.decoder(prior.sample((len(tested),))) for _ in range(10)])
     sure = classifier.probabilities(samples).amax(1) > SURE
     return {
         "test_cost": (outputs - images).square().sum((1, 2, 3)).mean().item(),
@@ -155,7 +155,7 @@ def evaluate(
         "null_mmd2_std": null.std().item(),
         "heldout_p_value": two_sample_test(tested, prior).p_value,
         "reconstructions_frechet": classifier.frechet_distance(wae.decoder(codes), heldout),
-        "samples_frechet": classifier.frechet_distance(wae.decoder(draws), heldout),
+        "samples_frechet": classifier.frechet_distance(drawn, heldout),
         "samples_read": sure.double().mean().item(),
     }
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a training has to remember in one file, written so that it is whole or not there."""
+"""Checkpoints: the whole state of a training in one file, which is complete or not there."""
 
 from __future__ import annotations
 

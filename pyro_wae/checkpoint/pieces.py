@@ -92,7 +92,7 @@ class Piece:
 
 
 class ModulePiece(Piece):
-    """A module: parameters, buffers and extra state, loaded in place, so that all who hold them see it."""
+    """A module: parameters, buffers and extra state, loaded in place: all who hold them have the new values."""
 
     def about(self) -> dict[str, str | None]:
         lines: dict[str, str | None] = {}

@@ -71,7 +71,7 @@ def plain(value: Any, where: str) -> Any:
         if isinstance(value, sequence):
             return sequence(plain(item, f"{where}[{number}]") for number, item in enumerate(value))
     raise TypeError(
-        f"A checkpoint holds tensors, numbers, texts, and lists and dicts of them, so that reading it runs no code; "
+        f"A checkpoint holds tensors, numbers, texts, and lists and dicts of them, because reading it runs no code; "
         f"{where} is {type(value).__name__}. Keep it apart, or write it as one of these."
     )
 

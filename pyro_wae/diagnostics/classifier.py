@@ -59,12 +59,12 @@ def classifier_test(
     purpose, so :func:`two_sample_test` detects smaller differences.
 
     The halves do not change places for a second fit. Each net would have learnt from the rows that judge the other,
-    so that both are right or wrong together, and a binomial over all rows would reject too often.
+    and both would be right or wrong together: a binomial over all rows would reject too often.
 
     Args:
         codes: Shape (n, d), an independent draw a row.
         prior: Prior draws of shape (m, d), or the distribution of one code (anything with ``sample(shape)``), of which
-            n draws are taken. Of n != m rows only the smaller number of each is used, so that a guess is right half
+            n draws are taken. Of n != m rows only the smaller number of each is used: a guess is right half of
             the time.
         width: Width of the hidden layers.
         steps: Steps of Adam, each on all rows of the training half. Few, because with more the net learns that half by
@@ -138,7 +138,7 @@ def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Modu
 
 
 class _Standardize(nn.Module):
-    """Rows in units of the training rows' deviations, so that the net's start suits any scale of codes."""
+    """Rows in units of the training rows' deviations, because the net's start suits one scale only."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()

@@ -188,7 +188,7 @@ def _memberships(n: int, m: int, permutations: int, generator: torch.Generator) 
 
 def _lengths(pooled: Tensor, generator: torch.Generator) -> list[float]:
     """Lengths that cover the distances between pooled rows, whichever of them are codes."""
-    # Rows chosen without a look at which of them are codes, so that all may still change places.
+    # Rows chosen without a look at which of them are codes: all may still change places.
     chosen = torch.randperm(len(pooled), generator=generator)[:SPREAD_ROWS].to(pooled.device)
     rows = working_precision(pooled[chosen])
     distances = torch.nn.functional.pdist(rows)

@@ -273,7 +273,7 @@ def _matern_terms(nu: float, factors: tuple[float, ...]) -> tuple[list[float], l
     A Matern kernel, and so the Laplace kernel for nu = 1/2, is the mean of exp(-nu r^2 / (2 v)) over v from a Gamma
     distribution of shape nu and rate 1. With t = 1 / v that is an integral of t^-nu exp(-1 / t) / Gamma(nu) over log t.
     """
-    weights, rates = _trapezoid(factors, lambda t: t**-nu * math.exp(-1 / t) / math.gamma(nu), -6.0, 14.5 / nu)
+    weights, rates = _trapezoid(factors, lambda t: t**-nu * math.exp(-1 / t) / math.gamma(nu), -6.0, 17.0 / nu)
     return weights, [nu / 2 * rate for rate in rates]
 
 

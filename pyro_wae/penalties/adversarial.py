@@ -130,6 +130,7 @@ class JensenShannon(FittedBuffers, Penalty):
         self.optimizer = optimizer
         self.steps = steps
         self._taken = 0  # steps of the discriminator
+        self._size: int | None = None
         self._own: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] | None = None
         self._learning = [name for name, value in self.discriminator.named_parameters() if value.requires_grad]
@@ -138,6 +139,14 @@ class JensenShannon(FittedBuffers, Penalty):
             self._learn(False)
 
     def prepare(self, codes: Tensor) -> None:
+        size = codes.shape[-1]
+        if self._size not in (None, size):
+            raise ValueError(
+                f"The discriminator was made for codes of {self._size} numbers, found {size}, as where a latent site "
+                "is observed in some batches. Give each site a penalty of its own: WAELoss({'z': JensenShannon(), "
+                "'y': JensenShannon()})."
+            )
+        self._size = size
         if self._is_lazy():
             self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
             with torch.no_grad():
@@ -213,8 +222,7 @@ class JensenShannon(FittedBuffers, Penalty):
         return any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters())
 
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
-        if q.device.type == "cpu" and not (bool(q.isfinite().all()) and bool(p.isfinite().all())):
-            return  # what is not finite is reported with the loss; it must not stay behind in the discriminator
+        are_finite = q.isfinite().all() & p.isfinite().all()
         if self._own is None:
             self._own = optimizer(self.discriminator.parameters())
             if self._state is not None:
@@ -224,19 +232,19 @@ class JensenShannon(FittedBuffers, Penalty):
             for _ in range(DEFAULT_STEPS if self.steps is None else self.steps):
                 self._own.zero_grad()
                 self._loss(q, p, log_prob).backward()
-                if self._gradient_is_usable():
+                if self._gradient_is_usable(are_finite):
                     self._own.step()
         finally:
             self._own.zero_grad()
             self._learn(False)
 
-    def _gradient_is_usable(self) -> bool:
-        """Whether the gradient is finite. On an accelerator it is set to 0 where it is not, and the answer is yes."""
+    def _gradient_is_usable(self, are_finite: Tensor) -> bool:
+        """Whether gradient and points are finite. On an accelerator a gradient that is not is set to 0: always True."""
         gradients = [part.grad for part in self.discriminator.parameters() if part.grad is not None]
         if not gradients:
             return True
         # A sum of numbers is finite only if all of them are, and is read faster than each.
-        is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all() & are_finite
         if is_finite.device.type == "cpu":
             return bool(is_finite)
         for gradient in gradients:

@@ -193,7 +193,7 @@ def _scatter_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, size: 
 
     names, indices = np.unique(classes, return_inverse=True)
     colours = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
-    # All classes in one call and in the data's order, so that the last class does not cover the others.
+    # All classes in one call and in the data's order: else the last class would cover the others.
     axes.scatter(points[:, 0], points[:, 1], s=size, c=np.array(colours)[indices], alpha=0.8, linewidths=0)
     dots = [Line2D([], [], color=colour, marker="o", markersize=8, linestyle="none") for colour in colours]
     axes.figure.legend(

@@ -20,7 +20,7 @@ __all__ = ["BLUE", "GREY", "ORANGE", "PALETTE", "STYLE", "WIDTH", "Rows", "as_ar
 Rows = Tensor | np.ndarray
 
 # Okabe & Ito's palette, in which no two colours look alike to the colour-blind, without its black, and with a
-# wine red and a grey more, so that ten classes have ten colours.
+# wine red and a grey more, for ten colours of ten classes.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 PALETTE = (*OKABE_ITO, "#882255", "#999999", "#000000")
 BLUE, ORANGE, GREY = PALETTE[0], PALETTE[4], "#8C8C8C"

@@ -106,7 +106,7 @@ def _distribution(prior: Any) -> Any:
 
 def _parameters(prior: Any) -> list[Tensor]:
     if isinstance(prior, nn.Module):
-        found = list(prior.parameters())
+        found: list[Tensor] = list(prior.parameters())
     elif hasattr(prior, "log_prob"):
         parts = [prior]
         while hasattr(parts[-1], "base_dist"):

@@ -122,6 +122,10 @@ class MixturePrior(nn.Module):
     it nothing would fix the unit of the codes, and prior and codes could shrink or run away together, out of the
     penalty's reach (its kernel's length is taken once, from the first prior draws).
 
+    Learnt along with the nets, by ``WAELoss(MMD() + PriorLikelihood(), penalty_weight=100.0)``, its parameters have
+    farther to go than those of the nets: a learning rate of 0.03 for Adam, through a callable ``optim_args``, where the
+    nets have 0.001.
+
     Args:
         components: Number of components K.
         d: Numbers in a code.
@@ -164,8 +168,7 @@ class MixturePrior(nn.Module):
     def initialise(self, codes: Tensor) -> None:
         """Puts the components onto codes: k-means++ centres, with the scale that fills the space between them.
 
-        Call it when the codes have spread, after a fifth of the training, say. A fresh encoder's are a small heap, and
-        a standardised mixture that is fitted to a heap loses the weights of most of its components.
+        :func:`~pyro_wae.priors.fit` starts from there. A mixture that is learnt along with the nets needs no such call.
 
         Args:
             codes: Shape (n, d), n >= K.
@@ -208,8 +211,8 @@ class MixturePrior(nn.Module):
 class VampPrior(nn.Module):
     r"""The encoder's distribution at learnable pseudo-inputs: :math:`\sum_k \pi_k\,Q(z \mid u_k)`.
 
-    The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder gives points, so that each
-    component has a learnable scale around its own; of a stochastic encoder give the mean.
+    The pseudo-inputs u_k are parameters, as are the weights. A deterministic encoder returns points,
+    and each component has a learnable scale around its own; of a stochastic encoder give the mean.
     BatchNorm layers of the encoder leave their running statistics alone.
 
     Args:

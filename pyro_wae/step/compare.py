@@ -80,6 +80,8 @@ def prepare(option: PenaltyOption, step: Step) -> None:
     """
     if isinstance(option, dict):
         names = {name: None for key in option for name in _sites(key, step.columns)}
+        # A site may be latent in one batch and observed in the next, as the label of semi-supervised data.
+        names = {name: None for name in names if name not in step.first.observed}
         check_names("penalty", names, list(step.columns), "latent", "MMD()")
     for _, _, own, penalty in _parts(option, step):
         penalty.prepare_sites(beside(own.codes, own.condition), own.columns)
@@ -130,8 +132,9 @@ def _parts(option: PenaltyOption, step: Step) -> Iterator[tuple[int, str, Step, 
         yield 0, "", step, option
         return
     for entry, (key, penalty) in enumerate(option.items()):
-        if penalty is not None:
-            yield entry, site_label(key), step.part(_sites(key, step.columns)), penalty
+        sites = [site for site in _sites(key, step.columns) if site in step.columns]
+        if penalty is not None and sites:
+            yield entry, site_label(key), step.part(sites), penalty
 
 
 def _check_keys(given: Mapping[Any, object]) -> None:

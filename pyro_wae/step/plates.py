@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested
             raise ValueError(
                 f"Several plates hold every latent and observed site: {_listing({n: known[n] for n in common})}. "
                 f"Say which of them is the data: WAELoss(data_plate='{common[0]}')."
+            )
+        frames = list(plates[nodes[0]["name"]])
+        if frames.index(subsampled[0]) > min(frames.index(name) for name in common):
+            warnings.warn(
+                f"The subsampled plate '{subsampled[0]}' lies inside another that holds every site, "
+                f"{_listing({n: known[n] for n in common})}, and is taken for the data. Say which is: "
+                f"WAELoss(data_plate='{subsampled[0]}').",
+                UserWarning,
+                stacklevel=2,
             )
         common = subsampled
     return common[0]

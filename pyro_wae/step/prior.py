@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
 from pyro_wae._core.sites import Site, side_by_side
-from pyro_wae.step.program import ReplaySubsamples, Run, is_random
+from pyro_wae.step.program import ReplaySubsamples, Run, is_random, mask_of
 
 __all__ = [
     "depends_on_data",
@@ -51,6 +51,7 @@ def draw_prior(run: Run) -> Tensor:
         drawn = {site.name: (site.distribution(), site.event_dim)}
     else:
         nodes = _rerun_to_last_latent(run)
+        _check_masks(run, nodes)
         drawn = {name: (node["value"], node["fn"].event_dim) for name, node in nodes.items()}
     rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
     return side_by_side(rows, {})[0]
@@ -182,10 +183,15 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         return any(_varies(item, n, place, batch, event_dim, depth - 1, look=look) for item in value)
     if isinstance(value, ExpandedDistribution):
         # The dimensions that it adds on the left are not those of what it repeats.
-        place -= len(value.batch_shape) - len(value.base_dist.batch_shape)
-        return place >= 0 and _varies(value.base_dist, n, place, batch, event_dim, depth - 1, look=look)
+        own = len(value.base_dist.batch_shape)
+        place -= len(value.batch_shape) - own
+        return place >= 0 and _varies(value.base_dist, n, place, own, event_dim, depth - 1, look=look)
     if isinstance(value, torch.distributions.Distribution):
-        inner, constraints = len(value.batch_shape), value.arg_constraints
+        # Nor are those that a part lacks, such as the one mixture that a NormalMixture repeats.
+        place -= max(batch - len(value.batch_shape), 0)
+        if place < 0:
+            return False
+        inner, constraints = len(value.batch_shape), _constraints(value)
         for name, part in vars(value).items():
             # Some families keep a parameter a second time, as it was before it was broadcast.
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
@@ -194,8 +200,9 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
                 return True
         return False
     if isinstance(value, torch.distributions.Transform):
-        # A transform keeps its last draw, which is as long as the data and says nothing about them.
-        parts = [part for name, part in vars(value).items() if not name.startswith("_cache")]
+        # A transform keeps its last draw, which is as long as the data and says nothing about them, and its inverse,
+        # which is made of the same parts.
+        parts = [part for name, part in vars(value).items() if not name.startswith(("_cache", "_inv"))]
         return any(_varies(part, n, place, batch, event_dim, depth - 1, look=look) for part in parts)
     return (
         not look
@@ -232,6 +239,14 @@ def _leave(msg: Any) -> None:
     raise NonlocalExit(msg)
 
 
+def _constraints(distribution: Any) -> Mapping[str, Any]:
+    """The constraint of each parameter, as far as a family names them."""
+    try:
+        return distribution.arg_constraints
+    except NotImplementedError:
+        return {}
+
+
 def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     stop = _StopAfter(run.model, set(run.latents), values)
     try:
@@ -246,6 +261,20 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
             "that samples the same sites in every run."
         )
     return {name: stop.nodes[name] for name in run.latents}
+
+
+def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:
+    """Raises ValueError if a mask is another one with the prior's draws: it depends on a latent."""
+    for name, node in nodes.items():
+        if run.latents[name].mask is None and node["mask"] is None:
+            continue
+        before, now = mask_of(run.model.nodes[name]), mask_of(node)
+        if before is None or now is None or not torch.equal(*torch.broadcast_tensors(before, now)):
+            raise ValueError(
+                f"The mask at latent site '{name}' depends on a latent: it is another one for prior draws than for "
+                "codes, which are compared under one mask. Write poutine.mask(mask=...) with a mask that is computed "
+                "from the data."
+            )
 
 
 def _log_prob_rows(site: Site, fn: Any, value: Tensor) -> Tensor:

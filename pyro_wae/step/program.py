@@ -20,7 +20,18 @@ from pyro_wae._core.distributions import family, layers
 from pyro_wae._core.sites import Site
 from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
 
-__all__ = ["Factor", "Program", "ReplaySubsamples", "Run", "is_random", "observed_nodes", "read", "run", "trace_pair"]
+__all__ = [
+    "Factor",
+    "Program",
+    "ReplaySubsamples",
+    "Run",
+    "is_random",
+    "mask_of",
+    "observed_nodes",
+    "read",
+    "run",
+    "trace_pair",
+]
 
 Program = Callable[..., Any]
 Node = Mapping[str, Any]
@@ -62,7 +73,7 @@ class Run:
         """Number of data in this run."""
         return next(iter(self.latents.values())).data
 
-    @property
+    @functools.cached_property
     def is_root(self) -> bool:
         """Whether the code is one site that no other random choice precedes."""
         first = next(name for name, node in self.model.nodes.items() if is_random(node))
@@ -218,7 +229,7 @@ def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
             f"Latent site '{name}' has a poutine.scale in the guide that it has not in the model. A penalty compares "
             "codes with prior draws at once and has one scale: write poutine.scale around both, or around the model."
         )
-    site = Site(name, fn, value, shape, data_dim, particle_dim, _mask(node, guide_node), scale)
+    site = Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node, guide_node), scale)
     if aligned != shape and not any(size not in (1, planned) for size, planned in zip(aligned, shape, strict=True)):
         raise ValueError(
             f"Latent site '{name}' has batch shape {batch} in the guide and {shape} in the model: several data or "
@@ -235,9 +246,21 @@ def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
 
 def _observed(name: str, node: Node, plate: str) -> Site:
     fn, value = node["fn"], node["value"]
+    shape, data_dim, particle_dim = layout(node, plate)
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"The data of observed site '{name}' are a sparse tensor ({value.layout}), and costs take dense ones. "
+            f"Write pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time."
+        )
+    if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
+        raise ValueError(
+            f"Observed site '{name}' has data of shape {tuple(value.shape)}, all of them one event: the whole batch "
+            f"would be the datum of each of {shape[data_dim]} data. Write .to_event({fn.event_dim - 1}), which leaves "
+            "the first dimension to the data plate."
+        )
     if value.shape != fn.shape():
         value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-    return Site(name, fn, value, *layout(node, plate), _mask(node), *_scales(node, plate))
+    return Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node), *_scales(node, plate))
 
 
 def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Node]]:
@@ -259,10 +282,13 @@ def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Nod
 
 def _raise_not_reparameterised(name: str, fn: Any) -> None:
     if getattr(getattr(fn, "support", None), "is_discrete", False):
+        relaxation = {
+            "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...)",
+            "Poisson": "a Delta on a continuous code, dist.Delta(rate)",
+        }.get(family(fn), "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical")
         raise ValueError(
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
-            "the encoder, and WAELoss does not enumerate. Write dist.OneHotCategoricalStraightThrough or "
-            "dist.RelaxedOneHotCategorical, or a Delta on a continuous code."
+            f"the encoder, and WAELoss does not enumerate. Write {relaxation}, or a Delta on a continuous code."
         )
     raise ValueError(
         f"Latent site '{name}' cannot be reparameterised in the guide ({family(fn)} has no rsample): no "
@@ -304,7 +330,7 @@ def _is_alike(scale: float | Tensor, guide_scale: float | Tensor) -> bool:
     return guide_scale in (1.0, scale) or abs(guide_scale - scale) <= 1e-9 * abs(scale)
 
 
-def _mask(*nodes: Node) -> Tensor | None:
+def mask_of(*nodes: Node) -> Tensor | None:
     """Where all masks of the nodes are true: a tensor that broadcasts to batch and event dimensions, or None."""
     total: Tensor | None = None
     for node in nodes:

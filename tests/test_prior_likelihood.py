@@ -1,0 +1,161 @@
+"""Learnable priors that are fitted by likelihood: their gradient, where it takes them, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import transforms
+from pyro.infer import SVI
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.penalties import MMD, PenaltyContext, PriorLikelihood
+from pyro_wae.priors import MixturePrior, VampPrior
+
+SEED = 3
+N = 200
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(SEED)
+
+
+class Nets(nn.Module):
+    """Linear nets around any prior of d numbers that a module gives."""
+
+    def __init__(self, prior, d=2):
+        super().__init__()
+        self.encoder, self.decoder, self.prior = nn.Linear(4, d), nn.Linear(d, 4), prior
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        if any(parameter.requires_grad for parameter in self.prior.parameters()):
+            pyro.module("prior", self.prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+
+
+class FlowPrior(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.d, self.coupling = d, transforms.affine_coupling(d, [8])
+
+    def forward(self):
+        return dist.TransformedDistribution(dist.Normal(torch.zeros(self.d), 1.0).to_event(1), [self.coupling])
+
+
+PRIORS = {
+    "mixture": lambda: MixturePrior(5, 2),
+    "full mixture": lambda: MixturePrior(5, 2, full_covariance=True),
+    "free mixture": lambda: MixturePrior(5, 2, standardized=False),
+    "vamp": lambda: VampPrior(nn.Linear(4, 2), torch.randn(5, 4)),
+    "flow": lambda: FlowPrior(2),
+}
+every_prior = pytest.mark.parametrize("make", PRIORS.values(), ids=PRIORS.keys())
+
+
+@every_prior
+def test_likelihood_gives_its_gradient_to_the_prior_and_none_to_the_codes(make):
+    nets, x = Nets(make()), torch.randn(N, 4)
+    loss = WAELoss(PriorLikelihood(), cost=lambda x, g: 0 * g.sum(-1), penalty_weight=3.0)
+    assert loss.loss_and_grads(nets.model, nets.guide, x) == 0
+    codes = nets.encoder(x).detach()
+    names, parameters = zip(*nets.prior.named_parameters(), strict=True)
+    expected = torch.autograd.grad(-3 * nets.prior().log_prob(codes).mean(), parameters)
+    for name, parameter, gradient in zip(names, parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert all(parameter.grad.abs().max() == 0 for parameter in nets.encoder.parameters())
+
+
+def test_likelihood_leaves_the_other_penalty_and_the_encoder_as_they_are():
+    gradients, values = [], []
+    for penalty in (MMD(), MMD() + PriorLikelihood()):
+        pyro.set_rng_seed(SEED)
+        nets = Nets(MixturePrior(5, 2))
+        loss = WAELoss(penalty)
+        values.append(loss.loss_and_grads(nets.model, nets.guide, torch.randn(N, 4)))
+        gradients.append(nets.encoder.weight.grad)
+    assert values[0] == pytest.approx(values[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_likelihood_of_a_hierarchical_prior_is_that_of_both_layers():
+    lower = nn.Linear(1, 1)
+    x = torch.randn(N, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(1), 1).to_event(1))
+            z2 = pyro.sample("z2", dist.Normal(lower(z1), 0.5).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([z1, z2], -1), 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Delta(x[:, :1]).to_event(1))
+            pyro.sample("z2", dist.Delta(x[:, 1:]).to_event(1))
+
+    WAELoss(PriorLikelihood(), penalty_weight=1.0).loss_and_grads(model, guide, x)
+    # d/d bias of E (z2 - w z1 - b)^2 / (2 * 0.25)
+    expected = -(x[:, 1:] - lower(x[:, :1]).detach()).mean() / 0.25
+    torch.testing.assert_close(lower.bias.grad, expected[None])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_likelihood_finds_weights_locations_and_scales_of_a_mixture(full):
+    """Codes of two heaps, 0.3 and 0.7, that no encoder moves: within four standard errors of 100 batches of 200."""
+    truth = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.3, 0.7])),
+        dist.Normal(torch.tensor([[-2.0, 1.0], [1.0, -1.0]]), torch.tensor([[0.3, 0.6], [0.8, 0.4]])).to_event(1),
+    )
+    prior = MixturePrior(2, 2, full_covariance=full, standardized=False)
+
+    def model(z):
+        pyro.module("prior", prior)
+        with pyro.plate("data", len(z)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", prior()), 1).to_event(1), obs=z)
+
+    def guide(z):
+        with pyro.plate("data", len(z)):
+            pyro.sample("z", dist.Delta(z).to_event(1))
+
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995}), loss=WAELoss(PriorLikelihood()))
+    for _ in range(600):
+        svi.step(truth.sample((N,)))
+    found = prior()
+    order = found.component_distribution.mean[:, 0].argsort()
+    torch.testing.assert_close(found.mixture_distribution.probs[order], torch.tensor([0.3, 0.7]), atol=0.03, rtol=0)
+    true = truth.component_distribution
+    torch.testing.assert_close(found.component_distribution.mean[order], true.mean, atol=0.1, rtol=0)
+    torch.testing.assert_close(found.component_distribution.stddev[order], true.stddev, atol=0.1, rtol=0)
+
+
+def test_likelihood_is_0_without_gradients():
+    assert WAELoss(PriorLikelihood()).loss(Nets(PRIORS["flow"]()).model, Nets(PRIORS["flow"]()).guide, torch.ones(5, 4))
+    with torch.no_grad():
+        assert PriorLikelihood()(torch.randn(5, 2)) == 0
+
+
+def test_likelihood_says_when_there_is_no_density_and_when_nothing_learns():
+    with pytest.raises(ValueError, match="needs the prior's log density, and there is none here"):
+        PriorLikelihood()(torch.randn(5, 2, requires_grad=True))
+    nets = Nets(MixturePrior(3, 2).requires_grad_(False))
+    with pytest.warns(UserWarning, match="finds nothing to learn in the prior"):
+        WAELoss(MMD() + PriorLikelihood())(nets.model, nets.guide)(torch.randn(9, 4))
+
+
+def test_likelihood_that_is_not_finite_is_reported():
+    context = PenaltyContext(prior_log_prob=lambda z: torch.full(z.shape[:2], -math.inf, requires_grad=True))
+    assert PriorLikelihood()(torch.randn(5, 2), context=context).isnan()
