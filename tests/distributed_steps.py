@@ -230,7 +230,9 @@ class Directions:
     def __enter__(self):
         self.usual = usual = torch.Tensor.normal_
 
-        def normal_(tensor, *args):
+        def normal_(tensor, *args, **kwargs):
+            if kwargs:  # from a generator of its own, alike everywhere
+                return usual(tensor, *args, **kwargs)
             value = usual(tensor, *args) if self.given is None else tensor.copy_(self.given[len(self.drawn)])
             self.drawn.append(value.clone())
             return value

@@ -135,7 +135,7 @@ def test_unit_mean_refuses_what_has_no_positive_mean():
         UnitMean(SameLabel())(torch.zeros(2, 1), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="found -"):
         UnitMean(Energy()).fit(rows(5, 1))
-    with pytest.raises(ValueError, match="constant >= 0, found -1"):
+    with pytest.raises(ValueError, match="constant must be a finite number >= 0, found -1"):
         UnitMean(SameLabel(), constant=-1)
 
 

@@ -161,7 +161,8 @@ def test_the_default_is_mmd_of_pairs():
 @pytest.mark.parametrize("argument", ["order", "step_size", "runs"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_a_count_that_is_none_is_refused(argument, value):
-    with pytest.raises(ValueError, match=f"{argument} must be a whole number >= 1, found {value!r}"):
+    error = ValueError if type(value) is int else TypeError
+    with pytest.raises(error, match=f"{argument} must be a whole number >= 1, found {value!r}"):
         Chain(MMD(), **{argument: value})
 
 
@@ -351,7 +352,7 @@ def test_svi_finds_a_discriminator_at_the_first_step():
     svi = SVI(steps.model, steps.guide, pyro.optim.Adam({"lr": 0.1}), loss=WAELoss({"z_*": Chain(penalty)}))
     svi.step(rows(12, 1).float())
     names = list(pyro.get_param_store())
-    assert len(names) == 10
+    assert len(names) == 8
     before = penalty.discriminator[0].weight.detach().clone()
     assert before.shape[1] == 2 * D
     svi.step(rows(12, 5).float())

@@ -47,6 +47,11 @@ def mmd_by_hand(codes, prior):
     return within - 2 * kernel_by_hand(codes, prior, length).mean()
 
 
+def of_draws():
+    """The penalty that mmd_by_hand computes."""
+    return MMD(InverseMultiquadratic.multiscale(), closed_form=False)
+
+
 class AutoEncoder(nn.Module):
     """Encoder and decoder in float64; the guide is a Normal, or a Delta for a deterministic encoder."""
 
@@ -113,7 +118,7 @@ def by_hand(net):
 
 def test_loss_and_grads_equals_the_step_by_hand(net, by_hand):
     pyro.set_rng_seed(1)
-    loss = WAELoss(MMD(InverseMultiquadratic.multiscale(), closed_form=False), penalty_weight=WEIGHT)
+    loss = WAELoss(of_draws(), penalty_weight=WEIGHT)
     value = loss.loss_and_grads(net.model, net.guide, data())
     assert isinstance(value, float)
     assert value == pytest.approx(by_hand[2], abs=1e-10)
@@ -124,9 +129,7 @@ def test_loss_and_grads_equals_the_step_by_hand(net, by_hand):
 
 def test_differentiable_loss_equals_the_step_by_hand(net, by_hand):
     pyro.set_rng_seed(1)
-    value = WAELoss(
-        MMD(InverseMultiquadratic.multiscale(), closed_form=False), penalty_weight=WEIGHT
-    ).differentiable_loss(net.model, net.guide, data())
+    value = WAELoss(of_draws(), penalty_weight=WEIGHT).differentiable_loss(net.model, net.guide, data())
     assert value.shape == ()
     assert value.item() == pytest.approx(by_hand[2], abs=1e-10)
     value.backward()
@@ -135,9 +138,7 @@ def test_differentiable_loss_equals_the_step_by_hand(net, by_hand):
 
 def test_module_route_trains_as_the_step_by_hand(net):
     other = copy.deepcopy(net)
-    loss_fn = WAELoss(MMD(InverseMultiquadratic.multiscale(), closed_form=False), penalty_weight=WEIGHT)(
-        net.model, net.guide
-    )
+    loss_fn = WAELoss(of_draws(), penalty_weight=WEIGHT)(net.model, net.guide)
     optimiser = torch.optim.Adam(loss_fn.parameters(), lr=0.1)
     pyro.set_rng_seed(1)
     loss_fn(data()).backward()
@@ -156,7 +157,7 @@ def test_svi_trains_as_the_step_by_hand(net):
         net.model,
         net.guide,
         Adam({"lr": 0.1}),
-        loss=WAELoss(MMD(InverseMultiquadratic.multiscale(), closed_form=False), penalty_weight=WEIGHT),
+        loss=WAELoss(of_draws(), penalty_weight=WEIGHT),
     )
     pyro.set_rng_seed(1)
     value = svi.step(data())
@@ -206,7 +207,7 @@ def test_evaluate_loss_is_the_loss_without_gradients(net, by_hand):
         net.model,
         net.guide,
         Adam({}),
-        loss=WAELoss(MMD(InverseMultiquadratic.multiscale(), closed_form=False), penalty_weight=WEIGHT),
+        loss=WAELoss(of_draws(), penalty_weight=WEIGHT),
     )
     pyro.set_rng_seed(1)
     assert svi.evaluate_loss(data()) == pytest.approx(by_hand[2], abs=1e-10)
@@ -219,7 +220,7 @@ def test_a_number_of_prior_draws_per_code(net):
     loc, scale = net.encoder(x).chunk(2, -1)
     z = loc + scale.exp() * torch.randn(N, D, dtype=x.dtype) if net.stochastic else loc
     prior = torch.cat([torch.randn(N, D, dtype=x.dtype) for _ in range(3)])
-    loss = WAELoss(MMD(InverseMultiquadratic.multiscale(), closed_form=False), penalty_weight=WEIGHT, prior_draws=3)
+    loss = WAELoss(of_draws(), penalty_weight=WEIGHT, prior_draws=3)
     pyro.set_rng_seed(2)
     loss.loss(net.model, net.guide, x)
     assert loss.terms.penalty.item() == pytest.approx(mmd_by_hand(z, prior).item(), abs=1e-10)

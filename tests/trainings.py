@@ -68,7 +68,7 @@ class ByPyro:
         return value
 
     def values(self):
-        modules = [("net", self.net), *self.loss.modules()]
+        modules = [("net", self.net), *self.loss.named_children()]
         states = {f"{name}.{key}": value for name, module in modules for key, value in module.state_dict().items()}
         return states | dict(pyro.get_param_store().items())
 

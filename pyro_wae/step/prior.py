@@ -193,6 +193,8 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
             return False
         inner, constraints = len(value.batch_shape), _constraints(value)
         for name, part in vars(value).items():
+            if look and name == "_mask":
+                continue  # which data count is no parameter
             # Some families keep a parameter a second time, as it was before it was broadcast.
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
             own = len(value.event_shape) if known is None else known.event_dim
