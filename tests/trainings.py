@@ -159,8 +159,8 @@ OPTIMS = {
 
 
 FORMER_LOSSES = {
-    "svi": WAELoss,
-    "torch": WAELoss,
+    "svi": lambda: WAELoss(MMD(InverseMultiquadratic.multiscale())),
+    "torch": lambda: WAELoss(MMD(InverseMultiquadratic.multiscale())),
     "svi gan": lambda: WAELoss(JensenShannon(nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 1)))),
     "torch sum": lambda: WAELoss(0.5 * MMD(InverseMultiquadratic()) + MMD(InverseMultiquadratic.multiscale())),
 }
