@@ -23,6 +23,9 @@ PAGE = SCRIPT.parents[1] / "docs" / "distributed.md"
 SIZES = {"2": [9, 5], "4": [5, 1, 4, 4]}
 EVERYTHING = slice(0, steps.N)
 
+# A prior that differs between ranks is meant here.
+pytestmark = pytest.mark.filterwarnings("ignore:The prior of latent site")
+
 
 @pytest.fixture(scope="module", params=["2", pytest.param("4", marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
@@ -174,7 +177,7 @@ def test_average_of_gradients_that_all_some_or_no_ranks_have(ranks):
     ("what", "kind", "says"),
     [
         ("one seed", "ValueError", "Ranks 0 and 1 have the same random state"),
-        ("options", "ValueError", "1 prior draws of each, without gradients. Rank "),
+        ("options", "ValueError", "1 prior draws of each datum, without gradients. Rank "),
         ("sizes", "ValueError", "size that differs between ranks: 100, 101"),
         ("density", "ValueError", "known only for the data of this rank"),
         ("nets", "ValueError", "(7) are not those of rank 0 (6)"),

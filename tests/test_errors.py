@@ -195,12 +195,12 @@ def discrete_guide(x):
 
 
 def test_a_discrete_latent(validation):
-    with raises(ValueError, "'z' is discrete in the guide (Bernoulli)", "dist.OneHotCategoricalStraightThrough"):
+    with raises(ValueError, "'z' is discrete in the guide (Bernoulli)", "dist.RelaxedBernoulliStraightThrough"):
         step(discrete, discrete_guide)
 
 
 def test_a_latent_that_the_guide_enumerates(validation):
-    with raises(ValueError, "'z' is discrete in the guide", "does not enumerate", "RelaxedOneHotCategorical"):
+    with raises(ValueError, "'z' is discrete in the guide", "does not enumerate", "RelaxedBernoulliStraightThrough"):
         step(discrete, config_enumerate(discrete_guide))
 
 
