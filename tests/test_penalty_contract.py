@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Gaussian, Laplace, RationalQuadratic
+from pyro_wae.kernels import Gaussian, Laplace, MultiScale, RationalQuadratic
 from pyro_wae.penalties import (
     MMD,
     Chain,
