@@ -513,7 +513,7 @@ PROGRAMS = {
     ),
     "enumerated in the guide": Program(
         lambda: enumerated(False),
-        error=("'z' is discrete in the guide", "does not enumerate", "RelaxedOneHotCategorical"),
+        error=("'z' is discrete in the guide", "does not enumerate", "RelaxedBernoulliStraightThrough"),
     ),
     "enumerated in the model": Program(
         lambda: enumerated(True), error=("'k' of the model is to be enumerated", "dist.MixtureSameFamily")
