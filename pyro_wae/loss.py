@@ -159,6 +159,7 @@ class WAELoss(CallRepr, ELBO):
         self.process_group = process_group
         self.reduction = checks.choice("reduction", reduction, ("mean", "sum"))
         self._runner = make_runner(self.micro_batch, process_group)
+        self._latents: set[str] = set()
         self._hints = Hints(has_state=isinstance(self.penalty_weight, Constraint))
         self.terms = None
 
@@ -265,7 +266,8 @@ class WAELoss(CallRepr, ELBO):
         """One step, with its loss. With `register`, Pyro learns of the parameters of penalties and costs."""
         step = self._runner.observe(observer, args, kwargs)
         self.max_plate_nesting = observer.max_plate_nesting
-        prepare(self.penalty, step)
+        prepare(self.penalty, step, self._latents)
+        self._latents |= step.columns.keys()
         self._runner.share(self.named_children())
         if register:
             self._register()

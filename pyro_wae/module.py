@@ -58,7 +58,7 @@ class WAEModule(ELBOModule):
         nn.Module.__init__(self)
         self.elbo = loss
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._is_checked = False
+        self._finds_all = True
         for role, program in (("model", model), ("guide", guide)):
             if not callable(program):
                 raise TypeError(f"The {role} must be a module or a function, found {program!r}.")
@@ -69,7 +69,9 @@ class WAEModule(ELBOModule):
             if isinstance(bound, nn.Module):
                 self.add_module(f"{role}_owner", bound)
                 continue
-            for number, owner in enumerate(owners(program)):
+            found = owners(program)
+            self._finds_all &= bool(found)
+            for number, owner in enumerate(found):
                 self.add_module(f"{role}_owner" + (f"_{number}" if number else ""), owner)
         for name, module in loss.named_children():
             self.add_module(name, module)
@@ -83,12 +85,13 @@ class WAEModule(ELBOModule):
         """The differentiable loss on a batch.
 
         Warns:
-            UserWarning: Once, if the loss depends on parameters that are not among those of this module.
+            UserWarning: Once, if no module was found in model or guide, and the loss depends on parameters that are not
+                among those of this module.
         """
         self._last_call = args, kwargs
         loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        if not self._is_checked and loss.requires_grad:
-            self._is_checked = True
+        if not self._finds_all and loss.requires_grad:
+            self._finds_all = True
             self._check_parameters(loss, (args, kwargs))
         return loss
 

@@ -1,5 +1,8 @@
 """Every public name beside the step takes a bad argument for what it is: the error names it and says what to write."""
 
+import math
+
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -37,7 +40,26 @@ def test_of(call, **bad):
 
 test_of.__test__ = False
 
+
+def coded(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+
+def encoded(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(x).to_event(1))
+
+
 CALLS = {
+    "fit": test_of(
+        lambda **bad: priors.fit(coded, encoded, ROWS, **{"prior": MixturePrior(2, 3), **bad}),
+        prior=[3, "mixture"],
+        steps=NO_COUNT,
+        batch_size=NO_COUNT,
+        learning_rate=[0.0, -1.0, "fast", math.nan],
+    ),
     "two_sample_test": test_of(
         lambda **bad: two_sample_test(**{"codes": ROWS, "prior": ROWS, **bad}),
         codes=NO_ROWS,

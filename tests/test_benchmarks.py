@@ -364,7 +364,7 @@ def test_only_the_discriminator_has_its_own_settings(bench):
     training.step(torch.rand(20, 1, 28, 28))
     betas = {parameter: s.optimizer.param_groups[0]["betas"] for parameter, s in training.optimizer.optim_objs.items()}
     discriminator = set(training.loss.penalty.discriminator.parameters())
-    assert len(discriminator) == 10
+    assert len(discriminator) == 8
     for parameter, found in betas.items():
         assert found == ((0.5, 0.99) if parameter in discriminator else (0.9, 0.999))
     assert discriminator < set(betas)

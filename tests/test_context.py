@@ -25,6 +25,9 @@ PARTICLES = [
 ]
 every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
+# What a conditional prior is compared with is the subject of another file.
+pytestmark = pytest.mark.filterwarnings("ignore:The prior of latent site")
+
 
 class Contexts(Penalty):
     """A penalty that keeps what it is given."""

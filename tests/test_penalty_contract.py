@@ -381,7 +381,7 @@ def test_fit_reaches_every_part_that_has_a_length():
 
 def test_sites_reach_a_chain_within_a_sum():
     penalty = 0.5 * (MMD() + Chain(JensenShannon()))
-    penalty.prepare(torch.zeros(1, 4, 6), {"z1": slice(0, 2), "z2": slice(2, 4), "z3": slice(4, 6)})
+    penalty.prepare_sites(torch.zeros(1, 4, 6), {"z1": slice(0, 2), "z2": slice(2, 4), "z3": slice(4, 6)})
     (first, *_) = penalty.parameters()
     assert first.shape == (256, 4)
 

@@ -281,6 +281,7 @@ class Contexts(Penalty):
         (lambda: Flow()(torch.randn(N, 1)), True),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The prior of latent site")
 def test_a_root_prior_shares_data_with_the_codes_only_if_it_may_depend_on_them(prior, varies):
     fixed = prior()
     net, penalty, x = Plain(fixed.event_shape[0]), Contexts(), torch.randn(N, 4)
@@ -346,7 +347,7 @@ def test_a_learnable_mixture_weight_warns_that_its_gradient_is_lost(vectorize):
     net, x = Plain(2), torch.randn(32, 4)
     drawn = MMD(closed_form=False)
     loss = WAELoss(drawn, num_particles=2, vectorize_particles=vectorize)(net.model, net.guide)
-    with pytest.warns(UserWarning, match=r"prior at site 'z' \(MixtureSameFamily\) has parameters to learn"):
+    with pytest.warns(UserWarning, match=r"prior at site 'z' \(MixtureSameFamily\) has learnable parameters"):
         value = loss(x, prior)
     value.backward()
     assert logits.grad is None

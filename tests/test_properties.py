@@ -160,7 +160,7 @@ class Fitted(FittedBuffers):
 @given(
     value=st.floats(-1e6, 1e6),
     shape=st.lists(st.integers(1, 3), max_size=3),
-    dtype=st.sampled_from(["float32", "float64"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_a_fitted_buffer_keeps_its_digits_and_shape_through_a_state(value, shape, dtype):
     first, second = Fitted(), Fitted()

@@ -68,7 +68,7 @@ class ByPyro:
         return value
 
     def values(self):
-        modules = [("net", self.net), *self.loss.modules()]
+        modules = [("net", self.net), *self.loss.named_children()]
         states = {f"{name}.{key}": value for name, module in modules for key, value in module.state_dict().items()}
         return states | dict(pyro.get_param_store().items())
 
@@ -159,8 +159,8 @@ OPTIMS = {
 
 
 FORMER_LOSSES = {
-    "svi": WAELoss,
-    "torch": WAELoss,
+    "svi": lambda: WAELoss(MMD(InverseMultiquadratic.multiscale())),
+    "torch": lambda: WAELoss(MMD(InverseMultiquadratic.multiscale())),
     "svi gan": lambda: WAELoss(JensenShannon(nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 1)))),
     "torch sum": lambda: WAELoss(0.5 * MMD(InverseMultiquadratic()) + MMD(InverseMultiquadratic.multiscale())),
 }

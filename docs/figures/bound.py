@@ -17,8 +17,8 @@ from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD
 
 TABLE = Path(__file__).parents[1] / "_generated" / "bound.md"
-WEIGHTS = (1.0, 10.0, 100.0, 1000.0)
-STEPS, BATCH, JUDGED = 1500, 512, 2000
+WEIGHTS = (1e1, 1e2, 1e3, 1e4, 1e5)
+STEPS, BATCH, JUDGED = 1200, 256, 2000
 
 
 def data(n: int) -> Tensor:

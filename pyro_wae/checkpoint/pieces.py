@@ -34,7 +34,7 @@ from pyro_wae.penalties import Penalty
 
 __all__ = ["ModulePiece", "Piece", "pieces_of"]
 
-LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group", "compile")
+LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group", "compile", "others")
 """Arguments of a loss that change how and where it is computed, and not what it is."""
 
 ARGUMENTS = "arguments of "

@@ -118,6 +118,13 @@ class MMD(Penalty):
 
     def _conditional(self, codes: Tensor, prior: Tensor, context: PenaltyContext, condition: Tensor) -> Tensor:
         """The same of the rows [z, y], with the product of the two kernels."""
+        # Looking at the labels on an accelerator would wait for it.
+        is_read = condition.device.type == "cpu" and not condition.is_floating_point()
+        if is_read and self.condition_kernel is None and len(condition.unique()) == len(condition) > 1:
+            raise ValueError(
+                f"The condition has {len(condition)} labels, and each occurs once: no two codes can be compared. Take "
+                "larger batches with fewer labels, or give numbers that have a distance: y.float()."
+            )
         condition_kernel = self.condition_kernel or self.condition_defaults.of(condition)
         kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
         columns = label_columns(condition)

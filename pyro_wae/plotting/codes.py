@@ -54,6 +54,7 @@ def codes_and_prior(
         ImportError: If matplotlib is not installed.
 
     Example:
+        >>> import torch
         >>> figure = codes_and_prior(torch.randn(500, 8), torch.randn(500, 8))
     """
     points, draws = _as_pair(codes, prior, least=2)
@@ -94,6 +95,7 @@ def quantiles(codes: Rows, prior: Rows, *, names: Sequence[str] | None = None, t
         ImportError: If matplotlib is not installed.
 
     Example:
+        >>> import torch
         >>> figure = quantiles(1.2 * torch.randn(500, 8), torch.randn(500, 8))
     """
     points, draws = _as_pair(codes, prior, least=1)

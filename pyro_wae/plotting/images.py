@@ -38,6 +38,7 @@ def image_grid(images: Rows, *, columns: int | None = None, title: str | None = 
         ImportError: If matplotlib is not installed.
 
     Example:
+        >>> import torch
         >>> figure = image_grid(torch.rand(12, 1, 28, 28), columns=4)
     """
     pictures = as_images(images, "images")
@@ -69,6 +70,7 @@ def reconstructions(
         ImportError: If matplotlib is not installed.
 
     Example:
+        >>> import torch
         >>> figure = reconstructions(torch.rand(20, 1, 28, 28), torch.rand(20, 1, 28, 28))
     """
     above, below = as_images(inputs, "inputs"), as_images(outputs, "outputs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -72,16 +72,21 @@ def compared(option: PenaltyOption, step: Step) -> Step:
     return step.part([site for key, own in option.items() if own is not None for site in _sites(key, step.columns)])
 
 
-def prepare(option: PenaltyOption, step: Step) -> None:
+def prepare(option: PenaltyOption, step: Step, seen: Collection[str] = ()) -> None:
     """Lets penalties make what depends on the size of a code.
+
+    Args:
+        option: The penalties.
+        step: The step.
+        seen: Sites that were latent in an earlier step. They may be observed in this one, as the labels of
+            semi-supervised data.
 
     Raises:
         ValueError: If a dict names a site that is no latent, or misses one.
     """
     if isinstance(option, dict):
         names = {name: None for key in option for name in _sites(key, step.columns)}
-        # A site may be latent in one batch and observed in the next, as the label of semi-supervised data.
-        names = {name: None for name in names if name not in step.first.observed}
+        names = {name: None for name in names if not (name in seen and name in step.first.observed)}
         check_names("penalty", names, list(step.columns), "latent", "MMD()")
     for _, _, own, penalty in _parts(option, step):
         penalty.prepare_sites(beside(own.codes, own.condition), own.columns)

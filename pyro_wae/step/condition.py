@@ -132,12 +132,6 @@ def with_condition(
             "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
         )
     values = step.left(step.condition.to(step.codes.device), 0)
-    # Looking at the labels on an accelerator would wait for it.
-    if not values.is_floating_point() and values.device.type == "cpu" and len(values.unique()) == len(values) > 1:
-        raise ValueError(
-            f"condition='{name}' has {len(values)} labels in this batch, and each occurs once: no two codes can be "
-            f"compared. Take larger batches with fewer labels, or give numbers that have a distance: {name}.float()."
-        )
     scale = None
     if draws is not None and values.is_floating_point() and any(map(_reads_columns, penalty.modules())):
         scale = condition.fit(entry, values, draws)

@@ -125,6 +125,8 @@ class Observer:
 
     def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
         """Reads one run; what is the same for all particles is taken from the first."""
+        # Before anything is drawn: a family may then keep derived parameters, which look as if they varied.
+        varies = prior_varies(found) if first is None else first.prior_varies
         codes, columns, kept = _codes(found)
         draws = [draw_prior(found) for _ in range(self.prior_draws)]
         condition, is_masked = (first and (first.condition, first.condition_is_masked)) or (None, False)
@@ -149,7 +151,7 @@ class Observer:
             condition_name=self.condition,
             condition_is_masked=is_masked,
             data_size=found.data_size,
-            prior_varies=prior_varies(found) if first is None else first.prior_varies,
+            prior_varies=varies,
         )
 
     def _cost(self, name: str) -> Cost | None:

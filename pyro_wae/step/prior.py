@@ -198,6 +198,8 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
             # Some families keep a parameter a second time, as it was before it was broadcast.
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
             own = len(value.event_shape) if known is None else known.event_dim
+            if known is None and isinstance(part, Tensor) and part.shape[:inner] == value.batch_shape:
+                own = part.ndim - inner
             if _varies(part, n, place, inner, own, depth - 1, look=look):
                 return True
         return False
@@ -268,9 +270,9 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
 def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:
     """Raises ValueError if a mask is another one with the prior's draws: it depends on a latent."""
     for name, node in nodes.items():
-        if run.latents[name].mask is None and node["mask"] is None:
-            continue
         before, now = mask_of(run.model.nodes[name]), mask_of(node)
+        if before is None and now is None:
+            continue
         if before is None or now is None or not torch.equal(*torch.broadcast_tensors(before, now)):
             raise ValueError(
                 f"The mask at latent site '{name}' depends on a latent: it is another one for prior draws than for "
