@@ -302,7 +302,7 @@ class WAELoss(CallRepr, ELBO):
         if type(self.penalty_weight).observe is Weight.observe:
             return  # a constant looks at nothing
         codes, draws = compared(self.penalty, step).rows()
-        cost = step.terms().cost
+        cost = step.terms().cost / step.common_scale()  # of the balance, as when the loss was added up
         self.penalty_weight.observe(cost, codes.detach(), None if draws is None else draws.detach())
 
     def _default_weight(self) -> Weight:

@@ -498,20 +498,6 @@ def test_two_observed_sites_share_the_count_of_data_with_anything_observed():
     assert terms["cost/b"] == pytest.approx(2 * 4 / 3, rel=1e-5)
 
 
-def test_a_site_masked_out_wholly_is_no_code():
-    x = torch.randn(6)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-            with poutine.mask(mask=False):
-                pyro.sample("b", dist.Normal(0.0, 1))
-            pyro.sample("x", dist.Normal(a, 1), obs=x)
-
-    codes, _, _ = rows(model, two_codes, x)
-    torch.testing.assert_close(codes, x[:, None])
-
-
 # Ragged sequences
 
 LENGTHS = [4, 2, 3, 1, 4]
@@ -613,29 +599,6 @@ def test_ragged_codes_that_match_the_prior_have_no_penalty(particles):
 # Sites that are neither codes nor costs
 
 
-def test_deterministic_and_auxiliary_sites_are_neither_codes_nor_costs():
-    x = torch.randn(6)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-            pyro.deterministic("d", 1e6 * a)
-            pyro.sample("x", dist.Normal(a, 1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            u = pyro.sample("u", dist.Normal(1e6, 1), infer={"is_auxiliary": True})
-            pyro.sample("a", delta(x + 1 + 0 * u))
-            pyro.deterministic("e", 1e6 * u)
-
-    with pytest.warns(UserWarning, match="'e'"):  # Pyro: an unmarked site of the guide
-        codes, prior, terms = rows(model, guide, x)
-    torch.testing.assert_close(codes, x[:, None] + 1)
-    assert prior.abs().max() < 10
-    assert set(terms) == {"cost", "cost/x", "penalty", "weight"}
-    assert terms["cost"] == pytest.approx(1)
-
-
 def test_an_auxiliary_site_of_a_discrete_guide_is_no_error():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -649,35 +612,6 @@ def test_an_auxiliary_site_of_a_discrete_guide_is_no_error():
 
     codes, _, _ = rows(model, guide, torch.zeros(50))
     assert set(codes.flatten().tolist()) == {0, 1}
-
-
-def test_conditioning_observes_a_site():
-    x = torch.randn(6)
-
-    def generate(n):
-        with pyro.plate("data", n):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-            b = pyro.sample("b", dist.Normal(a, 1))
-            pyro.sample("x", dist.Normal(a + b, 1))
-
-    def guide(n):
-        with pyro.plate("data", n):
-            pyro.sample("a", delta(x))
-            pyro.sample("b", delta(torch.ones(6)))
-
-    codes, _, terms = rows(poutine.condition(generate, data={"x": x}), guide, 6)
-    torch.testing.assert_close(codes, torch.stack([x, torch.ones(6)], 1))
-    assert set(terms) == {"cost", "cost/x", "penalty", "weight"}
-    assert terms["cost"] == pytest.approx(1)
-
-    def guide_of_a(n):
-        with pyro.plate("data", n):
-            pyro.sample("a", delta(x))
-
-    model = poutine.condition(generate, data={"x": x, "b": x + 2})
-    codes, _, terms = rows(model, guide_of_a, 6)
-    torch.testing.assert_close(codes, x[:, None])
-    assert terms["cost/b"] == pytest.approx(4, rel=1e-5)
 
 
 def test_obs_mask_imputes_a_site_that_is_no_code():
@@ -701,21 +635,6 @@ def test_obs_mask_imputes_a_site_that_is_no_code():
     loss = WAELoss(Capture(), cost={"x": AbsoluteError()})
     loss.loss(model, guide, x)
     assert loss.terms.costs["x"].item() == pytest.approx(1, rel=1e-5)
-
-
-def test_obs_mask_needs_no_guide_for_what_it_imputes():
-    x, seen = torch.randn(6), torch.tensor([1, 1, 0, 1, 0, 1]).bool()
-
-    def model(x):
-        with pyro.plate("data", 6):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-            b = pyro.sample("b", dist.Normal(a, 1))
-            pyro.sample("x", dist.Normal(b, 1), obs=x, obs_mask=seen)
-
-    with pytest.warns(UserWarning, match="x_unobserved"):
-        codes, prior, terms = rows(model, two_codes, x)
-    assert codes.shape == prior.shape == (6, 2)
-    assert terms["cost"] == pytest.approx(1, rel=1e-5)
 
 
 # Options by site

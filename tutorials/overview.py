@@ -19,7 +19,7 @@ INK = "#333333"
 
 
 def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, prior: Tensor, labels: Tensor) -> Figure:
-    """Draws the parts of a Wasserstein auto-encoder: encoder and decoder, prior samples below, and what the loss compares.
+    """Draws the parts of a Wasserstein auto-encoder, and what its loss compares.
 
     Codes and prior samples are shown in the plane that separates the classes best.
 

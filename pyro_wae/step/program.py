@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor
 
-from pyro_wae._core.distributions import family, layers
+from pyro_wae._core.distributions import family, innermost, layers
 from pyro_wae._core.sites import Site
 from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
 
@@ -188,7 +188,7 @@ def observed_nodes(model_trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node):
             continue
-        is_computed = node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary")
+        is_computed = node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary") or _is_itself(node)
         # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
         if not is_computed and not _is_masked_out(node):
             yield _user_name(name, model_trace), node
@@ -212,6 +212,16 @@ def _check_guide(guide_trace: Any) -> None:
                 f"pyro.factor('{name}', -distribution.log_prob(value), has_rsample=False), which adds the negative log "
                 "likelihood to the loss (with a plus sign, what Trace_ELBO adds), or sample the site without obs=."
             )
+
+
+def _is_itself(node: Node) -> bool:
+    """Whether a site is observed at what its distribution is a point at, as one that a reparametrisation computed."""
+    fn, value = innermost(node["fn"]), node["value"]
+    if not isinstance(fn, dist.Delta) or fn.v.shape != value.shape:
+        return False
+    # A plate may have expanded the distribution, whose point is then a view. Values are not compared, which would wait.
+    base, other = (tensor if tensor._base is None else tensor._base for tensor in (fn.v, value))
+    return base is other and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
 
 
 def _is_masked_out(node: Node) -> bool:

@@ -137,7 +137,7 @@ class Step:
         means = self._mean_costs()
         cost = total(means.values())
         # A scale of the whole model is one of the whole loss, and none of the balance between cost and penalty.
-        scale = self._common_scale()
+        scale = self.common_scale()
         factor = weight(cost.detach() / scale)
         loss = cost + factor * total(penalties.values()).to(cost.device)
         if not per_datum:
@@ -166,7 +166,7 @@ class Step:
         whole = self.data_size or self.data
         return whole if self.seen is None else self.seen.float().mean() * whole
 
-    def _common_scale(self) -> float | Tensor:
+    def common_scale(self) -> float | Tensor:
         """The ``poutine.scale`` that all latent and observed sites have, 1 where they have different ones."""
         scales = [site.scale for run in self.runs[0] for site in (*run.latents.values(), *run.observed.values())]
         if not any(isinstance(scale, Tensor) for scale in scales):
