@@ -51,7 +51,6 @@ def as_found(monkeypatch):
     pyro.clear_param_store()
 
 
-@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 # Pages that train nets for more than a few seconds.
 LONG = {"evaluation.md", "hyperparameters.md", "missing.md"}
 RUNNING = [
@@ -61,6 +60,7 @@ RUNNING = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 @pytest.mark.parametrize("page", RUNNING)
 def test_code_of_page_runs_and_prints_what_the_page_shows(page, as_found, capsys):
     pyro.clear_param_store()
