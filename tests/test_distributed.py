@@ -55,6 +55,7 @@ def assert_same(found, expected, exact):
 # One process with all data
 
 
+@pytest.mark.filterwarnings("ignore:The prior of latent site 'z' differs between data")
 @pytest.mark.parametrize("name", steps.CASES)
 def test_the_gradient_averaged_by_ddp_is_that_of_one_process_with_all_data(name, ranks):
     case, found = steps.CASES[name], [rank["cases"][name] for rank in ranks]
@@ -174,7 +175,7 @@ def test_average_of_gradients_that_all_some_or_no_ranks_have(ranks):
     ("what", "kind", "says"),
     [
         ("one seed", "ValueError", "Ranks 0 and 1 have the same random state"),
-        ("options", "ValueError", "1 prior draws of each, without gradients. Rank "),
+        ("options", "ValueError", "1 prior draws of each datum, without gradients. Rank "),
         ("sizes", "ValueError", "size that differs between ranks: 100, 101"),
         ("density", "ValueError", "known only for the data of this rank"),
         ("nets", "ValueError", "(7) are not those of rank 0 (6)"),
