@@ -58,6 +58,7 @@ def assert_same(found, expected, exact):
 # One process with all data
 
 
+@pytest.mark.filterwarnings("ignore:The prior of latent site 'z' differs between data")
 @pytest.mark.parametrize("name", steps.CASES)
 def test_the_gradient_averaged_by_ddp_is_that_of_one_process_with_all_data(name, ranks):
     case, found = steps.CASES[name], [rank["cases"][name] for rank in ranks]

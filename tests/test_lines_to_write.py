@@ -1,0 +1,388 @@
+"""Every error message that shows code: the line that it says to write, applied to the program, runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import PROGRAMS, N, all_data, around, data, delta, encoded, normal, pair, run
+from pyro import poutine
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import MMD, LogVarianceL1
+from pyro_wae.predict import decode, reconstruct, sample
+
+PACKAGE = Path(__file__).parents[1] / "pyro_wae"
+FILES = [*sorted((PACKAGE / "step").glob("*.py")), *(PACKAGE / f"{name}.py" for name in ("loss", "costs", "predict"))]
+X, INDEX, SEEN = data()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Found ", "ignore:pyro.factor", "ignore:z\nIf you want", "ignore:The prior"
+)
+
+
+def go(programs=None, **options):
+    """Runs a step of model and guide."""
+    return lambda: WAELoss(**{"penalty": MMD(Gaussian(1.0)), "penalty_weight": 1.0, **options}).loss_and_grads(
+        *(pair() if programs is None else programs), X, INDEX, SEEN
+    )
+
+
+def of_table(name):
+    """A program of programs.py, with the error that it raises."""
+
+    def broken():
+        found = run(PROGRAMS[name])
+        raise ValueError(found["error"])
+
+    return broken
+
+
+def with_(line, guide=None):
+    """A model with a line more in the data plate."""
+
+    def model(x, index, seen):
+        with all_data(x, index):
+            z = pyro.sample("z", normal(x))
+            more = line(x, z, seen)
+            pyro.sample("x", around(z if more is None else z + more), obs=x)
+
+    return model, pair()[1] if guide is None else guide
+
+
+def guide_with(line):
+    def guide(x, index, seen):
+        with all_data(x, index):
+            line(encoded(x), seen)
+            pyro.sample("z", delta(encoded(x)))
+
+    return guide
+
+
+def plates(*, model="data", guide="data"):
+    """A program whose latent site is in a plate or in none, like its data."""
+
+    def place(name, x):
+        return pyro.plate(name, len(x)) if name else nullcontext()
+
+    def its_model(x, index, seen):
+        with place(model, x):
+            z = pyro.sample("z", normal(x) if model else normal(x).expand([len(x)]))
+            pyro.sample("x", around(z), obs=x)
+
+    def its_guide(x, index, seen):
+        with place(guide, x):
+            pyro.sample("z", delta(encoded(x)))
+
+    return its_model, its_guide
+
+
+def observing(value_of):
+    """A program that observes what a function makes of the data."""
+
+    def model(x, index, seen):
+        with all_data(x, index):
+            pyro.sample("x", around(pyro.sample("z", normal(x))), obs=value_of(x))
+
+    return model, pair()[1]
+
+
+def condition_alone(x, index, seen):
+    with all_data(x, index):
+        z = pyro.sample("z", normal(x))
+        pyro.sample("y", around(z), obs=x)
+
+
+def condition_and_data(x, index, seen):
+    with all_data(x, index):
+        z = pyro.sample("z", around(pyro.sample("y", normal(x), obs=x)))
+        pyro.sample("x", around(z), obs=x)
+
+
+def with_y(change):
+    """A condition of two whole numbers for each datum, or what is made of it."""
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", around(y.float() @ torch.ones(2, 3)))
+            pyro.sample("x", around(z), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(encoded(x)))
+
+    y = torch.arange(2 * N).reshape(N, 2)
+    loss = WAELoss(MMD(Gaussian(1.0)), condition="y", penalty_weight=1.0)
+    return lambda: loss.loss(model, guide, X, change(y))
+
+
+def masked_by(mask_of):
+    """The second latent is masked by what is read off the first or off the data."""
+
+    def model(x, index, seen):
+        with all_data(x, index):
+            first = pyro.sample("first", dist.Normal(x.new_zeros(()), 1))
+            with poutine.mask(mask=mask_of(first, x)):
+                z = pyro.sample("z", normal(x))
+            pyro.sample("x", around(z), obs=x)
+
+    def guide(x, index, seen):
+        with all_data(x, index):
+            pyro.sample("first", dist.Delta(x[:, 0]))
+            pyro.sample("z", delta(encoded(x)))
+
+    return model, guide
+
+
+def many_observed(event_dim):
+    def model(x, index, seen):
+        with all_data(x, index):
+            z = pyro.sample("z", normal(x))
+            pyro.sample("x", dist.Normal(z, 1).to_event(event_dim), obs=x)
+
+    return model, pair()[1]
+
+
+def two_structures(varies):
+    """Codes of one number in the first run and, if it varies, of two in the second."""
+    runs = []
+
+    def size():
+        return 2 if varies and len(runs) > 1 else 1
+
+    def model(x, index, seen):
+        with all_data(x, index):
+            z = pyro.sample("z", normal(x, size()))
+            pyro.sample("x", around(z.sum(-1, keepdim=True).expand(len(x), 3)), obs=x)
+
+    def guide(x, index, seen):
+        runs.append(1)
+        with all_data(x, index):
+            pyro.sample("z", delta(x[:, : size()]))
+
+    return model, guide
+
+
+class WithoutVariance(dist.Normal):
+    @property
+    def variance(self):
+        raise NotImplementedError
+
+
+def no_variance(loc):
+    return dist.TransformedDistribution(dist.Normal(loc, 1), [dist.transforms.TanhTransform()]).to_event(1)
+
+
+def angles(z):
+    return dist.VonMises(z, 1.0).to_event(1)
+
+
+def chord(x, g):
+    return (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1)
+
+
+def bounded(line):
+    """An observed distribution that has no mean, with a cost."""
+    return go(pair(output=lambda z: dist.Cauchy(z, 1).to_event(1)), cost=line)
+
+
+GUARD = {"penalty": MMD(Gaussian(1.0)) + LogVarianceL1()}
+GAUSSIAN_GUIDE = pair(code=lambda loc: dist.Normal(loc, 1.0).to_event(1))
+# The message, by what it shows: a program that it is for, and the same with the line that it says to write.
+CASES = {
+    "penalty={'z1': MMD(), ('z2', 'z3'): MMD()}": (
+        lambda: WAELoss({3: MMD()}),
+        lambda: WAELoss(penalty={"z1": MMD(), ("z2", "z3"): MMD()}),
+    ),
+    "Write one, with the sum of their penalties": (
+        lambda: WAELoss({"z": MMD(), ("z",): MMD()}),
+        go(penalty={"z": MMD() + MMD()}),
+    ),
+    "WAELoss({'z': MMD(), ...}), or train without: WAELoss(penalty_weight=0.0)": (
+        lambda: WAELoss({"z": None}),
+        go(penalty_weight=0.0),
+    ),
+    "pyro.sample('q', ..., obs=q) in the data plate, or name an argument": (
+        go(condition="q"),
+        go(with_(lambda x, z, seen: 0 * pyro.sample("q", around(z), obs=x)), condition="q"),
+    ),
+    "y.float()": (with_y(lambda y: y), with_y(lambda y: y.float())),
+    "pyro.sample('x', ..., obs=x) for the decoder's output": (
+        go((condition_alone, pair()[1]), condition="y"),
+        go((condition_and_data, pair()[1]), condition="y"),
+    ),
+    "cost={'x': SquaredError(), ...}": (go(cost={"y": SquaredError()}), go(cost={"x": SquaredError()})),
+    "cost={..., 'x': SquaredError()}": (go(cost={}), go(cost={"x": SquaredError()})),
+    "data_plate='data'.": (go(data_plate="rows"), go(data_plate="data")),
+    "WAELoss(data_plate='data')": (
+        of_table("several plates"),
+        go(PROGRAMS["several plates"].make(), data_plate="data"),
+    ),
+    "with pyro.plate('data', n): pyro.sample('z0', ...)": (of_table("data one by one"), go(plates())),
+    "w = pyro.param('w', ...), and leave it out of the guide": (
+        of_table("global latent"),
+        go(with_(lambda x, z, seen: 0 * pyro.param("w", torch.ones(3)))),
+    ),
+    "in model and guide: with pyro.plate('data', 8): pyro.sample('z', ...)": (
+        go(plates(model=None, guide=None)),
+        go(plates()),
+    ),
+    "mask that is computed from the data": (
+        go(masked_by(lambda first, x: first > 0)),
+        go(masked_by(lambda first, x: x[:, 0] > 0)),
+    ),
+    "z = pyro.sample('z', ...)": (of_table("nothing shared"), go()),
+    "pyro.sample('x', ..., obs=x); ": (of_table("nothing observed"), go()),
+    "pyro.factor('label', -distribution.log_prob(value), has_rsample=False)": (
+        of_table("guide observes"),
+        go(
+            (
+                pair()[0],
+                guide_with(
+                    lambda code, seen: pyro.factor(
+                        "label", -dist.Bernoulli(logits=code[:, 0]).log_prob(seen.float()), has_rsample=False
+                    )
+                ),
+            )
+        ),
+    ),
+    "poutine.scale around both, or around the model": (
+        of_table("scale in the guide"),
+        go(tuple(poutine.scale(program, scale=2.0) for program in pair())),
+    ),
+    "inside the same plates as the model's": (lambda: unvalidated(of_table("one code for all")), go()),
+    "poutine.scale(scale=0.5)": (
+        of_table("scale for each datum"),
+        go((poutine.scale(pair()[0], scale=0.5), pair()[1])),
+    ),
+    "pyro.sample('x', ..., obs=x.to_dense())": (
+        go(observing(lambda x: x.to_sparse())),
+        go(observing(lambda x: x.to_sparse().to_dense())),
+    ),
+    "Write .to_event(1), which leaves the first dimension to the data plate": (
+        lambda: unvalidated(go(many_observed(2))),
+        go(many_observed(1)),
+    ),
+    "dist.RelaxedBernoulliStraightThrough(temperature, logits=...)": (
+        of_table("enumerated in the guide"),
+        go(
+            pair(
+                code=lambda loc: dist.RelaxedBernoulliStraightThrough(torch.tensor(0.5), logits=loc).to_event(1),
+                prior=lambda x: dist.Bernoulli(x.new_full((3,), 0.5)).to_event(1),
+            )
+        ),
+    ),
+    "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical": (
+        of_table("discrete"),
+        go(pair(code=lambda loc: dist.OneHotCategoricalStraightThrough(logits=loc))),
+    ),
+    "dist.Normal(loc, scale), or dist.Delta(loc)": (of_table("no gradient"), go(GAUSSIAN_GUIDE)),
+    "poutine.mask(mask=...) with one truth value for each datum": (
+        go((poutine.mask(pair()[0], mask=torch.ones(N + 1).bool()), pair()[1])),
+        go((poutine.mask(pair()[0], mask=torch.ones(N).bool()), pair()[1])),
+    ),
+    "write the choice into the site's distribution": (
+        lambda: go(two_structures(True), num_particles=2)(),
+        go(two_structures(False), num_particles=2),
+    ),
+    "guard out, or write dist.Normal(loc, scale) in the guide": (go(**GUARD), go(GAUSSIAN_GUIDE, **GUARD)),
+    "needs. Write dist.Normal(loc, scale) in the guide": (
+        go(pair(code=no_variance), **GUARD),
+        go(GAUSSIAN_GUIDE, **GUARD),
+    ),
+    "encoder = torch.compile(encoder)": (lambda: WAELoss(jit_options={}), lambda: torch.compile(nn.Linear(2, 2))),
+    "Write max_plate_nesting": (lambda: WAELoss(max_iarange_nesting=1), lambda: WAELoss(max_plate_nesting=1)),
+    "WAELoss(MMD(kernel))": (lambda: WAELoss(kernel=Gaussian()), lambda: WAELoss(MMD(Gaussian()))),
+    "WAELoss(penalty_weight=...)": (lambda: WAELoss(mmd_scale=1.0), lambda: WAELoss(penalty_weight=1.0)),
+    "cost=SquaredError(decode=...) or cost=NegativeLogLikelihood()": (
+        go(pair(output=lambda z: WithoutVariance(z, 1).to_event(1)), cost=ExpectedSquaredError()),
+        go(pair(output=lambda z: WithoutVariance(z, 1).to_event(1)), cost=SquaredError(decode=lambda fn: fn.mean)),
+    ),
+    "cost=SquaredError(decode=lambda fn: ...)": (
+        bounded(None),
+        bounded(SquaredError(decode=lambda fn: fn.base_dist.loc)),
+    ),
+    "cost=NegativeLogLikelihood(), or say": (bounded(None), bounded(NegativeLogLikelihood())),
+    "decode=lambda fn: fn.mean), the squared chord": (
+        go(pair(output=angles)),
+        go(pair(output=angles), cost=FunctionCost(chord, decode=lambda fn: fn.mean)),
+    ),
+    "cost=lambda x, g: (x - g).abs().flatten(1).sum(1)": (
+        lambda: WAELoss(cost=3),
+        go(cost=lambda x, g: (x - g).abs().flatten(1).sum(1)),
+    ),
+    "write (x - g).square().flatten(1).sum(1)": (
+        go(cost=lambda x, g: ((x - g) > 0).any(1)),
+        go(cost=lambda x, g: (x - g).square().flatten(1).sum(1)),
+    ),
+    "codes={'z': ...}": (
+        lambda: decode(pair()[0], {"w": X}, X, INDEX, SEEN),
+        lambda: decode(pair()[0], {"z": X}, X, INDEX, SEEN),
+    ),
+    "return_sites=('z',)": (
+        lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),
+        lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",)),
+    ),
+    "random=True for a draw instead": (
+        lambda: reconstruct(*pair(output=lambda z: dist.Cauchy(z, 1).to_event(1)), X, INDEX, SEEN),
+        lambda: reconstruct(*pair(output=lambda z: dist.Cauchy(z, 1).to_event(1)), X, INDEX, SEEN, random=True),
+    ),
+}
+
+
+def unvalidated(call):
+    with pyro.validation_enabled(False):
+        call()
+
+
+def message(call):
+    with pytest.raises((ValueError, TypeError)) as raised:
+        call()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_the_line_is_shown_and_runs(line):
+    broken, fixed = CASES[line]
+    assert line in message(broken)
+    pyro.clear_param_store()
+    fixed()
+
+
+def texts():
+    """The texts of the sources that say what to write, as patterns, with the place of each."""
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = {
+            id(part)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Expr)
+            for part in ast.walk(node)
+            if part is not node and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in inner:
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                pieces = [
+                    re.escape(p.value) if isinstance(p, ast.Constant) and isinstance(p.value, str) else ".*"
+                    for p in parts
+                ]
+                if re.search(r"\brite|[Ww]rite\\? ", "".join(pieces)):
+                    yield f"{path.name}:{node.lineno}", "".join(pieces)
+
+
+def test_every_text_that_says_what_to_write_has_its_case():
+    found = []
+    for broken, _ in CASES.values():
+        pyro.clear_param_store()
+        found.append(message(broken))
+    for place, pattern in texts():
+        assert any(re.search(pattern, text, re.DOTALL) for text in found), (place, pattern)
