@@ -1,0 +1,227 @@
+"""What the generator makes of codes, of data and of prior samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_wae._core import checks
+from pyro_wae._core.sites import Site
+from pyro_wae.costs import with_own_total
+from pyro_wae.predict.runs import Node, check_return_sites, encoded_run, output_nodes, run_model, site_output
+from pyro_wae.step.plates import find_data_plate, layout
+from pyro_wae.step.program import Program, is_random
+
+__all__ = ["decode", "reconstruct", "sample"]
+
+
+def decode(
+    model: Program,
+    codes: Mapping[str, Tensor] | Tensor,
+    *args: Any,
+    return_sites: Sequence[str] | None = None,
+    random: bool = False,
+    data_plate: str | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Gives what the generator makes of codes.
+
+    The model runs with its latent sites held at the codes. A latent site that is not given is drawn from its prior,
+    given those before it: for ``z1`` then ``z2 | z1``, a ``z1`` alone gives variations on it.
+
+    Args:
+        model: The Pyro model.
+        codes: A value for each latent site in the site's own shape, as :func:`encode` gives them, for any number of
+            data; or the tensor alone, where the model has one latent site.
+        args: Arguments of the model. Of data, the number is used, and whatever the generator sees of them. With more
+            or fewer codes than data the model runs as often as it must, and takes the data from the first again.
+        return_sites: Names of the sites to give; None takes the observed ones.
+        random: Whether to draw from the observed site's distribution instead of taking its mean.
+        data_plate: Name of the plate that holds the data; found if not given.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        For each observed site its output G(z), in the site's own shape with as many data as there are codes.
+
+    Raises:
+        ValueError: If a name is no latent site, the codes have different numbers of data, or an observed site has
+            no mean.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        ...         pyro.sample("x", dist.Normal(2 * z, 1).to_event(1), obs=x)
+        >>> decode(model, {"z": torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])}, torch.zeros(2, 2))
+        {'x': tensor([[2., 0.],
+                [0., 2.],
+                [2., 2.]])}
+    """
+    first = run_model(model, args, kwargs)
+    latents = [name for name, site in first.nodes.items() if is_random(site)]
+    if isinstance(codes, Tensor):
+        if len(latents) != 1:
+            raise ValueError(f"The model has the latent sites {latents}: name them, as in codes={{'z': z}}.")
+        codes = {latents[0]: codes}
+    unknown = [name for name in codes if name not in latents]
+    if unknown or not codes:
+        found = f"names '{unknown[0]}', which is no latent site of the model" if unknown else "is empty"
+        raise ValueError(
+            f"codes {found}; these are {latents}. Write codes={{'{latents[0] if latents else 'z'}': ...}}."
+        )
+    plate = find_data_plate(
+        [first.nodes[name] for name in codes], list(output_nodes(first, return_sites).values()), data_plate
+    )
+    dims = {name: _data_dim(first.nodes[name], plate) for name in codes}
+    counts = {name: _size(value, dims[name], name) for name, value in codes.items()}
+    count = next(iter(counts.values()))
+    if len(set(counts.values())) > 1 or count == 0:
+        raise ValueError(f"Each site's codes must be of the same number of data, at least 1, found {counts}.")
+    shape, dim, _ = layout(first.nodes[next(iter(codes))], plate)
+    size = shape[dim]
+    parts, joins = [], {}
+    for start in range(0, count, size):
+        index = torch.arange(start, start + size) % count
+        chosen = {name: value.index_select(dims[name], index.to(value.device)) for name, value in codes.items()}
+        trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
+        sites = output_nodes(trace, return_sites, leave_out=codes)
+        parts.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
+        joins = {name: _data_dim(site, plate) for name, site in sites.items()}
+    return _join(parts, joins, count)
+
+
+def reconstruct(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    return_sites: Sequence[str] | None = None,
+    random: bool = False,
+    data_plate: str | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Gives what the generator makes of the codes of data.
+
+    Of a plate that takes a subsample, this is a subsample too: fix it in the model to know which data they are.
+
+    Args:
+        model: The Pyro model.
+        guide: Its guide.
+        args: Arguments of both.
+        return_sites: Names of the sites to give; None takes the observed ones.
+        random: Whether to draw from the observed site's distribution instead of taking its mean.
+        data_plate: Name of the plate that holds the data; found if not given.
+        kwargs: Keyword arguments of both.
+
+    Returns:
+        For each observed site its output G(z), in the shape of the site's data.
+
+    Raises:
+        ValueError: If model and guide do not fit a WAE, or an observed site has no mean.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0, 1))
+        ...         pyro.sample("x", dist.Normal(torch.stack([z, z], -1), 1).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Delta(x.mean(1)))
+        >>> reconstruct(model, guide, torch.tensor([[1.0, 3.0]]))
+        {'x': tensor([[2., 2.]])}
+    """
+    encoded = encoded_run(model, guide, args, kwargs, data_plate)
+    names = list(encoded.observed) if return_sites is None else return_sites
+    check_return_sites(names, encoded.observed)
+    return {name: _reconstruction(encoded.observed[name], random) for name in names}
+
+
+def sample(
+    model: Program,
+    *args: Any,
+    num_samples: int | None = None,
+    return_sites: Sequence[str] | None = None,
+    random: bool = False,
+    data_plate: str | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Gives new data: what the generator makes of draws of the prior.
+
+    The model runs without its guide. One that is called with data, ``obs=x``, gives one new datum for each; what the
+    data hold does not matter, unless prior or generator depend on them. A model that can run without data,
+    ``obs=None``, may be run so: then ``return_sites`` says which of its sites are the data.
+
+    Args:
+        model: The Pyro model.
+        args: Arguments of the model.
+        num_samples: Number of new data; the model runs as often as it must. None gives as many as one run does.
+        return_sites: Names of the sites to give; None takes the observed ones.
+        random: Whether to draw from the site's distribution instead of taking its mean.
+        data_plate: Name of the plate that holds the data; found if not given.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        For each observed site its output G(z), in the site's own shape with ``num_samples`` data.
+
+    Raises:
+        ValueError: If there is no such site, ``num_samples`` is below 1, or a site has no mean.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        ...         pyro.sample("x", dist.Normal(2 * z, 1).to_event(1), obs=x)
+        >>> sample(model, torch.zeros(10, 2), num_samples=25)["x"].shape
+        torch.Size([25, 2])
+    """
+    if num_samples is not None:
+        num_samples = checks.whole("num_samples", num_samples, write="num_samples=100")
+    parts: list[dict[str, Tensor]] = []
+    joins: dict[str, int] = {}
+    while not parts or (num_samples is not None and _total(parts, joins) < num_samples):
+        trace = run_model(model, args, kwargs)
+        sites = output_nodes(trace, return_sites)
+        parts.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
+        if num_samples is not None and not joins:
+            inside = [
+                site
+                for site in trace.nodes.values()
+                if is_random(site) and site["name"] not in sites and site["cond_indep_stack"]
+            ]
+            plate = find_data_plate(inside, list(sites.values()), data_plate)
+            joins = {name: _data_dim(site, plate) for name, site in sites.items()}
+    return parts[0] if num_samples is None else _join(parts, joins, num_samples)
+
+
+def _reconstruction(site: Site, random: bool) -> Tensor:
+    output = site_output(site.name, site.distribution, random)
+    return output if random else with_own_total(site.distribution, output, site.value)
+
+
+def _data_dim(node: Node, plate: str) -> int:
+    return layout(node, plate)[1] - node["fn"].event_dim
+
+
+def _size(value: Tensor, dim: int, name: str) -> int:
+    if value.ndim < -dim:
+        raise ValueError(
+            f"The codes of site '{name}' have shape {tuple(value.shape)}, without dimension {dim}, that of the data. "
+            "Give them in the site's own shape, as encode(model, guide, ...) does."
+        )
+    return value.shape[dim]
+
+
+def _total(parts: Sequence[Mapping[str, Tensor]], dims: Mapping[str, int]) -> int:
+    name, dim = next(iter(dims.items()))
+    return sum(part[name].shape[dim] for part in parts)
+
+
+def _join(parts: Sequence[Mapping[str, Tensor]], dims: Mapping[str, int], count: int) -> dict[str, Tensor]:
+    joined = {name: torch.cat([part[name] for part in parts], dim) for name, dim in dims.items()}
+    return {name: value.narrow(dims[name], 0, count) for name, value in joined.items()}

@@ -1,0 +1,76 @@
+"""Runs for a prediction: no graph, BatchNorm's statistics left alone, and the sites that hold data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae.costs import generator_output
+from pyro_wae.step.program import Program, Run, is_random, observed_nodes, run
+
+__all__ = ["Node", "check_return_sites", "encoded_run", "output_nodes", "run_model", "site_output"]
+
+Node = Mapping[str, Any]
+
+
+def encoded_run(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], data_plate: str | None
+) -> Run:
+    """A run of the guide with the model replayed against it."""
+    with torch.no_grad(), batch_norm_at_rest():
+        return run(model, guide, args, kwargs, max_plate_nesting=math.inf, data_plate=data_plate)
+
+
+def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The trace of a run of the model by itself."""
+    with torch.no_grad(), batch_norm_at_rest():
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def output_nodes(
+    trace: Any, return_sites: Sequence[str] | None = None, *, leave_out: Mapping[str, Any] | None = None
+) -> dict[str, Node]:
+    """The sites that hold data, by the names the user gave them."""
+    observed = {name: node for name, node in observed_nodes(trace) if name not in (leave_out or ())}
+    if return_sites is not None:
+        known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed
+        check_return_sites(return_sites, known)
+        return {name: known[name] for name in return_sites}
+    if not observed:
+        raise ValueError(
+            "The model has no observed site, so that nothing says which of its sites are the data. Call it with data, "
+            "or name them: return_sites=('x',)."
+        )
+    return observed
+
+
+def check_return_sites(return_sites: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Raises ValueError if a name is not among the known sites, or there is none."""
+    unknown = [name for name in return_sites if name not in known]
+    if unknown or not return_sites:
+        found = f"names '{unknown[0]}', which is not among the sites {list(known)}" if unknown else "is empty"
+        raise ValueError(f"return_sites {found}. Write return_sites=('{next(iter(known), 'x')}',).")
+
+
+def site_output(name: str, fn: Any, random: bool) -> Tensor:
+    """The mean of a site's distribution, or a draw.
+
+    Raises:
+        ValueError: If it has no mean to take for the generator's output.
+    """
+    if random:
+        with torch.no_grad():
+            return fn()
+    try:
+        return generator_output(fn).detach().expand(fn.shape())
+    except ValueError as error:
+        raise ValueError(
+            f"The distribution of site '{name}' ({type(fn).__name__}) has no finite mean to take as the generator's "
+            "output. Write random=True for a draw instead."
+        ) from error
