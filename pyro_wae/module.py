@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pyro.infer.elbo import ELBOModule
+from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -15,9 +15,6 @@ from pyro_wae._core.distributions import leaves
 from pyro_wae._core.programs import owners
 from pyro_wae.step.program import Program
 from pyro_wae.step.terms import Terms
-
-if TYPE_CHECKING:
-    from pyro_wae.loss import WAELoss
 
 __all__ = ["WAEModule"]
 
@@ -31,7 +28,7 @@ class WAEModule(ELBOModule):
     Args:
         model: A Pyro model: a module, a module's method, or a function.
         guide: Its guide, likewise.
-        loss: The loss.
+        loss: The :class:`~pyro_wae.WAELoss`.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -54,7 +51,7 @@ class WAEModule(ELBOModule):
         >>> optimiser.step()
     """
 
-    def __init__(self, model: Program, guide: Program, loss: WAELoss) -> None:
+    def __init__(self, model: Program, guide: Program, loss: ELBO) -> None:
         nn.Module.__init__(self)
         self.elbo = loss
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
