@@ -312,7 +312,7 @@ def test_its_own_optimiser_takes_its_steps_before_the_value_is_read(steps, optio
 
 def test_the_slope_penalty_is_taken_in_one_of_so_many_steps_with_as_many_times_its_weight():
     discriminator, q, p = plane(), rows(N, D), rows(M, D)
-    other = copy.deepcopy(discriminator)
+    other, twin = copy.deepcopy(discriminator), copy.deepcopy(discriminator)
     optimiser = sgd(other.parameters())
     for step in range(4):
         optimiser.zero_grad()
@@ -323,9 +323,7 @@ def test_the_slope_penalty_is_taken_in_one_of_so_many_steps_with_as_many_times_i
         optimiser.step()
     penalty = shared(discriminator, optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3)
     penalty(q, p)
-    resumed = shared(
-        copy.deepcopy(discriminator), optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3
-    )
+    resumed = shared(twin, optimizer=sgd, steps=2, gradient_penalty=0.5, gradient_penalty_every=3)
     resumed.load_state_dict(penalty.state_dict())
     for each in (penalty, resumed):
         each(q, p)

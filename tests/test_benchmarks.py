@@ -64,10 +64,12 @@ def ways():
 @pytest.mark.parametrize(
     "name",
     [
-        "finite_samples", "gradient_variance", "kernel_penalty", "penalties", "step",
-        pytest.param("two_sample_power", marks=SLOW), pytest.param("large_batches", marks=SLOW),
+        "finite_samples",
+        "gradient_variance",
+        *(pytest.param(name, marks=SLOW) for name in ("kernel_penalty", "penalties", "step")),
+        *(pytest.param(name, marks=SLOW) for name in ("two_sample_power", "large_batches")),
     ],
-)  # fmt: skip
+)
 def test_benchmark_prints_its_page_and_writes_it_with_its_command(smoke, name):
     report, page, printed, out = smoke(name)
     assert report["command"] == f"python benchmarks/{name}.py --smoke --out {out}"

@@ -23,6 +23,9 @@ PAGE = SCRIPT.parents[1] / "docs" / "distributed.md"
 SIZES = {"2": [9, 5], "4": [5, 1, 4, 4]}
 EVERYTHING = slice(0, steps.N)
 
+# A prior that differs between ranks is meant here.
+pytestmark = pytest.mark.filterwarnings("ignore:The prior of latent site")
+
 
 @pytest.fixture(scope="module", params=["2", pytest.param("4", marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):

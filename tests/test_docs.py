@@ -51,8 +51,17 @@ def as_found(monkeypatch):
     pyro.clear_param_store()
 
 
+# Pages that train nets for more than a few seconds.
+LONG = {"evaluation.md", "hyperparameters.md", "missing.md"}
+RUNNING = [
+    pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
+    for page in PAGES
+    if code(page).strip()
+]
+
+
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
-@pytest.mark.parametrize("page", [page for page in PAGES if code(page).strip()], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUNNING)
 def test_code_of_page_runs_and_prints_what_the_page_shows(page, as_found, capsys):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)

@@ -248,7 +248,7 @@ def test_repr_is_the_call():
 def test_functions_that_give_no_dict_are_named(argument):
     functions = {"optim_args": lambda name: {"lr": 0.1}, "clip_args": lambda module, name: {}}
     functions[argument] = lambda module, name: 0.1
-    with pytest.raises(TypeError, match=rf"{argument}.*'[\w$.]+'"):
+    with pytest.raises(TypeError, match=rf"{argument}.*'[\w$. ]+'"):
         steps(Adam(**functions), last=1)
 
 

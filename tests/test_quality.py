@@ -8,6 +8,7 @@ import pytest
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_samples_and_codes_and_writes_the_command(tmp_path):
     command = [sys.executable, str(QUALITY), "gan", "--only", "one step", "--smoke", "--out", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)

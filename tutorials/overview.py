@@ -19,14 +19,14 @@ INK = "#333333"
 
 
 def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, prior: Tensor, labels: Tensor) -> Figure:
-    """Draws the way of digits through an auto-encoder, the way of prior draws below it, and what the loss compares.
+    """Draws the parts of a Wasserstein auto-encoder, and what its loss compares.
 
-    Codes and prior draws are seen in the plane in which the codes of different digits lie farthest apart.
+    Codes and prior samples are shown in the plane that separates the classes best.
 
     Args:
         inputs: Digits, at least 16, of shape (n, 1, 28, 28).
-        outputs: What their codes give back, of the same shape.
-        samples: What prior draws give, of the same shape.
+        outputs: Their reconstructions, of the same shape.
+        samples: Samples of the model, of the same shape.
         codes: Shape (m, d) with d >= 2.
         prior: Prior draws, of the same shape.
         labels: The class of each code, from 0 to 9, shape (m,).
@@ -45,9 +45,9 @@ def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, pr
         _cloud(middle, points, np.array(PALETTE)[classes], limit)
         _cloud(below, draws, GREY, limit)
 
-        for axes, title in ((digits, "digits"), (middle, "codes"), (back, "come back")):
+        for axes, title in ((digits, "data"), (middle, "latent codes"), (back, "reconstructions")):
             axes.set_title(title, fontsize=15, pad=6)
-        for axes, title in ((below, "prior draws"), (new, "new digits")):
+        for axes, title in ((below, "prior samples"), (new, "samples")):
             axes.set_title(title, fontsize=15, y=-0.24)
         for start, end, name in ((digits, middle, "encoder"), (middle, back, "decoder"), (below, new, "decoder")):
             _arrow(figure, start, (1, 0.5), end, (0, 0.5), INK, "-|>")
@@ -57,8 +57,8 @@ def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, pr
         _arrow(figure, digits, (0.5, 1.19), back, (0.5, 1.19), BLUE, "<|-|>", bend="bar,fraction=-0.06")
         _label(middle, (0.5, 1.38), "cost", BLUE, weight="bold")
         cost, penalty = (
-            "cost: what comes\nback is like what\nwent in",
-            "penalty: all codes\ntogether look like\nprior draws",
+            "cost: reconstructions\nare close to the data",
+            "penalty: the aggregated\nposterior matches\nthe prior",
         )
         for height, text, colour in ((0.33, cost, BLUE), (0.15, penalty, ORANGE)):
             figure.text(0.015, height, text, color=colour, fontsize=13, va="center")

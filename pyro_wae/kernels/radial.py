@@ -134,7 +134,7 @@ class Laplace(RadialKernel):
         which decode into samples unlike the data. The long one is near the negative distance, a small part of the sum
         where codes match, and the part that has a gradient at codes far from the prior.
         """
-        return MultiScale(cls(bandwidth), [length**2 for length in lengths])
+        return MultiScale(cls(bandwidth), [round(length**2, 12) for length in lengths])
 
 
 class Matern(RadialKernel):

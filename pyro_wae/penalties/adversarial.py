@@ -209,7 +209,7 @@ class JensenShannon(FittedBuffers, Penalty):
     def set_extra_state(self, state: Any) -> None:
         """Restores what :meth:`get_extra_state` gave."""
         self._state = copy.deepcopy(state["optimizer"])  # which another optimiser may still be writing to
-        self._taken = state["taken"]
+        self._taken = state.get("taken", 0)  # which former states have not
         self._own = None  # made anew from the state, which may also be that before the first step
 
     def before_loading(self, saved: dict[str, Any]) -> None:

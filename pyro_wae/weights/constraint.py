@@ -147,6 +147,11 @@ class Constraint(FittedBuffers, SteppedWeight):
             return "plateau"
         return "maximum" if bool(self.weight >= self.largest) else "rising"
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("smoothed", "earlier", "plateau"):  # which former states have not
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, cost: Tensor | None = None) -> Tensor:
         if cost is None:
             return self.weight
