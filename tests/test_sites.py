@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from programs import around, delta, normal
 from pyro import poutine
 from pyro.infer import reparam
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.costs import NegativeLogLikelihood
+from pyro_wae.costs import NegativeLogLikelihood, Site
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, Penalty
 from pyro_wae.predict import reconstruct
@@ -521,3 +524,32 @@ def test_no_reparametrised_site_is_asked_for_a_cost(name):
     model, guide, _ = reparametrised(name)
     WAELoss(cost=cost, penalty_weight=0.0).loss(model, guide, X)
     assert asked == [X.shape]
+
+
+# The rows of a site
+
+
+@st.composite
+def sites(draw):
+    """A site with its data plate at any dimension, inner plates around it, and particles or none."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    event = draw(st.lists(st.integers(1, 3), max_size=2))
+    dims = draw(st.permutations(range(-len(shape), 0)))
+    particle = dims[1] if len(dims) > 1 and draw(st.booleans()) else None
+    fn = dist.Normal(torch.zeros(*shape, *event), 1).to_event(len(event))
+    return Site("z", fn, torch.randn(fn.shape()), tuple(shape), dims[0], particle)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sites())
+def test_rows_are_the_values_of_each_datum_and_back(site):
+    rows = site.rows(site.value, site.event_dim)
+    batch, event = site.shape, site.distribution.event_shape
+    particles = 1 if site.particle_dim is None else batch[site.particle_dim]
+    assert rows.shape[:2] == (particles, batch[site.data_dim])
+    for place in itertools.product(*map(range, batch)):
+        inner = [i for dim, i in enumerate(place, -len(place)) if dim not in (site.data_dim, site.particle_dim)]
+        particle = 0 if site.particle_dim is None else place[site.particle_dim]
+        torch.testing.assert_close(rows[(particle, place[site.data_dim], *inner)], site.value[place])
+    flat = rows.flatten(2) if rows.ndim > 2 else rows[..., None]
+    torch.testing.assert_close(site.unrows(flat, event), site.value, rtol=0, atol=0)
