@@ -28,7 +28,8 @@ myst_heading_anchors = 3
 html_theme = "basic"
 """
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WITH_TEX = [page.stem for page in sorted(DOCS.glob("*.md")) if "$" in page.read_text(encoding="utf-8")]
+CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+WITH_TEX = [page.stem for page in sorted(DOCS.glob("*.md")) if "$" in CODE.sub("", page.read_text(encoding="utf-8"))]
 QUICK = ("theory", "penalties")
 TEX = re.compile(r"\\[a-zA-Z({\[]|\$\$|\^\{|_\{")
 UNSEEN = ("script", "style", "pre", "code", "mjx-assistive-mml", "title")

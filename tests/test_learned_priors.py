@@ -20,7 +20,7 @@ from pyro.optim import Adam
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Gaussian
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, PriorLikelihood
 from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
 
@@ -316,7 +316,7 @@ def test_a_learned_standardized_prior_keeps_the_unit_of_the_codes():
         pyro.clear_param_store()
         nets, x = Nets(MixturePrior(5, 2, standardized=standardized)), torch.randn(100, 4)
         loss = WAELoss(
-            MMD(closed_form=False) + PriorLikelihood(),
+            MMD(InverseMultiquadratic.multiscale(), closed_form=False) + PriorLikelihood(),
             cost=lambda x, g, nets=nets: -0.3 * nets.encoder(x).square().sum(-1).sqrt(),
             penalty_weight=100.0,
         )
