@@ -188,7 +188,11 @@ def observed_nodes(model_trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node):
             continue
-        is_computed = node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary") or _is_itself(node)
+        is_computed = (
+            node["infer"].get("_deterministic")
+            or node["infer"].get("is_auxiliary")
+            or _is_reparametrised(name, model_trace)
+        )
         # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
         if not is_computed and not _is_masked_out(node):
             yield _user_name(name, model_trace), node
@@ -214,14 +218,17 @@ def _check_guide(guide_trace: Any) -> None:
             )
 
 
-def _is_itself(node: Node) -> bool:
-    """Whether a site is observed at what its distribution is a point at, as one that a reparametrisation computed."""
+def _is_reparametrised(name: str, model_trace: Any) -> bool:
+    """Whether a reparametrisation has computed a site, which is then observed at the point of its own Delta."""
+    node = model_trace.nodes[name]
     fn, value = innermost(node["fn"]), node["value"]
     if not isinstance(fn, dist.Delta) or fn.v.shape != value.shape:
         return False
     # A plate may have expanded the distribution, whose point is then a view. Values are not compared, which would wait.
-    base, other = (tensor if tensor._base is None else tensor._base for tensor in (fn.v, value))
-    return base is other and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
+    base, its_base = (tensor if tensor._base is None else tensor._base for tensor in (fn.v, value))
+    is_itself = base is its_base and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
+    # A user's own site may be given its own value, as a condition that is no random choice: nothing is drawn for it.
+    return is_itself and any(other.startswith(f"{name}_") and is_random(n) for other, n in model_trace.nodes.items())
 
 
 def _is_masked_out(node: Node) -> bool:
