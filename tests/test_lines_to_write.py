@@ -22,7 +22,7 @@ from pyro_wae.penalties import MMD, LogVarianceL1
 from pyro_wae.predict import decode, reconstruct, sample
 
 PACKAGE = Path(__file__).parents[1] / "pyro_wae"
-FILES = [*sorted((PACKAGE / "step").glob("*.py")), *(PACKAGE / f"{name}.py" for name in ("loss", "costs", "predict"))]
+FILES = [path for room in ("step/*", "predict/*", "loss", "costs") for path in sorted(PACKAGE.glob(f"{room}.py"))]
 X, INDEX, SEEN = data()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Found ", "ignore:pyro.factor", "ignore:z\nIf you want", "ignore:The prior"
