@@ -2,8 +2,8 @@
 
 Every guide gives the code x + w b of a datum x, with a parameter b = 1 and the datum's last number w, and every
 decoder gives the code back. A cost is therefore the number of elements of a datum that are compared, times (w b)^2,
-and its slope in b is twice the cost. Data are whole numbers, which bfloat16 holds exactly; w is 3 for one of them and 1 for the others,
-so the cost of a part of the data is not that of all.
+and its slope in b is twice the cost. Data are whole numbers, which bfloat16 holds exactly; w is 3 for
+one of them and 1 for the others, so the cost of a part of the data is not that of all.
 
 As a script it is one rank of a process group, which runs all programs and writes what it found.
 """
