@@ -5,18 +5,18 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 # What the core tests leave out: benchmarks, documents, notebooks and packages, and what starts processes or trains nets.
-APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging quickstart report scale zoo
+APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging demo report scale zoo
 CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 .PHONY: demo pictures report notebooks test test-core test-float64 test-device test-oldest test-slow
 .PHONY: bench bench-compare bench-penalties zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
-	$(RUN) tutorials/quickstart.py $(ARGS)
+	$(RUN) -m pyro_wae.demo $(ARGS)
 
 # The picture of README and start page.
 pictures: demo
-	cp results/quickstart/overview.png docs/images/
+	cp results/demo/overview.png docs/images/
 
 # The picture of docs/diagnostics.md.
 report: $(VENV)/.tutorials

@@ -9,11 +9,9 @@ to ``--out`` with all its numbers.
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -28,14 +26,11 @@ from torch.nn.functional import softplus
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pyro_wae import WAELoss
+from pyro_wae.demo.digits import load_digits
+from pyro_wae.demo.nets import DigitWAE
 from pyro_wae.penalties import MMD, Penalty, PriorLikelihood
 from pyro_wae.priors import MixturePrior, VampPrior
 from pyro_wae.weights import Constraint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-
-from digits import load_digits
-from quickstart import DigitWAE
 
 LEARNED = "MMD(closed_form=False) + PriorLikelihood()"
 

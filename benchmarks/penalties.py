@@ -10,10 +10,8 @@ written with all its numbers to ``--out``.
 import argparse
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -26,13 +24,10 @@ from torch.nn.functional import cross_entropy, softplus
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pyro_wae import WAELoss, kernels, penalties, weights
+from pyro_wae.demo.digits import load_digits
+from pyro_wae.demo.nets import DigitWAE
 from pyro_wae.kernels import InverseMultiquadratic
 from pyro_wae.penalties import MMD, JensenShannon, Penalty, PenaltyContext
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-
-from digits import load_digits
-from quickstart import DigitWAE
 
 MMD_WEIGHT = 100.0
 SHIFT, SCALE = 0.2, 1.2

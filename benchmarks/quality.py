@@ -35,15 +35,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyro_wae import WAELoss, kernels, penalties, priors, weights
+from pyro_wae.demo.digits import load_digits
+from pyro_wae.demo.judge import DigitClassifier, frechet_distance
+from pyro_wae.demo.nets import Residual, deep_head, digit_decoder, digit_encoder
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.optim import Adam
 from pyro_wae.priors import MixturePrior
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-
-from digits import load_digits
-from judge import DigitClassifier, frechet_distance
-from nets import Residual, deep_head, digit_decoder, digit_encoder
 
 TESTED = 1000
 """Codes in a two-sample test."""

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -30,13 +29,10 @@ from torch.nn.functional import softplus
 
 import pyro_wae.optim
 from pyro_wae import WAELoss
+from pyro_wae.demo.nets import DigitWAE
 from pyro_wae.penalties import JensenShannon
 from pyro_wae.plotting import PALETTE, styled_figure
 from pyro_wae.weights import Constraint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-
-from quickstart import DigitWAE
 
 Step = Callable[[], Any]
 LEARNING_RATE, WEIGHT = 1e-3, 100.0
@@ -56,7 +52,7 @@ class Random(AutoEncoder):
 
 
 def make_nets(kind: str, zdim: int, device: torch.device, *, stochastic: bool = False) -> AutoEncoder:
-    """One hidden layer of 400, or the nets of tutorials/quickstart.py."""
+    """One hidden layer of 400, or the nets of pyro_wae.demo."""
     pyro.set_rng_seed(0)
     out = 2 * zdim if stochastic else zdim
     if kind == "MLP":

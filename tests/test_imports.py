@@ -51,6 +51,7 @@ def test_every_module_is_on_the_map_and_nothing_else():
 
 def test_a_module_imports_from_rooms_above_it():
     row, wrong = rooms(), {}
+    row[""] = row["loss"]  # what `from pyro_wae import WAELoss` imports
     for path in FILES:
         room = module_of(path).partition(".")[0]
         for other in {module.partition(".")[0] for module in imported(path)} - {room} if room else ():

@@ -18,12 +18,12 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from digits import load_digits
 from pyro.infer import SVI
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_wae import WAELoss
+from pyro_wae.demo.digits import load_digits
 from pyro_wae.kernels import SameLabel, UnitMean
 from pyro_wae.penalties import MMD
 from pyro_wae.plotting import image_grid

@@ -2,7 +2,7 @@
 
     python tutorials/report.py
 
-Trains as tutorials/quickstart.py does, prints the report, and writes its picture and figures to results/report/.
+Trains as pyro_wae.demo does, prints the report, and writes its picture and figures to results/report/.
 Takes the quickstart's options, and --epochs 10 unless told otherwise.
 """
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pyro
 import torch
-from digits import load_digits
-from quickstart import DigitWAE, parse_args, train
 
+from pyro_wae.demo.__main__ import parse_args, train
+from pyro_wae.demo.digits import load_digits
+from pyro_wae.demo.nets import DigitWAE
 from pyro_wae.diagnostics import report
 
 

@@ -1,7 +1,5 @@
 """Trains a VAE and a WAE with two latent dimensions on thirty digits, and draws their posteriors as balls."""
 
-from pathlib import Path
-
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -11,10 +9,10 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_wae import WAELoss
+from pyro_wae.demo.digits import load_digits
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD
 
-ROOT = Path(__file__).parents[2]
 NOISE = 0.3
 DECODER_SCALE = 2.0
 STEPS = 2500
@@ -77,8 +75,7 @@ def draw(axes: object, net: AutoEncoder, x: torch.Tensor, title: str) -> None:
 
 def main() -> None:
     """Writes docs/images/theory_balls.png and prints what the page says of it."""
-    with np.load(ROOT / "tutorials" / "data" / "digits.npz") as arrays:
-        x = torch.from_numpy(arrays["test_images"][:30]).flatten(1) / 255
+    x = load_digits(parts=["test"])[0][:30].flatten(1)
     nets = {}
     for name, noise, loss in (
         ("VAE", None, TraceMeanField_ELBO()),

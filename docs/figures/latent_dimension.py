@@ -1,6 +1,5 @@
 """Trains the quick start's networks with several latent dimensions: the figure and table of docs/hyperparameters.md."""
 
-import sys
 from pathlib import Path
 
 import pyro
@@ -21,8 +20,7 @@ TABLE = ROOT / "docs" / "_generated" / "latent_dimension.md"
 DIMENSIONS = (2, 4, 8, 16, 32)
 EPOCHS = 10
 
-sys.path.insert(0, str(ROOT / "tutorials"))
-from digits import load_digits  # noqa: E402
+from pyro_wae.demo.digits import load_digits  # noqa: E402
 
 
 def run(latent_dim: int, train: Tensor, held_out: Tensor) -> tuple[float, float, float]:

@@ -1,7 +1,6 @@
 """What the examples of this folder share: the digits, an auto-encoder for them, and a command line."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import pyro
@@ -9,8 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[1]))
-from digits import load_digits
+from pyro_wae.demo.digits import load_digits
 
 PIXELS = 28 * 28
 

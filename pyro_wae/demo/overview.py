@@ -1,8 +1,8 @@
-"""The picture of how a Wasserstein auto-encoder works, drawn of a trained one; tutorials/quickstart.py makes it."""
+"""The picture of how a Wasserstein auto-encoder works, drawn of a trained one; ``python -m pyro_wae.demo`` makes it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,8 @@ from pyro_wae.plotting import BLUE, GREY, ORANGE, PALETTE, WIDTH, as_images, mak
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Point = tuple[float, float]
 
 SIDE = 4  # digits in a row
 HEIGHT, PANEL, GAP = 5.0, 1.45, 0.82  # inches
@@ -84,7 +86,7 @@ def _cloud(axes: Axes, points: np.ndarray, colour: np.ndarray | str, limit: floa
 
 
 def _arrow(
-    figure: Figure, start: Axes, at: tuple, end: Axes, to: tuple, colour: str, style: str, bend: str = "arc3"
+    figure: Figure, start: Axes, at: Point, end: Axes, to: Point, colour: str, style: str, bend: str = "arc3"
 ) -> None:
     # Imported here, because the benchmarks take the quickstart's nets and no matplotlib.
     from matplotlib.patches import ConnectionPatch
@@ -96,6 +98,6 @@ def _arrow(
     figure.add_artist(patch)
 
 
-def _label(axes: Axes, at: tuple[float, float], text: str, colour: str, **options) -> None:
+def _label(axes: Axes, at: Point, text: str, colour: str, **options: Any) -> None:
     options = {"ha": "center", "va": "bottom", "fontsize": 13, **options}
     axes.text(*at, text, transform=axes.transAxes, color=colour, clip_on=False, **options)

@@ -1,4 +1,4 @@
-"""The digits that every tutorial learns from: a part of MNIST bundled with the repository, or all of it."""
+"""The digits that demo and tutorials learn from: a part of MNIST that comes with the package, or all of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BUNDLED = Path(__file__).parent / "data" / "digits.npz"
+__all__ = ["load_digits"]
+
+BUNDLED = Path(__file__).with_name("digits.npz")
 
 PARTS = ("train", "heldout", "test")
 
@@ -29,8 +31,8 @@ def load_digits(
     """Loads handwritten digits with their labels.
 
     Args:
-        name: ``"bundled"`` for the 10,000 training, 3,000 held-out and 2,000 test digits that come with the repository
-            (see ``data/README.md``), or ``"mnist"`` for all 60,000 and 10,000 through torchvision.
+        name: ``"bundled"`` for the 10,000 training, 3,000 held-out and 2,000 test digits that come with the package
+            (see ``digits.md``), or ``"mnist"`` for all 60,000 and 10,000 through torchvision.
         root: Folder of torchvision's MNIST, which is downloaded into it once. Unused for ``"bundled"``.
         parts: What to load. ``"heldout"`` are digits of MNIST's training set that are not trained on: of
             ``"mnist"`` every twelfth, and ``"train"`` beside it are the other 55,000. Codes are compared with the prior
@@ -82,7 +84,7 @@ def _load_mnist(root: Path) -> dict[str, Tensor]:
         files = "\n".join(f"    {file}.gz" for file in MNIST_FILES)
         raise RuntimeError(
             f"MNIST is not in {root} and could not be downloaded. Without a network, either\n"
-            f"  - use the digits that come with the repository: --data bundled, or\n"
+            f"  - use the digits that come with the package: --data bundled, or\n"
             f"  - put these four files (packed or unpacked) into {root / 'MNIST' / 'raw'}:\n{files}"
         ) from error
     return {

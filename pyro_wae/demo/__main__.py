@@ -1,33 +1,32 @@
-"""Quickstart: a Wasserstein auto-encoder that learns to write digits, in about two minutes on two CPU cores.
+"""A Wasserstein auto-encoder that learns to write digits, in a few minutes on two CPU cores.
 
-    python tutorials/quickstart.py
-    python tutorials/quickstart.py --prior normal
+    python -m pyro_wae.demo
+    python -m pyro_wae.demo --prior normal
 
 The encoder maps each digit to a latent code of eight numbers, and the decoder maps a code to a digit. Training
 minimises the squared error of the reconstructions (the cost) and a distance between the distribution of all codes and
 the prior (the penalty). The prior is a mixture of Normals that is learnt along with the nets, or N(0, I). A sample is
-a decoded draw of the prior. Pictures and figures are written to results/quickstart/.
+a decoded draw of the prior. Pictures and figures are written to results/demo/.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import pyro
-import pyro.distributions as dist
 import torch
-from digits import load_digits
-from judge import DigitClassifier
-from nets import digit_decoder, digit_encoder
-from overview import overview
 from pyro.infer import SVI
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from pyro_wae import WAELoss
+from pyro_wae.demo.digits import load_digits
+from pyro_wae.demo.judge import DigitClassifier
+from pyro_wae.demo.nets import DigitWAE
+from pyro_wae.demo.overview import overview
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD, PriorLikelihood
@@ -39,42 +38,6 @@ TESTED = 1000
 
 SURE = 0.9
 """The least probability at which a sample counts as read by the classifier."""
-
-
-class StandardNormal(nn.Module):
-    """The fixed prior N(0, I); like a learned prior, a module whose call returns the distribution of one code."""
-
-    def __init__(self, zdim: int):
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(zdim))
-
-    def forward(self) -> Any:
-        return dist.Normal(self.loc, 1.0).to_event(1)
-
-
-class DigitWAE(nn.Module):
-    """A convolutional auto-encoder of 28x28 images, as a Pyro model and guide; the prior is N(0, I) or a module."""
-
-    def __init__(self, zdim: int, prior: nn.Module | None = None):
-        super().__init__()
-        self.zdim = zdim
-        self.encoder, self.decoder = digit_encoder(zdim), digit_decoder(zdim)
-        self.prior = StandardNormal(zdim) if prior is None else prior
-
-    def model(self, x: Tensor) -> None:
-        """The prior of the codes and the decoder."""
-        pyro.module("decoder", self.decoder)
-        pyro.module("prior", self.prior)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior())
-            # The cost compares x with this distribution's mean; no likelihood is computed, so the scale has no effect.
-            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(3), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """The encoder: one code for each digit, without noise."""
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
 
 
 def make_loss(args: argparse.Namespace) -> WAELoss:
@@ -100,14 +63,15 @@ def train(wae: DigitWAE, images: Tensor, args: argparse.Namespace) -> dict[str, 
     wae.train()
     progress = tqdm(range(args.epochs), unit="epoch")
     for _ in progress:
-        terms = []
+        steps = []
         for batch in torch.randperm(len(images), device=images.device).split(args.batch_size):
             svi.step(images[batch])
-            terms.append(torch.tensor([loss.terms.cost, loss.terms.penalty, loss.terms.weight]))
+            if loss.terms:
+                steps.append(loss.terms.as_dict())
         optimizer.step()  # lowers the learning rate
-        cost, penalty, weight = torch.stack(terms).mean(0).tolist()
-        for key, value in (("cost", cost), ("penalty", penalty), ("weight", weight)):
-            history[key].append(value)
+        for key, values in history.items():
+            values.append(fmean(step[key] for step in steps))
+        cost, penalty, weight = (values[-1] for values in history.values())
         progress.set_postfix(cost=f"{cost:.1f}", penalty=f"{penalty:+.4f}", weight=f"{weight:.0f}")
     return history
 
@@ -162,10 +126,14 @@ def evaluate(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pyro_wae.demo",
+        description="Trains a Wasserstein auto-encoder of digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="15,000 digits, or all 70,000")
     parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
-    parser.add_argument("--out", type=Path, default=Path("results/quickstart"), help="folder for what is made")
+    parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for what is made")
     parser.add_argument("--prior", choices=("mixture", "normal"), default="mixture", help="learnt, or N(0, I)")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=100)

@@ -1,6 +1,6 @@
-"""Makes digits.npz, the part of MNIST that travels with the tutorials.
+"""Makes digits.npz, the part of MNIST that comes with the package.
 
-    python tutorials/data/make_digits.py --root ./mnist
+    python tools/make_digits.py --root ./mnist
 
 No random number is drawn: each class gives its share of the digits (its share of MNIST, rounded by largest
 remainders), evenly spaced through MNIST's own order, so that early and late writers are represented alike.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-DIGITS = Path(__file__).with_name("digits.npz")
+DIGITS = Path(__file__).parents[1] / "pyro_wae" / "demo" / "digits.npz"
 
 
 def balanced_indices(labels: np.ndarray, size: int) -> np.ndarray:
@@ -70,7 +70,7 @@ def make_digits(
 
 
 def main() -> None:
-    """Writes digits.npz and prints the checksums that README.md lists."""
+    """Writes digits.npz and prints the checksums that digits.md lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="./mnist", help="folder of torchvision's MNIST (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DIGITS, help="file to write (default: %(default)s)")

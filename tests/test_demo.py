@@ -1,31 +1,27 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-TUTORIALS = Path(__file__).parents[1] / "tutorials"
-sys.path.insert(0, str(TUTORIALS))
-
-from digits import load_digits  # noqa: E402
-from judge import frechet_distance  # noqa: E402
+from pyro_wae.demo.digits import load_digits
+from pyro_wae.demo.judge import frechet_distance
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The folder and the printed text of one quick run."""
-    out = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, str(TUTORIALS / "quickstart.py"), "--smoke", "--out", str(out)]
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "pyro_wae.demo", "--smoke", "--out", str(out)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     return out, finished.stdout
 
 
 @pytest.mark.parametrize("name", ["overview", "samples", "reconstructions", "codes", "losses"])
-def test_quickstart_draws_every_picture(smoke, name):
+def test_demo_draws_every_picture(smoke, name):
     image = pytest.importorskip("matplotlib.image")
     out, _ = smoke
     pixels = image.imread(out / f"{name}.png")
@@ -33,7 +29,7 @@ def test_quickstart_draws_every_picture(smoke, name):
     assert pixels.std() > 0
 
 
-def test_quickstart_writes_what_it_reached(smoke):
+def test_demo_writes_what_it_reached(smoke):
     out, _ = smoke
     metrics = json.loads((out / "metrics.json").read_text())
     found = {"test_cost", "reconstructions_frechet", "samples_frechet", "samples_read"}
@@ -46,7 +42,7 @@ def test_quickstart_writes_what_it_reached(smoke):
     assert metrics["options"]["smoke"] is True
 
 
-def test_quickstart_says_what_it_reached_and_where_it_is(smoke):
+def test_demo_says_what_it_reached_and_where_it_is(smoke):
     out, printed = smoke
     for text in ("squared error", "MMD^2", "p = ", "Frechet distance of samples", "seconds", str(out)):
         assert text in printed
