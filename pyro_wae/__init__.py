@@ -3,7 +3,8 @@
 import importlib
 from typing import Any
 
-from pyro_wae.loss import WAELoss, WAEModule
+from pyro_wae.loss import WAELoss
+from pyro_wae.module import WAEModule
 from pyro_wae.step.terms import Terms
 
 __version__ = "0.1.0"

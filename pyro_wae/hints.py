@@ -16,8 +16,6 @@ from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import depends_on_data
 from pyro_wae.step.records import Step
 
-__all__ = ["Hints"]
-
 
 @dataclass
 class _Training:

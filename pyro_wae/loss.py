@@ -39,8 +39,6 @@ from pyro_wae.step.records import Step
 from pyro_wae.step.terms import Terms
 from pyro_wae.weights import Constant, Constraint, Weight, as_weight
 
-__all__ = ["WAELoss", "WAEModule"]
-
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
 Program = Callable[..., Any]
 

@@ -16,8 +16,6 @@ from pyro_wae._core.programs import owners
 from pyro_wae.step.program import Program
 from pyro_wae.step.terms import Terms
 
-__all__ = ["WAEModule"]
-
 
 class WAEModule(ELBOModule):
     """A WAE loss bound to its model and guide, for plain torch optimisers and everything that takes a module.

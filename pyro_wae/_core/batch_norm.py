@@ -12,8 +12,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from pyro_wae._core.private import BatchNorm
 
-__all__ = ["batch_norm_at_rest", "batch_norm_layers"]
-
 
 @contextmanager
 def batch_norm_at_rest(*, saves_alike: bool = False) -> Iterator[None]:

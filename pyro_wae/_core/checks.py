@@ -7,8 +7,6 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["accepted", "choice", "flag", "function", "instance", "is_number", "number", "text", "whole"]
-
 T = TypeVar("T")
 
 

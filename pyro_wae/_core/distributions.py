@@ -10,8 +10,6 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 
-__all__ = ["distribution_tensors", "family", "innermost", "layers", "leaves"]
-
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FittedBuffers"]
-
 
 class FittedBuffers(nn.Module):
     """A module with buffers that are unset at first, such as the length of a kernel.

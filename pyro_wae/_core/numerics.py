@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "joined", "squared_distances", "total", "working_precision"]
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Casts half precision up to float32; leaves float32 and float64 as they are."""

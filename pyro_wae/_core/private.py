@@ -10,24 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyro.optim import PyroOptim
-from pyro.poutine.runtime import _PYRO_STACK as HANDLERS
+from pyro.poutine import runtime
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
 
-__all__ = [
-    "HANDLERS",
-    "BatchNorm",
-    "kept_tensors",
-    "new_clip",
-    "new_optimizer",
-    "schedulers_within",
-    "waiting_states",
-    "without_states",
-]
+# A micro-batch runs again in the backward pass, after SVI's handlers have been left, and must run under them.
+HANDLERS = runtime._PYRO_STACK
 
-# HANDLERS: a micro-batch runs again in the backward pass, after SVI's handlers have been left, and must run under them.
-# BatchNorm: the one base of BatchNorm1d, 2d, 3d and SyncBatchNorm; torch has no public name for it.
+# The one base of BatchNorm1d, 2d, 3d and SyncBatchNorm; torch has no public name for it.
+BatchNorm = batchnorm._BatchNorm
 
 
 def waiting_states(optim: PyroOptim) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["owners", "wrapped_module"]
-
 LIBRARIES = ("torch", "pyro")
 """Packages whose functions refer to nothing of the user's by global names."""
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["isolated_seed", "random_state", "restored_random_state", "set_random_state"]
-
 
 def random_state() -> dict[str, Any]:
     """The states of torch's generators (CPU and all CUDA devices), of numpy's and of Python's."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-__all__ = ["CallRepr"]
-
 
 class CallRepr:
     """Gives ``repr(obj)`` as ``Class(argument=value, ...)``, read from the signature of ``__init__``.

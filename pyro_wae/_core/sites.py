@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pyro_wae._core.numerics import at_least_float32, joined
 
-__all__ = ["Site", "side_by_side"]
-
 
 @dataclass(frozen=True)
 class Site:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["read_archive", "write_archive"]
-
 MARK = b"pyro_wae sha256 "
 TRAILER = len(MARK) + 2 * hashlib.sha256().digest_size
 

@@ -19,8 +19,6 @@ from pyro_wae.checkpoint.pieces import ModulePiece, Piece, pieces_of
 from pyro_wae.checkpoint.store import differing_parameters, restore_store, saved_parameters, store_state
 from pyro_wae.checkpoint.values import plain
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
-
 FORMAT = 2
 """Format 1 had no digest."""
 CONTENTS = ("versions", "about", "store", "states", "random", "extra")

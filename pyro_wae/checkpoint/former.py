@@ -6,8 +6,6 @@ import math
 import re
 from collections.abc import Callable
 
-__all__ = ["agreed_in_format_1"]
-
 FORMER_TEXTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # The argument was the square of a length.
     (

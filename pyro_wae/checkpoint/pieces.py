@@ -32,8 +32,6 @@ from pyro_wae.checkpoint.values import describe, plain, shape_of
 from pyro_wae.optim import SharedOptim
 from pyro_wae.penalties import Penalty
 
-__all__ = ["ModulePiece", "Piece", "pieces_of"]
-
 LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group", "compile", "others")
 """Arguments of a loss that change how and where it is computed, and not what it is."""
 

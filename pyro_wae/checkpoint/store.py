@@ -15,8 +15,6 @@ from torch.distributions.constraints import Constraint
 from pyro_wae.checkpoint.pieces import ModulePiece, Piece
 from pyro_wae.checkpoint.values import plain
 
-__all__ = ["differing_parameters", "restore_store", "saved_parameters", "store_state"]
-
 _CONSTRAINTS = {module.__name__: module for module in (torch_constraints, pyro_constraints)}
 
 

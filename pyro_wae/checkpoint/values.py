@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from pyro_wae._core.repr import CallRepr
 
-__all__ = ["describe", "plain", "shape_of"]
-
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 
 

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["load_digits"]
-
 BUNDLED = Path(__file__).with_name("digits.npz")
 
 PARTS = ("train", "heldout", "test")

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["DigitClassifier", "frechet_distance"]
-
 
 class DigitClassifier(nn.Module):
     """A small classifier of digits (LeNet), whose last hidden layer is the feature space of the Frechet distance.

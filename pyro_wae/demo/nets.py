@@ -7,8 +7,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DigitWAE", "Residual", "StandardNormal", "deep_head", "digit_decoder", "digit_encoder"]
-
 WIDTH = 256
 
 

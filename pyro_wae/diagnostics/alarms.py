@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pyro_wae.diagnostics.gathering import BatchNormComparison
 from pyro_wae.diagnostics.site_comparison import Comparison
 
-__all__ = ["Alarm", "find_alarms"]
-
 NARROW = 0.25
 """Variance along a line, as a share of what prior draws show among themselves, below which codes are too narrow."""
 

@@ -15,8 +15,6 @@ from pyro_wae._core.checks import number, whole
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, as_rows, new_generator, prior_rows
 
-__all__ = ["ClassifierTest", "classifier_test"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTest(HypothesisTest):

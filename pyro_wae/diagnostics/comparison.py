@@ -11,8 +11,6 @@ from pyro_wae._core.numerics import squared_distances
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, transport_along
 
-__all__ = ["Coverage", "Moments", "WorstDirection", "Yardstick", "coverage", "moments", "worst_direction"]
-
 FAR_QUANTILE = 0.99
 """A point is far from a sample if its nearest neighbour there is farther than this share of prior draws have theirs."""
 

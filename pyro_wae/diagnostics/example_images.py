@@ -16,8 +16,6 @@ from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.predict import decode, sample
 from pyro_wae.step.program import Program
 
-__all__ = ["Pictures", "collect_pictures"]
-
 SAMPLES, INPUTS, PATHS, STEPS = 30, 10, 3, 10
 
 SMALLEST_SIDE = 8

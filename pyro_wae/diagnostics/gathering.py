@@ -21,8 +21,6 @@ from pyro_wae.step.observe import Observer
 from pyro_wae.step.program import Program, Run
 from pyro_wae.step.records import Step
 
-__all__ = ["BatchNormComparison", "CostSummary", "Gathered", "gather"]
-
 CostOption = Cost | Mapping[str, Cost]
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from pyro_wae._core.checks import whole
 from pyro_wae._core.random_state import isolated_seed
 
-__all__ = ["HypothesisTest", "as_rows", "new_generator", "prior_rows"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class HypothesisTest:

@@ -23,8 +23,6 @@ from pyro_wae.step.program import Program
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "report"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report:

@@ -19,8 +19,6 @@ from pyro_wae.plotting.style import WIDTH, styled_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_report"]
-
 CLOUDS_HEIGHT, QUANTILES_HEIGHT = 4.2, 4.6
 COLUMNS = 10
 

@@ -11,8 +11,6 @@ from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary
 from pyro_wae.diagnostics.hypothesis_test import HypothesisTest
 from pyro_wae.diagnostics.site_comparison import Comparison
 
-__all__ = ["report_lines"]
-
 TABLE_ROWS = 10
 """Coordinates in a table; of more, those least like the prior."""
 

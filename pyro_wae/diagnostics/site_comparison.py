@@ -22,8 +22,6 @@ from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.diagnostics.hypothesis_test import new_generator
 from pyro_wae.diagnostics.two_sample import TwoSampleTest, two_sample_test
 
-__all__ = ["Comparison", "Noise", "compare_site"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:

@@ -17,8 +17,6 @@ from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, as_rows, new_ge
 from pyro_wae.kernels import FunctionKernel, Gaussian, InverseMultiquadratic, Kernel, Laplace
 from pyro_wae.kernels.function import as_kernel
 
-__all__ = ["TwoSampleTest", "two_sample_test"]
-
 LENGTHS = 10
 """Lengths of each kind of kernel in the aggregated test."""
 

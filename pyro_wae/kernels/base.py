@@ -12,8 +12,6 @@ from pyro_wae._core import checks
 from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae._core.repr import CallRepr
 
-__all__ = ["Composite", "Kernel", "Product", "Scaled", "Scratch", "Sum", "as_scratch"]
-
 Scratch = tuple[Tensor, Tensor, Tensor]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
 
@@ -315,7 +313,24 @@ class Product(Composite):
         return " * ".join(map(repr, self.kernels))
 
 
-class Scaled(Kernel):
+class OneKernel(Kernel):
+    """A function of one kernel, which is radial and smooth where that kernel is."""
+
+    kernel: Kernel
+
+    @property
+    def is_radial(self) -> bool:
+        return self.kernel.is_radial
+
+    @property
+    def is_smooth(self) -> bool:
+        return self.kernel.is_smooth
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        return self.kernel.squared_unit(like)
+
+
+class Scaled(OneKernel):
     """A kernel times a positive number; usually written ``2.0 * k``.
 
     Raises:
@@ -330,17 +345,6 @@ class Scaled(Kernel):
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return self.factor * self.kernel.gram(x, y)
-
-    @property
-    def is_radial(self) -> bool:
-        return self.kernel.is_radial
-
-    @property
-    def is_smooth(self) -> bool:
-        return self.kernel.is_smooth
-
-    def squared_unit(self, like: Tensor) -> Tensor:
-        return self.kernel.squared_unit(like)
 
     def profile(self, u: Tensor) -> Tensor:
         return self.factor * self.kernel.profile(u)

@@ -14,8 +14,6 @@ from pyro_wae.kernels.base import Kernel
 from pyro_wae.kernels.lengths import MultiScale
 from pyro_wae.kernels.radial import Gaussian
 
-__all__ = ["Conditional", "DefaultConditionKernels", "SameLabel", "UnitMean"]
-
 MOST_FITTED_PAIRS = 512**2
 """The largest number of pairs that :class:`UnitMean` takes its mean from at a time."""
 

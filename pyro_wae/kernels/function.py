@@ -11,8 +11,6 @@ from pyro_wae._core import checks
 from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae.kernels.base import Kernel
 
-__all__ = ["FunctionKernel", "ModuleKernel", "as_kernel"]
-
 
 class FunctionKernel(Kernel):
     """A plain function k(x, y) of tensors (n, d) and (m, d) with values of shape (n, m), as a kernel.

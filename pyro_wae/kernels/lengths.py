@@ -10,9 +10,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import squared_distances, working_precision
-from pyro_wae.kernels.base import Kernel, Scratch
-
-__all__ = ["MultiScale", "RadialKernel", "working_squares"]
+from pyro_wae.kernels.base import Kernel, OneKernel, Scratch
 
 
 class RadialKernel(FittedBuffers, Kernel):
@@ -106,7 +104,7 @@ class RadialKernel(FittedBuffers, Kernel):
         return self.profile(self.scaled_squares(x, y))
 
 
-class MultiScale(Kernel):
+class MultiScale(OneKernel):
     """The sum of one kernel at several lengths: the squared length times each factor.
 
     Args:
@@ -117,6 +115,8 @@ class MultiScale(Kernel):
         TypeError: If the kernel has no length.
         ValueError: If there is no factor, or one is not positive.
     """
+
+    kernel: RadialKernel
 
     def __init__(self, kernel: RadialKernel, factors: Sequence[float]) -> None:
         super().__init__()
@@ -136,17 +136,6 @@ class MultiScale(Kernel):
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return self.profile(self.kernel.scaled_squares(x, y))
-
-    @property
-    def is_radial(self) -> bool:
-        return self.kernel.is_radial
-
-    @property
-    def is_smooth(self) -> bool:
-        return self.kernel.is_smooth
-
-    def squared_unit(self, like: Tensor) -> Tensor:
-        return self.kernel.squared_unit(like)
 
     def profile(self, u: Tensor) -> Tensor:
         total = self.kernel.profile(u / self.factors[0])

@@ -13,16 +13,6 @@ from pyro_wae._core import checks
 from pyro_wae.kernels.base import Kernel, Scratch, as_scratch
 from pyro_wae.kernels.lengths import MultiScale, RadialKernel, working_squares
 
-__all__ = [
-    "AUTHORS_FACTORS",
-    "Energy",
-    "Gaussian",
-    "InverseMultiquadratic",
-    "Laplace",
-    "Matern",
-    "RationalQuadratic",
-]
-
 AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 QUADRATURE_STEP = 0.4

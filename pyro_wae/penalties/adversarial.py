@@ -18,8 +18,6 @@ from pyro_wae._core.numerics import at_least_float32
 from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["JensenShannon", "adam"]
-
 LogProb = Callable[[Tensor], Tensor]
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -15,8 +15,6 @@ from pyro_wae._core.repr import CallRepr
 from pyro_wae.penalties.condition_columns import beside, join, scaled_columns
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["FunctionPenalty", "Penalty", "ScaledPenalty", "SumPenalty", "as_penalty"]
-
 
 class Penalty(CallRepr, nn.Module):
     """An estimate of a divergence D(Q_Z, P_Z); subclasses define :meth:`~Penalty.estimate`.

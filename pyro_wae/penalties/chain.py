@@ -15,8 +15,6 @@ from pyro_wae.penalties.base import Penalty, as_penalty
 from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.mmd import MMD
 
-__all__ = ["Chain"]
-
 
 class Chain(Penalty):
     r"""A penalty on runs of consecutive steps, for codes that are sequences with a Markov prior.

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["beside", "join", "label_columns", "scaled_columns"]
-
 
 def beside(codes: Tensor, condition: Tensor | None) -> Tensor:
     """Codes (K, n, d) with c more columns for a condition (n, c), for what depends on their number alone.

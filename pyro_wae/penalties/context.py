@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 
-__all__ = ["PenaltyContext"]
-
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "kept"), (Callable, "a function")),
     "sites": (Mapping, "a dict of slices, the columns of each site,"),

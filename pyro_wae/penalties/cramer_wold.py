@@ -19,8 +19,6 @@ from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.kernel_means import register_kernel_mean
 from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
-__all__ = ["CramerWold", "projected_gaussian"]
-
 
 class CramerWold(Penalty):
     r"""The squared Cramer-Wold distance: the L2 distance of smoothed one-dimensional projections.

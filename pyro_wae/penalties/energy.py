@@ -10,8 +10,6 @@ from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
-__all__ = ["EnergyDistance"]
-
 
 class EnergyDistance(Penalty):
     """The energy distance, ``2 E|q - p|^a - E|q - q'|^a - E|p - p'|^a``, which has no length to choose.

@@ -15,8 +15,6 @@ from pyro_wae._core import checks
 from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["LogVarianceL1", "UnitVarianceKL"]
-
 
 class _VarianceGuard(Penalty):
     """A weight times the mean over data of sum_j f(sigma_j^2); subclasses define ``cost``."""

@@ -19,8 +19,6 @@ from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
-__all__ = ["KernelMean", "NormalMixtureMean", "kernel_mean", "register_kernel_mean", "row_total"]
-
 
 class KernelMean(Protocol):
     """What is known of a kernel k against a prior P in closed form."""

@@ -19,8 +19,6 @@ from pyro_wae.penalties.null_variance import NullVariance, pair_variance
 from pyro_wae.penalties.pair_sums import PairTerm, pair_total
 from pyro_wae.penalties.pair_weights import PairWeights, across, every, within
 
-__all__ = ["MMD", "known_mean", "squared_discrepancy"]
-
 MOST_ROWS = 512
 """The largest number of codes whose means against the prior are taken at once: a mixture of Gaussians that stands for
 kernels of several lengths has a hundred terms for each."""

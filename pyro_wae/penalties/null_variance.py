@@ -13,8 +13,6 @@ from pyro_wae.kernels import Kernel
 from pyro_wae.penalties import pair_sums
 from pyro_wae.penalties.kernel_means import KernelMean
 
-__all__ = ["NullVariance", "centred_square", "pair_variance"]
-
 
 def pair_variance(n: int, m: int | None) -> float:
     """The variance of the unbiased estimate under the null, in units of E h(p, p')^2 of the centred kernel h.

@@ -22,8 +22,6 @@ from pyro_wae.kernels import Kernel
 from pyro_wae.kernels.base import Scratch
 from pyro_wae.penalties.pair_weights import PairWeights
 
-__all__ = ["PairTerm", "centred_squares", "pair_total"]
-
 MOST_PAIRS = 512**2
 """The largest number of pairs of rows whose matrix is made as a whole."""
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["PairWeights", "across", "every", "within"]
-
 
 @dataclass(frozen=True)
 class PairWeights:

@@ -10,8 +10,6 @@ from torch import Tensor
 from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["PriorLikelihood"]
-
 
 class PriorLikelihood(Penalty):
     r"""Trains the prior, and nothing else, by the likelihood of the codes.

@@ -14,8 +14,6 @@ from pyro_wae._core.numerics import working_precision
 from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["Sinkhorn"]
-
 BLUR_FRACTION = 0.5
 DIAMETER_MULTIPLE = 4.0
 

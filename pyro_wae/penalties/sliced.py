@@ -12,8 +12,6 @@ from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["MaxSlicedWasserstein", "SlicedWasserstein"]
-
 FIRST_STRIDE = 0.5
 STRIDE_RATIO = 0.8
 

@@ -13,8 +13,6 @@ from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.sliced import match_quantiles, power
 
-__all__ = ["SphericalSlicedWasserstein"]
-
 NORM_TOLERANCE, COARSE_TOLERANCE = 1e-3, 2.0**-7
 """What a code may be off the sphere, and the same of one in bfloat16, which is brought there to half of it at best."""
 

@@ -15,8 +15,6 @@ from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.pair_sums import PairTerm, pair_total
 from pyro_wae.penalties.pair_weights import within
 
-__all__ = ["KernelStein"]
-
 
 class KernelStein(Penalty):
     r"""The squared kernelised Stein discrepancy of Q_Z from a prior known by its density, E h(q, q').

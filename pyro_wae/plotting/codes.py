@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["codes_and_prior", "discrepant_directions", "draw_clouds", "draw_quantiles", "quantiles"]
-
 AXIS_NAMES = ("largest discrepancy", "second largest")
 
 

@@ -13,8 +13,6 @@ from pyro_wae.plotting.style import BLUE, GREY, ORANGE, WIDTH, styled_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["loss_curves"]
-
 
 def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", title: str | None = None) -> Figure:
     """Draws cost and penalty during training, a panel each.

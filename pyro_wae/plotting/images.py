@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["as_images", "image_grid", "make_mosaic", "mosaic_of_rows", "mosaic_size", "reconstructions", "show_mosaic"]
-
 LABEL_WIDTH = 0.75
 
 

@@ -15,8 +15,6 @@ from pyro_wae._core.checks import text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREY", "ORANGE", "PALETTE", "STYLE", "WIDTH", "Rows", "as_array", "styled_figure"]
-
 Rows = Tensor | np.ndarray
 
 # Okabe & Ito's palette, in which no two colours look alike to the colour-blind, without its black, and with a

@@ -15,8 +15,6 @@ from pyro_wae.predict.runs import encoded_run, output_nodes, run_model, site_out
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.program import Program, ReplaySubsamples
 
-__all__ = ["code_rows", "encode", "interpolate"]
-
 Path = Literal["linear", "spherical"]
 
 

@@ -16,8 +16,6 @@ from pyro_wae.predict.runs import Node, check_return_sites, encoded_run, output_
 from pyro_wae.step.plates import find_data_plate, layout
 from pyro_wae.step.program import Program, is_random
 
-__all__ = ["decode", "reconstruct", "sample"]
-
 
 def decode(
     model: Program,

@@ -14,8 +14,6 @@ from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.costs import generator_output
 from pyro_wae.step.program import Program, Run, is_random, observed_nodes, run
 
-__all__ = ["Node", "check_return_sites", "encoded_run", "output_nodes", "run_model", "site_output"]
-
 Node = Mapping[str, Any]
 
 

@@ -12,8 +12,6 @@ from pyro_wae._core.checks import number, whole
 from pyro_wae.predict import code_rows
 from pyro_wae.priors.mixtures import MixturePrior
 
-__all__ = ["fit"]
-
 Prior = TypeVar("Prior")
 
 

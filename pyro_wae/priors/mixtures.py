@@ -14,8 +14,6 @@ from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.checks import accepted, flag, function, number, whole
 from pyro_wae._core.distributions import innermost
 
-__all__ = ["MixturePrior", "NormalMixture", "VampPrior"]
-
 
 class NormalMixture(dist.MixtureSameFamily):
     r"""A mixture of Normals whose draws have a gradient for the weights, too.

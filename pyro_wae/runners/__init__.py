@@ -7,8 +7,6 @@ from pyro_wae.runners.base import Runner
 from pyro_wae.runners.micro_batches import MicroBatches
 from pyro_wae.runners.ranks import Ranks
 
-__all__ = ["Runner", "make_runner"]
-
 
 def make_runner(micro_batch: int | None, process_group: GroupLike | None) -> Runner:
     """The runner for a loss: each rank of a group runs its own data, in micro-batches or as they are.

@@ -16,8 +16,6 @@ from pyro_wae._core.distributions import distribution_tensors
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.records import Step
 
-__all__ = ["Runner", "check_guide", "priors_differ"]
-
 
 class Runner:
     """Runs a step as it is: all data of this process at once. A subclass is another way to run it."""

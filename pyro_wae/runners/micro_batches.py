@@ -21,8 +21,6 @@ from pyro_wae.runners.base import Runner, check_guide, priors_differ
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.records import Step
 
-__all__ = ["MicroBatches"]
-
 
 class MicroBatches(Runner):
     """Runs model and guide on a few data at a time, as if on all at once.

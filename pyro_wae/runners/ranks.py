@@ -30,8 +30,6 @@ from pyro_wae.runners.base import Runner, check_guide, prior_values
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.records import Step
 
-__all__ = ["Ranks"]
-
 
 class _Report(NamedTuple):
     """What the ranks tell each other of a step before they exchange tensors."""

@@ -14,19 +14,6 @@ from pyro_wae.step.condition import Condition, with_condition
 from pyro_wae.step.observe import check_names
 from pyro_wae.step.records import Step
 
-__all__ = [
-    "PenaltyLike",
-    "PenaltyOption",
-    "SiteKey",
-    "as_option",
-    "compare",
-    "compared",
-    "each_penalty",
-    "joint_scale",
-    "prepare",
-    "site_label",
-]
-
 PenaltyLike = Penalty | Callable[[Tensor, Tensor], Tensor]
 SiteKey = str | tuple[str, ...]
 PenaltyOption = Penalty | dict[SiteKey, Penalty | None]

@@ -19,8 +19,6 @@ from pyro_wae.penalties import Penalty, PenaltyContext
 from pyro_wae.step.program import Program, Run
 from pyro_wae.step.records import Step
 
-__all__ = ["Condition", "read_condition", "with_condition"]
-
 SPREAD = 4.0
 """The spread of a condition over that of the prior draws, where both are columns of one row. A penalty that sees rows
 alone is slow to tell conditions apart that lie closer than codes do, and has few pairs to compare where they lie too

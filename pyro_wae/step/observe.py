@@ -22,8 +22,6 @@ from pyro_wae.step.prior import draw_prior, prior_varies
 from pyro_wae.step.program import Program, Run, run, trace_pair
 from pyro_wae.step.records import Step
 
-__all__ = ["Observer", "check_names"]
-
 
 class Observer:
     """Observes a model and its guide on batches of data.

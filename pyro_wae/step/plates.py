@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["PARTICLE_PLATE", "data_frame", "data_size", "find_data_plate", "layout", "subsample_scales"]
-
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name that ``pyro.infer.ELBO`` gives the plate of its vectorised particles."""
 

@@ -19,15 +19,6 @@ from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.step.program import ReplaySubsamples, Run, is_random, mask_of
 
-__all__ = [
-    "depends_on_data",
-    "draw_prior",
-    "prior_log_prob",
-    "prior_of_one_code",
-    "prior_varies",
-    "warn_of_lost_gradient",
-]
-
 MOST_COMPONENTS = 10
 """Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
 and soon takes longer than drawing."""

@@ -20,19 +20,6 @@ from pyro_wae._core.distributions import family, innermost, layers
 from pyro_wae._core.sites import Site
 from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
 
-__all__ = [
-    "Factor",
-    "Program",
-    "ReplaySubsamples",
-    "Run",
-    "is_random",
-    "mask_of",
-    "observed_nodes",
-    "read",
-    "run",
-    "trace_pair",
-]
-
 Program = Callable[..., Any]
 Node = Mapping[str, Any]
 

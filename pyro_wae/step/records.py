@@ -21,8 +21,6 @@ from pyro_wae.step.prior import prior_log_prob, prior_of_one_code
 from pyro_wae.step.program import Run
 from pyro_wae.step.terms import Terms
 
-__all__ = ["Step"]
-
 
 @dataclass(frozen=True)
 class Step:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
 
-__all__ = ["Constant", "LinearSchedule", "Schedule", "SteppedWeight", "Weight", "as_weight"]
-
 
 class Weight(CallRepr, nn.Module):
     """A penalty weight; subclasses define :meth:`~Weight.forward`, and :meth:`~Weight.observe` if they learn.

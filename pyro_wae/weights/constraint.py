@@ -14,8 +14,6 @@ from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae.penalties.null_variance import pair_variance
 from pyro_wae.weights.base import SteppedWeight
 
-__all__ = ["Constraint", "RandomFeatures", "trace_of_squared_covariance"]
-
 FREQUENCIES = 256
 FACTORS = (0.2, 1.0, 5.0)
 """Squared lengths of the inverse multiquadratic kernels, in the mean squared distance of prior draws."""
