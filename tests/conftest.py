@@ -45,15 +45,21 @@ class OtherDevice(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_start():
-    """Each test starts from an empty parameter store and one seed, and leaves no handler of Pyro's behind."""
+def _fresh_start(request):
+    """Each test starts from an empty parameter store and its file's SEED, and leaves no handler of Pyro's behind."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(getattr(request.module, "SEED", 0))
     hints._trained.clear()
     with OtherDevice() if DEVICE else nullcontext():
         yield
     assert runtime._PYRO_STACK == []
     assert runtime._DIM_ALLOCATOR._stack == []
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a checkpoint goes."""
+    return tmp_path / "run.pt"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 from pyro.infer import SVI
+from references import rows
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -20,16 +21,6 @@ from pyro_wae import WAELoss
 from pyro_wae.penalties import MMD, JensenShannon, PenaltyContext
 
 N, M, D = 20, 30, 2
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def plane(d=D):

@@ -66,7 +66,7 @@ def ways():
     [
         "finite_samples",
         "gradient_variance",
-        *(pytest.param(name, marks=SLOW) for name in ("kernel_penalty", "penalties", "step")),
+        *(pytest.param(name, marks=SLOW) for name in ("kernel_penalty", "peers", "penalties", "step")),
         *(pytest.param(name, marks=SLOW) for name in ("two_sample_power", "large_batches")),
     ],
 )

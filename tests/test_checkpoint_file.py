@@ -14,36 +14,13 @@ import pyro
 import pytest
 import torch
 from torch import nn
-from trainings import FORMER_LOSSES, make_former_training
+from trainings import FORMER_LOSSES, make_former_training, optimised, state_of
 
 import pyro_wae
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
 from pyro_wae.checkpoint.former import agreed_in_format_1
 
 DATA = Path(__file__).with_name("data")
-
-
-@pytest.fixture(autouse=True)
-def fresh_store():
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "run.pt"
-
-
-def optimised(schedule=None):
-    """A net with its optimiser, and a scheduler if that is given."""
-    net = nn.Linear(3, 2)
-    parts = {"net": net, "optimizer": torch.optim.Adam(net.parameters())}
-    return parts if schedule is None else {**parts, "scheduler": schedule(parts["optimizer"])}
-
-
-def state_of(parts):
-    return repr([part.state_dict() for part in parts.values() if hasattr(part, "state_dict")])
 
 
 # Damage

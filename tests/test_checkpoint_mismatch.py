@@ -6,37 +6,13 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.optim import lr_scheduler
-from trainings import OPTIMS, ByPyro, D, Net, assert_same, discriminator, run
+from trainings import OPTIMS, ByPyro, D, Net, assert_same, discriminator, optimised, run, state_of
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
 from pyro_wae.kernels import Gaussian
 from pyro_wae.optim import SGD, Adam
 from pyro_wae.penalties import MMD, JensenShannon, SlicedWasserstein
-
-
-@pytest.fixture(autouse=True)
-def fresh_store():
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "run.pt"
-
-
-def optimised(schedule=None):
-    """A net with its optimiser, and a scheduler if that is given."""
-    net = nn.Linear(3, 2)
-    parts = {"net": net, "optimizer": torch.optim.Adam(net.parameters())}
-    return parts if schedule is None else {**parts, "scheduler": schedule(parts["optimizer"])}
-
-
-def state_of(parts):
-    return repr([part.state_dict() for part in parts.values() if hasattr(part, "state_dict")])
-
 
 # Another training
 

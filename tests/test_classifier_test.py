@@ -13,11 +13,6 @@ from pyro_wae.diagnostics import classifier, classifier_test
 NORMAL = dist.Normal(torch.zeros(3), 1.0).to_event(1)
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def rejections(runs, n, m, level):
     rejected = 0
     for run in range(runs):

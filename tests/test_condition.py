@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from references import mean_is_zero
+from references import mean_is_zero, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -36,10 +36,6 @@ from pyro_wae.penalties import (
 N, D = 12, 2
 PARTICLES = [{}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}]
 every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
-
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 class Joint(Penalty):

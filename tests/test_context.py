@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from references import mean_is_zero
+from references import mean_is_zero, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -39,10 +39,6 @@ class Contexts(Penalty):
     def estimate(self, codes, prior, context):
         self.seen.append((codes, context))
         return codes.sum() * 0
-
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def seen_by(model, guide, x, penalty=None, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from references import mean_is_zero
+from references import mean_is_zero, rows
 from scipy.spatial.distance import cdist
 from scipy.special import hyp1f1
 from scipy.stats import norm
@@ -17,15 +17,6 @@ from pyro_wae.penalties import MMD, PenaltyContext
 from pyro_wae.penalties.cramer_wold import CramerWold, projected_gaussian
 
 DIMENSIONS = [2, 3, 8, 64, 512]
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
-def rows(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype)
 
 
 def normal(d, loc=0.0, scale=1.0):

@@ -3,22 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from references import mean_is_zero
+from references import mean_is_zero, rows
 from scipy.integrate import quad
 from scipy.spatial.distance import cdist
 from scipy.stats import energy_distance, norm
 
 from pyro_wae.penalties import PenaltyContext
 from pyro_wae.penalties.energy import EnergyDistance
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
-def rows(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 33), (33, 20), (2, 2)])

@@ -12,11 +12,6 @@ GUARDS = [LogVarianceL1, UnitVarianceKL]
 every_guard = pytest.mark.parametrize("guard", GUARDS)
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def context(variance):
     return PenaltyContext(encoder_variance=lambda: variance)
 

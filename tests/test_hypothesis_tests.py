@@ -24,11 +24,6 @@ PRIORS = {
 both = pytest.mark.parametrize("test", [two_sample_test, classifier_test])
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 @both
 @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
 def test_prior_may_be_a_distribution(test, prior):

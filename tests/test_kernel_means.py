@@ -13,7 +13,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 from pyro import poutine
-from references import mean_is_zero
+from references import mean_is_zero, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -23,20 +23,10 @@ from pyro_wae.penalties import MMD, Penalty, PenaltyContext, kernel_mean, kernel
 N = 12
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
 @pytest.fixture
 def registry(monkeypatch):
     """Lets a test register what it likes and takes it back."""
     monkeypatch.setattr(kernel_means, "_REGISTRY", dict(kernel_means._REGISTRY))
-
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 # Each kernel beside its value at a squared distance, written once more.

@@ -47,12 +47,6 @@ every_kernel = pytest.mark.parametrize("name", KERNELS)
 every_length = pytest.mark.parametrize("kernel", LENGTHS)
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 def rows(n, d=3, dtype=torch.float64):
     return torch.randn(n, d, dtype=dtype)
 

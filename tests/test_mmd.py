@@ -5,7 +5,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from references import KERNELS, differences, distances, half_mean_square, mean_is_zero
+from references import KERNELS, differences, distances, half_mean_square, mean_is_zero, rows
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
@@ -13,15 +13,6 @@ from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace
 from pyro_wae.penalties import MMD, FunctionPenalty, PenaltyContext, as_penalty
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
-def rows(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype)
 
 
 def penalty(name, **options):

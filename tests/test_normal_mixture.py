@@ -15,12 +15,6 @@ SEED = 3
 N = 200
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(SEED)
-
-
 LOGITS = [0.2, -0.3, 0.5]
 LOCS = [[1.0, 1.5, 0.5], [2.0, 0.5, 1.0], [0.0, 1.3, 0.7]]
 DIRECTION = [0.7, -0.4, 0.5]

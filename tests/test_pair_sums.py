@@ -9,7 +9,7 @@ import pyro.contrib.gp.kernels as pyro_kernels
 import pyro.distributions as dist
 import pytest
 import torch
-from references import KERNELS, LargestTensor, distances, half_mean_square
+from references import KERNELS, LargestTensor, distances, half_mean_square, rows
 
 from pyro_wae.kernels import (
     Energy,
@@ -30,11 +30,6 @@ from pyro_wae.penalties.pair_weights import within
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def take_small_blocks(monkeypatch):
     monkeypatch.setattr(pair_sums, "MOST_PAIRS", 0)
     monkeypatch.setattr(pair_sums, "MOST_RADIAL_PAIRS", 0)
@@ -46,10 +41,6 @@ def take_small_blocks(monkeypatch):
 def small_blocks(monkeypatch):
     """Sums by blocks of 7 x 10 pairs, however few rows there are."""
     take_small_blocks(monkeypatch)
-
-
-def rows(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype)
 
 
 def off_diagonal(n):

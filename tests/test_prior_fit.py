@@ -28,12 +28,6 @@ def guide(x):
         pyro.sample("z", dist.Delta(2 * x + 1).to_event(1))
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
 def two_clusters():
     centres = torch.tensor([[-3.0, 0.0], [3.0, 1.0]])
     return dist.MixtureSameFamily(

@@ -24,12 +24,6 @@ SEED = 11
 LEVEL = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(SEED)
-
-
 class Capture(nn.Module):
     """A function penalty that keeps what reaches it and pulls the codes' mean to the draws'."""
 

@@ -6,40 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.poutine import runtime
+from reported import FAST, data, pair
 
 from pyro_wae.diagnostics import report
-
-FAST = {"test_codes": 300, "permutations": 99}
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    yield
-    assert runtime._PYRO_STACK == []
-
-
-def data(n, d=3, seed=1):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-def pair(encode, noise=0.0):
-    """A standard normal prior, and a guide that gives codes ``encode(x)``."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            code = encode(x)
-            fn = dist.Normal(code, noise) if noise else dist.Delta(code)
-            pyro.sample("z", fn.to_event(1))
-
-    return model, guide
 
 
 def imaging(shape, scale=1.0):

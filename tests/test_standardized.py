@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from references import mean_is_zero
+from references import mean_is_zero, rows
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Laplace
@@ -20,16 +20,6 @@ from pyro_wae.penalties.null_variance import NullVariance, centred_square, pair_
 
 KERNELS = {"gaussian": Gaussian, "authors": InverseMultiquadratic.multiscale, "laplace": Laplace}
 ENOUGH = 8192
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def standard_normal(d):

@@ -5,7 +5,7 @@ import pickle
 import pyro.distributions as dist
 import pytest
 import torch
-from references import mean_is_zero
+from references import mean_is_zero, rows
 
 from pyro_wae.kernels import (
     Energy,
@@ -34,15 +34,6 @@ KERNELS = {
     "product": (lambda: Gaussian(1.0) * InverseMultiquadratic(2.0**0.5), lambda s: torch.exp(-s / 2) * 2 / (2 + s)),
 }
 every_kernel = pytest.mark.parametrize("name", KERNELS)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
-def rows(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype)
 
 
 def standard_normal(z):

@@ -18,11 +18,6 @@ NORMAL = dist.Normal(torch.zeros(3), 1.0).to_event(1)
 ROWS = torch.randn(40, 3, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def direct_mmd(gram, codes):
     """The unbiased MMD by loops over the pairs of a kernel matrix, where the rows in ``codes`` are the codes."""
     rest = [i for i in range(len(gram)) if i not in codes]

@@ -192,3 +192,14 @@ def make_former_training(route):
         return value.item()
 
     return {"wae": wae, "optimizer": optimizer, "scheduler": scheduler}, step
+
+
+def optimised(schedule=None):
+    """A net with its optimiser, and a scheduler if that is given."""
+    net = nn.Linear(3, 2)
+    parts = {"net": net, "optimizer": torch.optim.Adam(net.parameters())}
+    return parts if schedule is None else {**parts, "scheduler": schedule(parts["optimizer"])}
+
+
+def state_of(parts):
+    return repr([part.state_dict() for part in parts.values() if hasattr(part, "state_dict")])
