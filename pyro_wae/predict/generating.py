@@ -86,8 +86,10 @@ def decode(
     size = shape[dim]
     parts, joins = [], {}
     for start in range(0, count, size):
-        index = torch.arange(start, start + size) % count
-        chosen = {name: value.index_select(dims[name], index.to(value.device)) for name, value in codes.items()}
+        chosen = {
+            name: value.index_select(dims[name], torch.arange(start, start + size, device=value.device) % count)
+            for name, value in codes.items()
+        }
         trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
         sites = output_nodes(trace, return_sites, leave_out=codes)
         parts.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
