@@ -210,10 +210,15 @@ CASES = {
         SHIFTED,
         {"x": D},
     ),
-    '`infer={"is_auxiliary": True}` at an observed site of the model': (
-        program(lambda z: pyro.sample("u", around(z), obs=X, infer={"is_auxiliary": True}) * 0),
-        SHIFTED,
+    '`infer={"is_auxiliary": True}` at a latent site of the model': (
+        program(latent("w", {"is_auxiliary": True}), code_of("w", X + 2)),
+        {"z": X + 1, "w": X + 2},
         {"x": D},
+    ),
+    '`infer={"is_auxiliary": True}` at an observed site of the model': (
+        program(lambda z: pyro.sample("u", around(z + 1), obs=X, infer={"is_auxiliary": True}) * 0),
+        SHIFTED,
+        {"x": D, "u": 4 * D},
     ),
     '`infer={"enumerate": ...}` in the guide': (
         program(
@@ -235,7 +240,7 @@ CASES = {
         {"x": D, "y": 4 * D},
     ),
     "`poutine.infer_config`": (
-        handled(poutine.infer_config, config_fn=lambda site: {"is_auxiliary": True} if site["name"] == "y" else {}),
+        handled(poutine.infer_config, config_fn=lambda site: {"_deterministic": True} if site["name"] == "y" else {}),
         {"z": X + 1, "w": X + 2},
         {"x": D},
     ),
@@ -283,7 +288,7 @@ CASES = {
     ),
     "`pyro.param`": (learnt(), SHIFTED, {"x": D}),
     "parameter with a prior, outside the data plate": (prior_on_a_parameter(), "Latent site 'weight' is global"),
-    "`SplitReparam`": (split(), "ImproperUniform does not support sampling"),
+    "`SplitReparam`": (split(), "'z' is observed at the point of its own Delta"),
     "observed site of the guide": (program(guide_line=observed_in_the_guide), "The guide observes site 'label'"),
     "observed site of the guide that is masked out": (
         program(guide_line=masked(observed_in_the_guide, False)),
