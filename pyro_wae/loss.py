@@ -272,7 +272,13 @@ class WAELoss(CallRepr, ELBO):
         if register:
             self._register()
         with self._runner.comparing(step):
-            penalties = compare(self.penalty, step, self._condition)
+            try:
+                penalties = compare(self.penalty, step, self._condition)
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                # A penalty that stumbles over a number that is none knows no site, such as a kernel without a length.
+                if found := step.what_is_not_finite_before():
+                    raise ValueError(found) from error
+                raise
         step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
         if step.prior is not None:
             warn_of_lost_gradient(step.first, step.penalties.values())

@@ -20,7 +20,7 @@ from torch import nn
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood, Site
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, Penalty
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, JensenShannon, Penalty, SlicedWasserstein
 from pyro_wae.predict import reconstruct
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plates.md").read_text(encoding="utf-8")
@@ -494,6 +494,45 @@ def test_what_is_not_finite_stops_before_any_gradient_and_is_named(part, bad):
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=parts[part]) as raised:
         WAELoss(penalty, penalty_weight=1.0, **options).loss_and_grads(model, guide, X, y)
     assert ("NaN" in str(raised.value)) or ("infinity" in str(raised.value))
+    assert weight.grad is None
+
+
+PENALTIES = {
+    "a kernel's length": lambda: MMD(),
+    "that of a condition": lambda: MMD(Gaussian(1.0)),
+    "a standardized penalty": lambda: MMD(standardize=True),
+    "CramerWold": CramerWold,
+    "EnergyDistance": EnergyDistance,
+    "JensenShannon": JensenShannon,
+    "SlicedWasserstein": SlicedWasserstein,
+    "two penalties": lambda: {"z": MMD(), "w": None},
+}
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("part", ["codes", "prior draws", "condition"])
+def test_what_a_penalty_takes_from_its_first_draws_is_not_what_is_named(part, name, bad):
+    """A kernel without a length, a unit of the condition or a discriminator comes before the loss is looked at."""
+    weight = nn.Parameter(torch.ones(()))
+
+    def model(x, y):
+        with pyro.plate("data", N):
+            first = torch.arange(N) == 0
+            pyro.sample("z", around(torch.zeros(N, D).masked_fill((part == "prior draws") & first[:, None], bad)))
+            pyro.sample("w", normal(x, D))
+            pyro.sample("x", around(torch.zeros(N, D)), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", N):
+            pyro.sample("z", delta((x * bad if part == "codes" else x) * weight))
+            pyro.sample("w", delta(x * weight))
+
+    y = torch.linspace(0, 1, N).masked_fill((part == "condition") & (torch.arange(N) == 2), bad)
+    loss = WAELoss(PENALTIES[name](), condition="y")
+    site = "The condition 'y' holds" if part == "condition" else f"The {part} of latent site 'z' hold"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=f"{site} (NaN|infinity)"):
+        loss.loss_and_grads(model, guide, X, y)
     assert weight.grad is None
 
 
