@@ -10,9 +10,17 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 
-__all__ = ["distribution_tensors", "family", "innermost", "layers", "leaves"]
+from pyro_wae._core import checks
+
+__all__ = ["check_distribution", "distribution_tensors", "family", "innermost", "layers", "leaves"]
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
+
+
+def check_distribution(value: Any) -> None:
+    """Raises TypeError unless it is a distribution, torch's or Pyro's."""
+    kinds = (torch.distributions.Distribution, dist.Distribution)
+    checks.instance("distribution", value, kinds, "a distribution", write="dist.Normal(g, 1).to_event(1)")
 
 
 def layers(distribution: Any) -> Iterator[Any]:

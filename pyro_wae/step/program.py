@@ -17,6 +17,7 @@ from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor
 
 from pyro_wae._core.distributions import family, innermost, layers
+from pyro_wae._core.programs import called_with, check_program
 from pyro_wae._core.sites import Site
 from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
 
@@ -124,13 +125,16 @@ def trace_pair(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], max_plate_nesting: float
 ) -> tuple[Any, Any]:
     """The traces of the model, replayed against the guide, and of the guide."""
+    check_program("model", model)
+    check_program("guide", guide)
     unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, Messenger):
-        guide(*args, **kwargs)
-        model_trace, guide_trace = unwrapped.get_traces()
-    else:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    with called_with(args, kwargs):
+        if isinstance(unwrapped, Messenger):
+            guide(*args, **kwargs)
+            model_trace, guide_trace = unwrapped.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)

@@ -322,7 +322,7 @@ class Step:
 
 def _not_finite(values: Tensor) -> str | None:
     """What is not finite in a tensor, in a word; None where all is."""
-    if not values.is_floating_point() or bool(values.isfinite().all()):
+    if values.is_meta or not values.is_floating_point() or bool(values.isfinite().all()):
         return None
     return "NaN" if bool(values.isnan().any()) else "infinity"
 
