@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_wae._core.distributions import distribution_tensors, family, innermost
+from pyro_wae._core import checks
+from pyro_wae._core.distributions import check_distribution, distribution_tensors, family, innermost
 from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
@@ -96,6 +97,9 @@ class OutputCost(Cost):
 
     def __init__(self, *, decode: Decode | None = None) -> None:
         super().__init__()
+        if decode is not None:
+            what = "a function of the site's distribution, or None"
+            checks.function(f"{type(self).__name__}'s decode", decode, what, write="decode=lambda fn: fn.mean")
         self.decode = decode
 
     def output(self, distribution: Any) -> Tensor:
@@ -107,6 +111,7 @@ class OutputCost(Cost):
         raise NotImplementedError
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        value = _checked(distribution, value)
         output = self._output_for(distribution, value)
         return _sum_event(self.difference(at_least_float32(value), output), distribution.event_dim)
 
@@ -179,6 +184,7 @@ class NegativeLogLikelihood(Cost):
     """The cost of a random decoder, c(x, z) = -log p_G(x | z), in nats."""
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        value = _checked(distribution, value)
         with torch.autocast(value.device.type, enabled=False):
             return -_widened(distribution).log_prob(at_least_float32(value))
 
@@ -204,9 +210,12 @@ class FunctionCost(OutputCost):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *, decode: Decode | None = None) -> None:
         super().__init__(decode=decode)
-        self.function = function
+        what = "a function f(x, g) of data and generator output"
+        write = "FunctionCost(lambda x, g: (x - g).abs().flatten(1).sum(1))"
+        self.function = checks.function("FunctionCost's function", function, what, write=write)
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
+        value = _checked(distribution, value)
         return self.function(at_least_float32(value), self._output_for(distribution, value))
 
     def per_datum(self, site: Site) -> Tensor:
@@ -253,6 +262,7 @@ def generator_output(distribution: Any) -> Tensor:
         ValueError: If the distribution has no mean, none that is finite, one outside its support, or is one of angles,
             which have no difference along a line. On an accelerator, values are not looked at.
     """
+    check_distribution(distribution)
     try:
         mean = distribution.mean
     except (NotImplementedError, AttributeError) as error:
@@ -345,8 +355,14 @@ def _as_float(value: Tensor) -> Tensor:
 
 
 def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:
-    if not isinstance(found, Tensor) or found.shape != expected:
-        raise ValueError(_wrong_shape(cost, site, found, expected))
+    is_tensor = isinstance(found, Tensor)
+    if not is_tensor or found.shape != expected or found.layout is not torch.strided or found.is_meta:
+        kind = "" if not is_tensor or found.shape != expected else f" ({found.layout}, {found.device})"
+        described = f"shape {tuple(found.shape)}{kind}" if is_tensor else type(found).__name__
+        raise ValueError(
+            f"At observed site '{site}', the cost {cost!r} returned {described} where shape {expected} is needed: one "
+            "number for each datum. Sum over all other dimensions, for instance by .flatten(1).sum(1)."
+        )
     if not found.is_floating_point():
         raise ValueError(
             f"At observed site '{site}', the cost {cost!r} returned {found.dtype}, through which no gradient reaches "
@@ -358,7 +374,20 @@ def _sum_event(costs: Tensor, event_dim: int) -> Tensor:
     return costs.flatten(-event_dim).sum(-1) if event_dim else costs
 
 
+def _checked(distribution: Any, value: Any) -> Tensor:
+    """The data, which a cost compares with a distribution, as numbers."""
+    check_distribution(distribution)
+    value = checks.tensor("value", value, write="cost(dist.Normal(g, 1).to_event(1), x)")
+    if value.ndim < distribution.event_dim:
+        raise ValueError(
+            f"value has shape {tuple(value.shape)}, and the distribution an event of {distribution.event_dim} "
+            "dimensions. Give the data's own shape."
+        )
+    return _as_float(value)
+
+
 def _checked_output(output: Tensor, value: Tensor) -> Tensor:
+    output = _as_float(checks.tensor("The generator's output", output, write="decode=lambda fn: fn.mean"))
     if output.shape == value.shape:
         return at_least_float32(output)
     try:
@@ -368,11 +397,3 @@ def _checked_output(output: Tensor, value: Tensor) -> Tensor:
             f"the generator's output has shape {tuple(output.shape)}, the data {tuple(value.shape)}. "
             "Give the distribution or decode= the data's shape."
         ) from error
-
-
-def _wrong_shape(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> str:
-    described = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    return (
-        f"At observed site '{site}', the cost {cost!r} returned {described} where shape {expected} is needed: one "
-        "number for each datum. Sum over all other dimensions, for instance by .flatten(1).sum(1)."
-    )

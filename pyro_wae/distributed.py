@@ -60,7 +60,7 @@ def average_gradients(parameters: Iterable[Tensor], *, process_group: GroupLike 
 
 def check_group(group: object) -> None:
     """Raises TypeError unless it is a process group or "world"."""
-    if group != "world" and not isinstance(group, distributed.ProcessGroup):
+    if not (isinstance(group, str) and group == "world") and not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
             f"process_group must be 'world', a process group that this rank belongs to, or None, found {group!r}. "
             "Write process_group='world'."

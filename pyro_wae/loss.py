@@ -142,8 +142,8 @@ class WAELoss(CallRepr, ELBO):
         super().__init__(
             num_particles=checks.whole("num_particles", num_particles),
             vectorize_particles=checks.flag("vectorize_particles", vectorize_particles),
-            max_plate_nesting=max_plate_nesting,
-            retain_graph=retain_graph,
+            max_plate_nesting=_nesting(max_plate_nesting),
+            retain_graph=None if retain_graph is None else checks.flag("retain_graph", retain_graph),
         )
         self.penalty = as_option(penalty)
         self.cost = _costs(cost)
@@ -270,7 +270,13 @@ class WAELoss(CallRepr, ELBO):
         if register:
             self._register()
         with self._runner.comparing(step):
-            penalties = compare(self.penalty, step, self._condition)
+            try:
+                penalties = compare(self.penalty, step, self._condition)
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                # A penalty that stumbles over a number that is none knows no site, such as a kernel without a length.
+                if found := step.what_is_not_finite_before():
+                    raise ValueError(found) from error
+                raise
         step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
         if step.prior is not None:
             warn_of_lost_gradient(step.first, step.penalties.values())
@@ -314,6 +320,11 @@ def _costs(given: CostLike | Mapping[str, CostLike] | None) -> Cost | dict[str, 
     if isinstance(given, Mapping):
         return {site: as_cost(option) for site, option in given.items()}
     return as_cost(given)
+
+
+def _nesting(given: float) -> float:
+    is_open = checks.is_number(given) and float(given) == math.inf
+    return math.inf if is_open else checks.whole("max_plate_nesting", given, least=0, write="max_plate_nesting=1")
 
 
 def _free_name(name: str, module: nn.Module) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_wae import predict
+from pyro_wae._core import checks
 from pyro_wae._core.distributions import leaves
-from pyro_wae._core.programs import owners
+from pyro_wae._core.programs import check_program, owners
 from pyro_wae.step.program import Program
 from pyro_wae.step.terms import Terms
 
@@ -51,12 +52,12 @@ class WAEModule(ELBOModule):
 
     def __init__(self, model: Program, guide: Program, loss: ELBO) -> None:
         nn.Module.__init__(self)
-        self.elbo = loss
+        is_loss = isinstance(loss, ELBO) and hasattr(loss, "named_children")
+        self.elbo = checks.accepted("loss", loss, is_loss, "a WAELoss", write="WAELoss()(model, guide)")
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._finds_all = True
         for role, program in (("model", model), ("guide", guide)):
-            if not callable(program):
-                raise TypeError(f"The {role} must be a module or a function, found {program!r}.")
+            check_program(role, program)
             setattr(self, role, program)
             if isinstance(program, nn.Module):
                 continue

@@ -241,18 +241,22 @@ CASES = {
     ),
     "z = pyro.sample('z', ...)": (of_table("nothing shared"), go()),
     "pyro.sample('x', ..., obs=x); ": (of_table("nothing observed"), go()),
-    "pyro.factor('label', -distribution.log_prob(value), has_rsample=False)": (
+    "pyro.factor('label', -distribution.log_prob(value), has_rsample=True)": (
         of_table("guide observes"),
         go(
             (
                 pair()[0],
                 guide_with(
                     lambda code, seen: pyro.factor(
-                        "label", -dist.Bernoulli(logits=code[:, 0]).log_prob(seen.float()), has_rsample=False
+                        "label", -dist.Bernoulli(logits=code[:, 0]).log_prob(seen.float()), has_rsample=True
                     )
                 ),
             )
         ),
+    ),
+    "pyro.factor('y_density', log_density)": (
+        go(with_(lambda x, z, seen: 0 * pyro.sample("y", dist.Delta(x, x[:, 0], event_dim=1), obs=x))),
+        go(with_(lambda x, z, seen: pyro.factor("y_density", x[:, 0]))),
     ),
     "poutine.scale around both, or around the model": (
         of_table("scale in the guide"),

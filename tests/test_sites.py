@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from programs import around, delta, normal
 from pyro import poutine
 from pyro.infer import reparam
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoStructured
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood, Site
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, Penalty
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, JensenShannon, Penalty, SlicedWasserstein
 from pyro_wae.predict import reconstruct
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plates.md").read_text(encoding="utf-8")
@@ -210,10 +211,15 @@ CASES = {
         SHIFTED,
         {"x": D},
     ),
-    '`infer={"is_auxiliary": True}` at an observed site of the model': (
-        program(lambda z: pyro.sample("u", around(z), obs=X, infer={"is_auxiliary": True}) * 0),
-        SHIFTED,
+    '`infer={"is_auxiliary": True}` at a latent site of the model': (
+        program(latent("w", {"is_auxiliary": True}), code_of("w", X + 2)),
+        {"z": X + 1, "w": X + 2},
         {"x": D},
+    ),
+    '`infer={"is_auxiliary": True}` at an observed site of the model': (
+        program(lambda z: pyro.sample("u", around(z + 1), obs=X, infer={"is_auxiliary": True}) * 0),
+        SHIFTED,
+        {"x": D, "u": 4 * D},
     ),
     '`infer={"enumerate": ...}` in the guide': (
         program(
@@ -235,7 +241,7 @@ CASES = {
         {"x": D, "y": 4 * D},
     ),
     "`poutine.infer_config`": (
-        handled(poutine.infer_config, config_fn=lambda site: {"is_auxiliary": True} if site["name"] == "y" else {}),
+        handled(poutine.infer_config, config_fn=lambda site: {"_deterministic": True} if site["name"] == "y" else {}),
         {"z": X + 1, "w": X + 2},
         {"x": D},
     ),
@@ -283,7 +289,18 @@ CASES = {
     ),
     "`pyro.param`": (learnt(), SHIFTED, {"x": D}),
     "parameter with a prior, outside the data plate": (prior_on_a_parameter(), "Latent site 'weight' is global"),
-    "`SplitReparam`": (split(), "ImproperUniform does not support sampling"),
+    **{
+        f"`{kind}Reparam`": (
+            make,
+            "'z' is observed at the point of its own Delta.*" + f"{kind}Reparam.*leave 'z' out of",
+        )
+        for kind, make in {
+            "Split": split,
+            "Conjugate": lambda: with_a_density("Conjugate"),
+            "NeuTra": lambda: with_a_density("NeuTra"),
+            "Structured": lambda: with_a_density("Structured"),
+        }.items()
+    },
     "observed site of the guide": (program(guide_line=observed_in_the_guide), "The guide observes site 'label'"),
     "observed site of the guide that is masked out": (
         program(guide_line=masked(observed_in_the_guide, False)),
@@ -300,7 +317,8 @@ def test_every_row_is_tested_and_every_tested_kind_is_a_row():
 @pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide", "ignore:Found vars in model", "ignore:k\n")
 @pytest.mark.parametrize("kind", CASES)
 def test_a_site_becomes_what_the_table_says(kind):
-    (model, guide), expected, *costs = CASES[kind]
+    make, expected, *costs = CASES[kind]
+    model, guide = make() if callable(make) else make  # an autoguide is made for a test alone
     capture = Capture()
     loss = WAELoss(capture, penalty_weight=0.0)
     if isinstance(expected, str):
@@ -349,6 +367,20 @@ REPARAMETRISATIONS = {
     "HaarReparam": (lambda x: normal(x, D), lambda: {"z": reparam.HaarReparam()}),
     "LatentStableReparam": (stable, lambda: {"z": reparam.LatentStableReparam()}),
     "SymmetricStableReparam": (stable, lambda: {"z": reparam.SymmetricStableReparam()}),
+    "StableReparam": (lambda x: stable(x, 0.3), lambda: {"z": reparam.StableReparam()}),
+    "LinearHMMReparam": (
+        lambda x: dist.LinearHMM(
+            dist.Normal(x.new_zeros(1), 1).to_event(1),
+            0.5 * torch.eye(1),
+            dist.Stable(1.5, x.new_zeros(1)).to_event(1),
+            torch.eye(1),
+            dist.StudentT(4.0, x.new_zeros(1), 1).to_event(1),
+            duration=D,
+        ),
+        lambda: {
+            "z": reparam.LinearHMMReparam(trans=reparam.SymmetricStableReparam(), obs=reparam.StudentTReparam()),
+        },
+    ),
     "StudentTReparam": (
         lambda x: dist.StudentT(4.0, x.new_zeros(D)).to_event(1),
         lambda: {"z": reparam.StudentTReparam()},
@@ -358,7 +390,7 @@ REPARAMETRISATIONS = {
 }
 
 
-def reparametrised(name):
+def reparametrised(name, x=X):
     """Model, guide, and what Pyro alone draws for the sites of the model, which is what the guide gives."""
     prior, config = REPARAMETRISATIONS[name]
 
@@ -366,9 +398,9 @@ def reparametrised(name):
         with pyro.plate("data", len(x)):
             with poutine.reparam(config=config()):
                 z = pyro.sample("z", prior(x))
-            pyro.sample("x", around(z), obs=x)
+            pyro.sample("x", around(z.reshape(x.shape)), obs=x)
 
-    drawn = poutine.trace(model).get_trace(X).nodes
+    drawn = poutine.trace(model).get_trace(x).nodes
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -389,11 +421,43 @@ def test_the_code_of_a_reparametrised_latent_is_what_it_is_computed_from(name):
     for site, columns in capture.sites.items():
         torch.testing.assert_close(capture.codes[:, columns], drawn[site]["value"].reshape(N, -1))
     assert capture.prior.shape == capture.codes.shape
-    z = drawn["z"]["value"]
+    z = drawn["z"]["value"].reshape(X.shape)
     expected = -torch.distributions.Normal(z, 1).log_prob(X).sum(1).mean()
     assert loss.terms.cost.item() == pytest.approx(expected.item(), rel=1e-4)
     assert set(reconstruct(model, guide, X)) == {"x"}
     torch.testing.assert_close(reconstruct(model, guide, X)["x"], z)
+
+
+@pytest.mark.parametrize("name", REPARAMETRISATIONS)
+def test_the_prior_of_a_reparametrised_latent_is_that_of_the_program_without(name):
+    """What the prior draws compute, beside draws of the distribution itself: Kolmogorov and Smirnov at 0.001."""
+    stats = pytest.importorskip("scipy.stats")
+    x = torch.zeros(20_000, D)
+    model, guide, drawn = reparametrised(name, x)
+    capture = Capture()
+    WAELoss(capture, cost=NegativeLogLikelihood(), penalty_weight=0.0).loss(model, guide, x)
+    values = {site: capture.prior[:, here].reshape(drawn[site]["value"].shape) for site, here in capture.sites.items()}
+    computed = poutine.trace(poutine.condition(model, data=values)).get_trace(x).nodes["z"]["value"]
+    with pyro.plate("data", len(x)):
+        itself = REPARAMETRISATIONS[name][0](x).expand([len(x)])()
+    for mine, other in zip(computed.reshape(x.shape).T, itself.reshape(x.shape).T, strict=True):
+        assert stats.ks_2samp(mine.detach().numpy(), other.numpy()).pvalue > 1e-3
+
+
+def with_a_density(kind):
+    """Model and guide where a reparametrisation gives a computed value a density."""
+
+    def plain(x):
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Beta(torch.full((N,), 0.5), 1.5) if kind == "Conjugate" else normal(x, D))
+            pyro.sample("x", dist.Normal(z, 1) if kind == "Conjugate" else around(z), obs=x[:, 0] if z.ndim < 2 else x)
+
+    if kind == "Conjugate":
+        return poutine.reparam(plain, config={"z": reparam.ConjugateReparam(dist.Beta(F, F))}), lambda x: None
+    trained = AutoMultivariateNormal(plain) if kind == "NeuTra" else AutoStructured(plain, conditionals="normal")
+    trained(X)
+    model = {"NeuTra": reparam.NeuTraReparam, "Structured": reparam.StructuredReparam}[kind](trained).reparam(plain)
+    return model, AutoNormal(model)
 
 
 # Other programs of a kind that went wrong without a word
@@ -489,6 +553,45 @@ def test_what_is_not_finite_stops_before_any_gradient_and_is_named(part, bad):
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=parts[part]) as raised:
         WAELoss(penalty, penalty_weight=1.0, **options).loss_and_grads(model, guide, X, y)
     assert ("NaN" in str(raised.value)) or ("infinity" in str(raised.value))
+    assert weight.grad is None
+
+
+PENALTIES = {
+    "a kernel's length": lambda: MMD(),
+    "that of a condition": lambda: MMD(Gaussian(1.0)),
+    "a standardized penalty": lambda: MMD(standardize=True),
+    "CramerWold": CramerWold,
+    "EnergyDistance": EnergyDistance,
+    "JensenShannon": JensenShannon,
+    "SlicedWasserstein": SlicedWasserstein,
+    "two penalties": lambda: {"z": MMD(), "w": None},
+}
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("part", ["codes", "prior draws", "condition"])
+def test_what_a_penalty_takes_from_its_first_draws_is_not_what_is_named(part, name, bad):
+    """A kernel without a length, a unit of the condition or a discriminator comes before the loss is looked at."""
+    weight = nn.Parameter(torch.ones(()))
+
+    def model(x, y):
+        with pyro.plate("data", N):
+            first = torch.arange(N) == 0
+            pyro.sample("z", around(torch.zeros(N, D).masked_fill((part == "prior draws") & first[:, None], bad)))
+            pyro.sample("w", normal(x, D))
+            pyro.sample("x", around(torch.zeros(N, D)), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", N):
+            pyro.sample("z", delta((x * bad if part == "codes" else x) * weight))
+            pyro.sample("w", delta(x * weight))
+
+    y = torch.linspace(0, 1, N).masked_fill((part == "condition") & (torch.arange(N) == 2), bad)
+    loss = WAELoss(PENALTIES[name](), condition="y")
+    site = "The condition 'y' holds" if part == "condition" else f"The {part} of latent site 'z' hold"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=f"{site} (NaN|infinity)"):
+        loss.loss_and_grads(model, guide, X, y)
     assert weight.grad is None
 
 

@@ -7,6 +7,9 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -123,6 +126,19 @@ def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., A
         TypeError: If it is anything else.
     """
     return accepted(name, value, callable(value) and not isinstance(value, type), what, write=write)
+
+
+def tensor(name: str, value: Any, *, write: str) -> Tensor:
+    """A dense tensor of real numbers or truth values, on a device where it has values.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor or value.layout is not torch.strided or value.is_meta or value.is_complex():
+        found = f"{_shown(value)} ({value.dtype}, {value.layout}, {value.device})" if is_tensor else _shown(value)
+        raise TypeError(f"{name} must be a dense tensor of real numbers, found {found}. Write {write}.")
+    return value
 
 
 def accepted(name: str, value: T, is_right: bool, what: str, *, write: str) -> T:

@@ -10,7 +10,15 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 
+from pyro_wae._core import checks
+
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
+
+
+def check_distribution(value: Any) -> None:
+    """Raises TypeError unless it is a distribution, torch's or Pyro's."""
+    kinds = (torch.distributions.Distribution, dist.Distribution)
+    checks.instance("distribution", value, kinds, "a distribution", write="dist.Normal(g, 1).to_event(1)")
 
 
 def layers(distribution: Any) -> Iterator[Any]:

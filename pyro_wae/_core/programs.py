@@ -1,14 +1,18 @@
-"""The modules behind a model or a guide, which need not be a module itself."""
+"""A model or a guide: the modules behind it, which need not be a module itself, and what it was called with."""
 
 from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from pyro_wae._core import checks
 
 LIBRARIES = ("torch", "pyro")
 """Packages whose functions refer to nothing of the user's by global names."""
@@ -117,3 +121,41 @@ def _is_filled(cell: Any) -> bool:
         return cell.cell_contents is not cell
     except ValueError:  # the name has not been assigned yet
         return False
+
+
+def check_program(role: str, program: Any) -> None:
+    """Raises TypeError unless model or guide can be called."""
+    checks.function(f"The {role}", program, "a module or a function", write="WAELoss()(model, guide)")
+
+
+@contextmanager
+def called_with(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Adds a note to an error in a run of model or guide, if an argument is not what data usually are."""
+    try:
+        yield
+    except Exception as error:
+        named = [*((f"Argument {place}", value) for place, value in enumerate(args, 1)), *kwargs.items()]
+        notes = ((name, _what_is_wrong(value, is_first=not place)) for place, (name, value) in enumerate(named))
+        if found := next(((name, note) for name, note in notes if note), None):
+            error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
+        raise
+
+
+def _what_is_wrong(value: Any, *, is_first: bool) -> str | None:
+    """What an argument is that data are not, and what to write; None for a tensor of real numbers, and others."""
+    if not isinstance(value, Tensor):
+        if hasattr(value, "__array__"):
+            return f"{type(value).__name__}, and data are a tensor. Write torch.as_tensor(x)"
+        # An option of the model may be anything.
+        return f"{type(value).__name__}, and data are a tensor. Write torch.tensor(x)" if is_first else None
+    if value.layout is not torch.strided:
+        return f"a sparse tensor ({value.layout}). Write x.to_dense(), a batch at a time"
+    if value.is_meta:
+        return "on the meta device, where a tensor has no values. Write x.to('cpu') before the values are lost"
+    if not is_first:
+        return None
+    if value.numel() == 0:
+        return f"empty, of shape {tuple(value.shape)}. Write if len(x): svi.step(x)"
+    if value.ndim == 0:
+        return "a single number, and data have a dimension of their own. Write x.reshape(1, -1)"
+    return None if value.is_floating_point() else f"of {value.dtype}, in which nothing is drawn. Write x.float()"

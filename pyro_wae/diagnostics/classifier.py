@@ -101,7 +101,8 @@ def classifier_test(
         )
     halves = []
     for sample in (rows, draws):
-        shuffled = sample[torch.randperm(len(sample), generator=generator).to(sample.device)[:each]].float()
+        order = torch.randperm(len(sample), generator=generator, device="cpu")[:each]
+        shuffled = sample[order.to(sample.device)].float()
         halves.append((shuffled[each // 2 :], shuffled[: each // 2]))
     (learn_codes, judge_codes), (learn_draws, judge_draws) = halves
     with isolated_seed(draw_seed + 1, rows.device), torch.autocast(rows.device.type, enabled=False):
@@ -122,7 +123,7 @@ def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Modu
     """A net that is positive on codes, from equally many rows of both, with its own scaling of the rows."""
     with torch.inference_mode(False), torch.enable_grad():
         rows = torch.cat([codes, draws])
-        labels = torch.cat([torch.ones(len(codes)), torch.zeros(len(draws))]).to(rows)
+        labels = torch.cat([rows.new_ones(len(codes)), rows.new_zeros(len(draws))])
         layers = nn.Sequential(
             nn.Linear(rows.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
         )
@@ -150,8 +151,8 @@ class _Standardize(nn.Module):
 
 def _binomial_tail(successes: int, trials: int) -> float:
     """P(X >= successes) for X binomial with probability 1/2."""
-    k = torch.arange(successes, trials + 1, dtype=torch.float64)
-    total = torch.tensor(trials + 1.0, dtype=torch.float64).lgamma()
+    k = torch.arange(successes, trials + 1, dtype=torch.float64, device="cpu")
+    total = torch.tensor(trials + 1.0, dtype=torch.float64, device="cpu").lgamma()
     logs = total - (k + 1).lgamma() - (trials - k + 1).lgamma() - trials * math.log(2)
     return min(1.0, logs.exp().sum().item())
 

@@ -152,8 +152,8 @@ def gather(
         raise ValueError(f"A report needs at least 2 data that are not masked, found {len(codes)}.")
     chosen = torch.arange(len(codes), device=codes.device)
     if len(codes) > max_codes:  # data may be sorted, by class for instance
-        chosen = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:max_codes].sort().values
-        chosen = chosen.to(codes.device)
+        order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed), device="cpu")
+        chosen = order[:max_codes].sort().values.to(codes.device)
     return Gathered(
         codes=codes[chosen],
         prior=torch.cat([pair[0] for pair in draws])[chosen],

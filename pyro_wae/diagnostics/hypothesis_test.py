@@ -135,5 +135,5 @@ def new_generator(seed: int) -> tuple[torch.Generator, int]:
         TypeError: If the seed is no whole number.
     """
     root = torch.Generator().manual_seed(whole("seed", seed, least=-(2**63), most=2**63 - 1, write="seed=0"))
-    own, other = torch.randint(2**62, (2,), generator=root, dtype=torch.int64).tolist()
+    own, other = torch.randint(2**62, (2,), generator=root, dtype=torch.int64, device="cpu").tolist()
     return torch.Generator().manual_seed(own), other

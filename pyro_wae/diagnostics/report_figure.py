@@ -33,7 +33,9 @@ def draw_report(
 ) -> Figure:
     """Draws the figure that :meth:`pyro_wae.diagnostics.Report.plot` describes, from codes and prior draws as rows."""
     shape = joint.moments
-    yardstick = Yardstick(torch.tensor(shape.prior_mean).double(), torch.tensor(shape.prior_spread).double())
+    yardstick = Yardstick(
+        *(torch.tensor(x, dtype=torch.float64, device="cpu") for x in (shape.prior_mean, shape.prior_spread))
+    )
     codes, prior = (yardstick.measure(part.double().cpu()).numpy() for part in rows)
     mosaics = [
         (f"{name}: {title}" if len(pictures) > 1 else title, mosaic)

@@ -85,7 +85,7 @@ def compare_site(
     codes, prior, second = (x[:, columns] for x in (gathered.codes, gathered.prior, gathered.second))
     yardstick = Yardstick.of_draws(second)
     x, y = yardstick.measure(codes), yardstick.measure(prior)
-    order = torch.randperm(len(x), generator=new_generator(seed)[0]).to(x.device)
+    order = torch.randperm(len(x), generator=new_generator(seed)[0], device="cpu").to(x.device)
     mine, theirs = order, order
     if gathered.paired:
         # A code and a prior draw of the same datum are not independent: each datum gives the one or the other.

@@ -177,17 +177,17 @@ def _check_resolution(n: int, m: int, permutations: int, level: float) -> None:
 
 def _memberships(n: int, m: int, permutations: int, generator: torch.Generator) -> Tensor:
     """Which rows count as codes: shape (n + m, permutations + 1), in the first column as they are."""
-    members = torch.zeros(n + m, permutations + 1)
+    members = torch.zeros(n + m, permutations + 1, device="cpu")
     members[:n, 0] = 1
-    chosen = torch.rand(permutations, n + m, generator=generator, dtype=torch.float64).argsort(1)[:, :n]
-    members[:, 1:].scatter_(0, chosen.T, 1.0)
+    order = torch.rand(permutations, n + m, generator=generator, dtype=torch.float64, device="cpu").argsort(1)
+    members[:, 1:].scatter_(0, order[:, :n].T, 1.0)
     return members
 
 
 def _lengths(pooled: Tensor, generator: torch.Generator) -> list[float]:
     """Lengths that cover the distances between pooled rows, whichever of them are codes."""
     # Rows chosen without a look at which of them are codes: all may still change places.
-    chosen = torch.randperm(len(pooled), generator=generator)[:SPREAD_ROWS].to(pooled.device)
+    chosen = torch.randperm(len(pooled), generator=generator, device="cpu")[:SPREAD_ROWS].to(pooled.device)
     rows = working_precision(pooled[chosen])
     distances = torch.nn.functional.pdist(rows)
     distances = distances[distances > 0]

@@ -203,11 +203,13 @@ class FunctionPenalty(Penalty):
 
     def _call(self, codes: Tensor, prior: Tensor) -> Tensor:
         value = self.function(codes, prior)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.ndim != 0 or not value.is_floating_point() or value.is_meta:
+            of = f" of {value.dtype} on {value.device}" if is_tensor and value.ndim == 0 else ""
+            found = f"shape {tuple(value.shape)}{of}" if is_tensor else type(value).__name__
             raise ValueError(
-                f"The penalty {self.function!r} must return a scalar tensor, found {found}. "
-                "Reduce it over the codes, for instance by .mean()."
+                f"The penalty {self.function!r} must return a scalar tensor of floats, found {found}. "
+                "Reduce it over the codes: write ....mean()."
             )
         return value
 

@@ -97,7 +97,7 @@ class Chain(Penalty):
             # Lengths that are still unset are taken from all runs together, each about its own mean.
             self.penalty.fit(torch.cat([run.prior.detach() - run.prior.detach().mean(0) for run in runs]))
         if self.runs is not None:
-            runs = [runs[index] for index in torch.randperm(len(runs))[: self.runs].tolist()]
+            runs = [runs[index] for index in torch.randperm(len(runs), device="cpu")[: self.runs].tolist()]
         weights = [run.codes.shape[1] for run in runs]
         values = [
             weight * self.penalty.estimate(run.codes, run.prior, run.context)

@@ -66,6 +66,8 @@ def decode(
         if len(latents) != 1:
             raise ValueError(f"The model has the latent sites {latents}: name them, as in codes={{'z': z}}.")
         codes = {latents[0]: codes}
+    what, write = "a tensor, or a dict of them by latent site", "codes={'z': z}"
+    checks.instance("codes", codes, Mapping, what, write=write)
     unknown = [name for name in codes if name not in latents]
     if unknown or not codes:
         found = f"names '{unknown[0]}', which is no latent site of the model" if unknown else "is empty"
@@ -76,16 +78,21 @@ def decode(
         [first.nodes[name] for name in codes], list(output_nodes(first, return_sites).values()), data_plate
     )
     dims = {name: _data_dim(first.nodes[name], plate) for name in codes}
-    counts = {name: _size(value, dims[name], name) for name, value in codes.items()}
+    counts = {name: _size(value, first.nodes[name], dims[name]) for name, value in codes.items()}
     count = next(iter(counts.values()))
     if len(set(counts.values())) > 1 or count == 0:
-        raise ValueError(f"Each site's codes must be of the same number of data, at least 1, found {counts}.")
+        raise ValueError(
+            f"Each site's codes must be of the same number of data, at least 1, found {counts}. "
+            "Give a row for each datum."
+        )
     shape, dim, _ = layout(first.nodes[next(iter(codes))], plate)
     size = shape[dim]
     parts, joins = [], {}
     for start in range(0, count, size):
-        index = torch.arange(start, start + size) % count
-        chosen = {name: value.index_select(dims[name], index.to(value.device)) for name, value in codes.items()}
+        chosen = {
+            name: value.index_select(dims[name], torch.arange(start, start + size, device=value.device) % count)
+            for name, value in codes.items()
+        }
         trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
         sites = output_nodes(trace, return_sites, leave_out=codes)
         parts.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
@@ -206,11 +213,18 @@ def _data_dim(node: Node, plate: str) -> int:
     return layout(node, plate)[1] - node["fn"].event_dim
 
 
-def _size(value: Tensor, dim: int, name: str) -> int:
-    if value.ndim < -dim:
+def _size(value: Tensor, node: Node, dim: int) -> int:
+    """The number of data of a site's codes, along dimension `dim`; all other dimensions are the site's own."""
+    name = node["name"]
+    checks.tensor(f"codes of site '{name}'", value, write=f"codes={{'{name}': z}}")
+    shape = list(node["value"].shape)
+    if value.ndim == len(shape):
+        shape[dim] = value.shape[dim]
+    if list(value.shape) != shape:
         raise ValueError(
-            f"The codes of site '{name}' have shape {tuple(value.shape)}, without dimension {dim}, that of the data. "
-            "Give them in the site's own shape, as encode(model, guide, ...) does."
+            f"The codes of site '{name}' have shape {tuple(value.shape)}, and the site has "
+            f"{tuple(node['value'].shape)} with the data along dimension {dim}. Give them in the site's own shape, as "
+            "encode(model, guide, ...) does."
         )
     return value.shape[dim]
 

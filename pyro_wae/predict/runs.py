@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.programs import called_with, check_program
 from pyro_wae.costs import generator_output
 from pyro_wae.step.program import Program, Run, is_random, observed_nodes, run
 
@@ -27,7 +29,8 @@ def encoded_run(
 
 def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The trace of a run of the model by itself."""
-    with torch.no_grad(), batch_norm_at_rest():
+    check_program("model", model)
+    with torch.no_grad(), batch_norm_at_rest(), called_with(args, kwargs):
         return poutine.trace(model).get_trace(*args, **kwargs)
 
 
@@ -49,7 +52,9 @@ def output_nodes(
 
 
 def check_return_sites(return_sites: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Raises ValueError if a name is not among the known sites, or there is none."""
+    """Raises ValueError if a name is not among the known sites, or there is none, and TypeError for other things."""
+    is_names = isinstance(return_sites, Sequence | Set) and not isinstance(return_sites, str | bytes)
+    checks.accepted("return_sites", return_sites, is_names, "a tuple of names", write="return_sites=('x',)")
     unknown = [name for name in return_sites if name not in known]
     if unknown or not return_sites:
         found = f"names '{unknown[0]}', which is not among the sites {list(known)}" if unknown else "is empty"
@@ -62,7 +67,7 @@ def site_output(name: str, fn: Any, random: bool) -> Tensor:
     Raises:
         ValueError: If it has no mean to take for the generator's output.
     """
-    if random:
+    if checks.flag("random", random):
         with torch.no_grad():
             return fn()
     try:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import HANDLERS
+from pyro_wae._core.programs import called_with
 from pyro_wae._core.random_state import random_state, restored_random_state, set_random_state
 from pyro_wae.runners.base import Runner, check_guide, priors_differ
 from pyro_wae.step.observe import Observer
@@ -46,7 +47,8 @@ class MicroBatches(Runner):
         Raises:
             ValueError: If the arguments do not say what the data are, or the data plate does not follow them.
         """
-        batches = list(_split(args, kwargs, self.rows))
+        with called_with(args, kwargs):
+            batches = list(_split(args, kwargs, self.rows))
         if len(batches) == 1:
             return observer.observe(args, kwargs)
         is_training = torch.is_grad_enabled()

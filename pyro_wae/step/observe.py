@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.programs import called_with
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.costs import Cost
@@ -126,7 +127,8 @@ class Observer:
         # Before anything is drawn: a family may then keep derived parameters, which look as if they varied.
         varies = prior_varies(found) if first is None else first.prior_varies
         codes, columns, kept = _codes(found)
-        draws = [draw_prior(found) for _ in range(self.prior_draws)]
+        with called_with(args, kwargs):
+            draws = [draw_prior(found) for _ in range(self.prior_draws)]
         condition, is_masked = (first and (first.condition, first.condition_is_masked)) or (None, False)
         if self.condition is not None and first is None:
             condition, is_masked = read_condition(self.condition, found, (self.model, args, kwargs))

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyro_wae._core import checks
+
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name that ``pyro.infer.ELBO`` gives the plate of its vectorised particles."""
 
@@ -28,6 +30,8 @@ def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested
     Raises:
         ValueError: If a site lies outside, or nothing decides between several plates.
     """
+    if requested is not None:
+        checks.text("data_plate", requested, "a plate's name", write="data_plate='data'")
     nodes = [*latents, *observed]
     plates = {node["name"]: _vectorised(node) for node in nodes}
     known = {name: frame for frames in plates.values() for name, frame in frames.items()}

@@ -17,6 +17,7 @@ from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor
 
 from pyro_wae._core.distributions import family, innermost, layers
+from pyro_wae._core.programs import called_with, check_program
 from pyro_wae._core.sites import Site
 from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
 
@@ -111,13 +112,16 @@ def trace_pair(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], max_plate_nesting: float
 ) -> tuple[Any, Any]:
     """The traces of the model, replayed against the guide, and of the guide."""
+    check_program("model", model)
+    check_program("guide", guide)
     unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, Messenger):
-        guide(*args, **kwargs)
-        model_trace, guide_trace = unwrapped.get_traces()
-    else:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    with called_with(args, kwargs):
+        if isinstance(unwrapped, Messenger):
+            guide(*args, **kwargs)
+            model_trace, guide_trace = unwrapped.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
@@ -127,6 +131,7 @@ def trace_pair(
 def read(model_trace: Any, guide_trace: Any, rerun: Callable[[], Any], data_plate: str | None) -> Run:
     """Reads from traces which sites are codes, which have costs, and which plate is the data; see :func:`run`."""
     _check_guide(guide_trace)
+    _check_points(model_trace)
     latents = dict(_latent_nodes(model_trace, guide_trace))
     observed = dict(observed_nodes(model_trace))
     if not latents:
@@ -175,11 +180,7 @@ def observed_nodes(model_trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node):
             continue
-        is_computed = (
-            node["infer"].get("_deterministic")
-            or node["infer"].get("is_auxiliary")
-            or _is_reparametrised(name, model_trace)
-        )
+        is_computed = node["infer"].get("_deterministic") or _is_reparametrised(name, model_trace)
         # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
         if not is_computed and not _is_masked_out(node):
             yield _user_name(name, model_trace), node
@@ -200,22 +201,41 @@ def _check_guide(guide_trace: Any) -> None:
             raise ValueError(
                 f"The guide observes site '{name}' ({family(node['fn'])}), whose density is a term of Pyro's ELBO and "
                 "would be left out here: what it depends on would not be trained. Write in the guide "
-                f"pyro.factor('{name}', -distribution.log_prob(value), has_rsample=False), which adds the negative log "
+                f"pyro.factor('{name}', -distribution.log_prob(value), has_rsample=True), which adds the negative log "
                 "likelihood to the loss (with a plus sign, what Trace_ELBO adds), or sample the site without obs=."
             )
 
 
 def _is_reparametrised(name: str, model_trace: Any) -> bool:
     """Whether a reparametrisation has computed a site, which is then observed at the point of its own Delta."""
-    node = model_trace.nodes[name]
+    # A user's own site may be given its own value, as a condition that is no random choice: nothing is drawn for it.
+    return _is_own_point(model_trace.nodes[name]) and any(
+        other.startswith(f"{name}_") and is_random(node) for other, node in model_trace.nodes.items()
+    )
+
+
+def _is_own_point(node: Node) -> bool:
+    """Whether a site is observed at the point of its own Delta."""
     fn, value = innermost(node["fn"]), node["value"]
-    if not isinstance(fn, dist.Delta) or fn.v.shape != value.shape:
+    if not node["is_observed"] or not isinstance(fn, dist.Delta) or fn.v.shape != value.shape:
         return False
     # A plate may have expanded the distribution, whose point is then a view. Values are not compared, which would wait.
     base, its_base = (tensor if tensor._base is None else tensor._base for tensor in (fn.v, value))
-    is_itself = base is its_base and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
-    # A user's own site may be given its own value, as a condition that is no random choice: nothing is drawn for it.
-    return is_itself and any(other.startswith(f"{name}_") and is_random(n) for other, n in model_trace.nodes.items())
+    return base is its_base and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
+
+
+def _check_points(model_trace: Any) -> None:
+    """Raises ValueError if a site that was computed has a density, as some reparametrisations give it."""
+    for name, node in model_trace.nodes.items():
+        if node["type"] != "sample" or not _is_own_point(node) or _is_masked_out(node):
+            continue
+        if bool((innermost(node["fn"]).log_density != 0).any()):  # waits for an accelerator, at such a site alone
+            raise ValueError(
+                f"Site '{name}' is observed at the point of its own Delta, whose log_density is a term of Pyro's ELBO "
+                "and would be left out here. ConjugateReparam, NeuTraReparam, SplitReparam and StructuredReparam make "
+                f"such a site: leave '{name}' out of the config of poutine.reparam, or write the density as a term of "
+                f"the loss: pyro.factor('{name}_density', log_density)."
+            )
 
 
 def _is_masked_out(node: Node) -> bool:
@@ -269,7 +289,7 @@ def _observed(name: str, node: Node, plate: str) -> Site:
 
 def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in model_trace.nodes.items():
-        if not is_random(node) or node["infer"].get("is_auxiliary") or _is_imputed(name, model_trace):
+        if not is_random(node) or _is_imputed(name, model_trace):
             continue
         in_guide = name in guide_trace.nodes
         fn = guide_trace.nodes[name]["fn"] if in_guide else node["fn"]

@@ -186,14 +186,8 @@ class Step:
 
     def what_is_not_finite(self) -> str:
         """Why the loss is not finite, in a sentence that names the part."""
-        codes, prior = self.rows()
-        for site, columns in self.columns.items():
-            if found := _not_finite(codes[..., columns]):
-                return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
-            if prior is not None and (found := _not_finite(prior[..., columns])):
-                return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
-        if self.condition is not None and (found := _not_finite(self.condition)):
-            return f"The condition '{self.condition_name}' holds {found}: look at the data."
+        if found := self.what_is_not_finite_before():
+            return found
         for site, value in self.mean_costs.items():
             if found := _not_finite(value):
                 return f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
@@ -205,6 +199,18 @@ class Step:
             f"The loss is not finite, though its parts are: the penalty weight ({float(self.weight):g}) times the "
             "penalty overflows."
         )
+
+    def what_is_not_finite_before(self) -> str | None:
+        """What a penalty compares that is not finite, in a sentence; None if all of it is."""
+        codes, prior = self.rows()
+        for site, columns in self.columns.items():
+            if found := _not_finite(codes[..., columns]):
+                return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
+            if prior is not None and (found := _not_finite(prior[..., columns])):
+                return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
+        if self.condition is not None and (found := _not_finite(self.condition)):
+            return f"The condition '{self.condition_name}' holds {found}: look at the data."
+        return None
 
     def context(self) -> PenaltyContext:
         """What a penalty may know of the codes and the prior beyond their draws."""
@@ -314,7 +320,7 @@ class Step:
 
 def _not_finite(values: Tensor) -> str | None:
     """What is not finite in a tensor, in a word; None where all is."""
-    if not values.is_floating_point() or bool(values.isfinite().all()):
+    if values.is_meta or not values.is_floating_point() or bool(values.isfinite().all()):
         return None
     return "NaN" if bool(values.isnan().any()) else "infinity"
 
