@@ -1,11 +1,12 @@
 """Are samples as good as reconstructions? Trains with penalties, weights and priors, and compares what they reach.
 
-    python benchmarks/quality.py kernels
+    python benchmarks/quality.py penalties
     python benchmarks/quality.py constraint gan priors normal --data mnist --devices cpu cpu
 
-Each table is a list of settings that differ in what its name says. Trainings of one seed start from the same nets and
-see the same batches. Samples, and the reconstructions of held-out data, are compared with the held-out data by the
-Frechet distance in the features of a small classifier; held-out codes are compared with the prior by two-sample tests.
+Each table is a list of settings that differ in what its name says, and a file of its own. Trainings of one seed start
+from the same nets and see the same batches. Samples, and the reconstructions of held-out data, are compared with the
+held-out data by the Frechet distance in the features of a small classifier; held-out codes are compared with the prior
+by two-sample tests.
 A first part of the codes is for choosing, and the p-values of the others are reported. Held-out digits are of MNIST's
 training set, because its test set is of other writers. All numbers of all seeds are written to ``--out``.
 """
@@ -14,10 +15,7 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import multiprocessing
-import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from harness import Benchmark, Report, made_by, table
 from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
@@ -37,10 +36,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pyro_wae import WAELoss, kernels, penalties, priors, weights
 from pyro_wae.demo.digits import load_digits
 from pyro_wae.demo.judge import DigitClassifier, frechet_distance
-from pyro_wae.demo.nets import Residual, deep_head, digit_decoder, digit_encoder
+from pyro_wae.demo.nets import Residual, StandardNormal, deep_head, digit_decoder, digit_encoder
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.optim import Adam
-from pyro_wae.priors import MixturePrior
+from pyro_wae.priors import MixturePrior, VampPrior
 
 TESTED = 1000
 """Codes in a two-sample test."""
@@ -73,7 +72,8 @@ class Setting:
         name: Of its row.
         penalty: The line that makes the penalty; ``"VAE(s)"`` takes Pyro's ELBO with a decoder of standard deviation s.
         weight: The line that makes the penalty weight.
-        prior: The line that makes the prior from the latent dimension d; None is N(0, I).
+        prior: The line that makes the prior from the latent dimension d, the encoder and the training data x; None is
+            N(0, I).
         nets: ``"deep"`` or ``"shallow"``.
         data: Of what; None takes that of the command line.
         zdim: The latent dimension d.
@@ -101,10 +101,10 @@ class Setting:
     initialise: bool = False
     fitted: bool = False
 
-    @property
-    def key(self) -> str:
-        """A name that no other setting has."""
-        return f"{self.name} | {self.nets} | {self.data} | d {self.zdim} | batch {self.batch} | weight {self.weight}"
+
+ROW = {"setting": "name", "nets": "nets", "data": "data", "d": "zdim", "batch": "batch", "epochs": "epochs"}
+ROW |= {"weight": "weight"}
+"""Title and key of what names a row: no two settings of a table agree in all of it."""
 
 
 # Data
@@ -205,18 +205,6 @@ class FlowPrior(nn.Module):
         return dist.TransformedDistribution(dist.Normal(self.loc, 1.0).to_event(1), parts)
 
 
-class StandardNormal(nn.Module):
-    """The prior N(0, I)."""
-
-    def __init__(self, zdim: int) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(zdim))
-
-    def forward(self) -> Any:
-        """The prior of one code."""
-        return dist.Normal(self.loc, 1.0).to_event(1)
-
-
 class Net(nn.Module):
     """An auto-encoder with any prior, as a Pyro model and guide."""
 
@@ -230,7 +218,8 @@ class Net(nn.Module):
         self.encoder = encoder
         d = setting.zdim
         self.log_scale = nn.Linear(d, d) if self.is_vae else nn.Identity()
-        names = {"MixturePrior": MixturePrior, "FlowPrior": FlowPrior, "d": d}
+        names = {"MixturePrior": MixturePrior, "VampPrior": VampPrior, "FlowPrior": FlowPrior}
+        names |= {"d": d, "encoder": encoder, "x": data.train}
         self.prior = StandardNormal(d) if setting.prior is None else eval(setting.prior, names)
 
     def model(self, x: Tensor) -> None:
@@ -274,7 +263,7 @@ def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> 
     if net.is_vae:
         loss: Any = Trace_ELBO()
     else:
-        names = {**vars(kernels), **vars(penalties), **vars(weights)}
+        names = {**vars(kernels), **vars(penalties), **vars(weights), "nn": nn}
         loss = WAELoss(eval(setting.penalty, names), penalty_weight=eval(setting.weight, names))
 
     def adam_args(name: str) -> dict[str, float]:
@@ -319,7 +308,9 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
         return frechet_distance(*(in_parts(data.features, part).flatten(1) for part in (rows, others)))
 
     p_values = [two_sample_test(codes.cpu(), prior.sample((len(codes),)).cpu()).p_value for codes in tested(net, data)]
+    codes = in_parts(net.encoder, data.heldout)
     found = {
+        "spread": codes.var(0).mean().sqrt().item(),
         "test_cost": (outputs - data.test).square().flatten(1).sum(1).mean().item(),
         "reconstructions": frechet(heldout_outputs, data.heldout),
         "samples": frechet(samples, data.heldout),
@@ -376,6 +367,18 @@ def kernel_table() -> Iterator[Setting]:
                 yield Setting(name, f"MMD({kernel})", weight, data=data, zdim=d, batch=batch)
 
 
+def penalty_table() -> Iterator[Setting]:
+    """Penalties, each with the weight that ``docs/penalties.md`` starts from."""
+    yield Setting("no penalty", "MMD()", "0.0")
+    starts = {
+        "MMD()": 500, "MMD(standardize=True)": 0.6, "MMD(Gaussian())": 300, f"MMD({IMQ})": 100, "EnergyDistance()": 60,
+        "CramerWold()": 900, "KernelStein()": 30, "SlicedWasserstein()": 100, "MaxSlicedWasserstein()": 12.5,
+        "Sinkhorn()": 12.5, "JensenShannon()": 100,
+    }  # fmt: skip
+    for penalty, weight in starts.items():
+        yield Setting(f"`{penalty}`", penalty, str(float(weight)))
+
+
 def constraint_table() -> Iterator[Setting]:
     """The constraint beside constants."""
     for nets in ("deep", "shallow"):
@@ -384,10 +387,9 @@ def constraint_table() -> Iterator[Setting]:
                 yield Setting(name, penalty, weight, nets=nets)
 
 
-OLD_DISCRIMINATOR = (
-    "JensenShannon(__import__('torch').nn.Sequential(__import__('torch').nn.LazyLinear(512), "
-    "*[l for _ in range(3) for l in (__import__('torch').nn.ReLU(), __import__('torch').nn.Linear(512, 512))], "
-    "__import__('torch').nn.ReLU(), __import__('torch').nn.Linear(512, 1)), steps=3, gradient_penalty_every=1)"
+LARGE_DISCRIMINATOR = (
+    "JensenShannon(nn.Sequential(nn.LazyLinear(512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), "
+    "nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 1)), steps=3, gradient_penalty_every=1)"
 )
 
 
@@ -397,7 +399,7 @@ def gan_table() -> Iterator[Setting]:
         "JensenShannon()": "JensenShannon()",
         "one step": "JensenShannon(steps=1)",
         "slope penalty in each step": "JensenShannon(gradient_penalty_every=1)",
-        "4 x 512 ReLU, 3 steps, slope penalty in each": OLD_DISCRIMINATOR,
+        "4 x 512 ReLU, 3 steps, slope penalty in each": LARGE_DISCRIMINATOR,
     }
     for nets in ("deep", "shallow"):
         for name, penalty in choices.items():
@@ -412,6 +414,9 @@ def prior_table() -> Iterator[Setting]:
     yield Setting("MixturePrior(100, d), initialise", learned, "100.0", mixture, initialise=True)
     yield Setting("MixturePrior(100, d), rate 0.001", learned, "100.0", mixture, rate=0.001)
     yield Setting("MixturePrior(200, d)", learned, "100.0", "MixturePrior(200, d)")
+    yield Setting("VampPrior(encoder, x[:100])", learned, "100.0", "VampPrior(encoder, x[:100])", rate=0.01)
+    free = "VampPrior(encoder, x[:100], standardized=False)"
+    yield Setting(free, learned, "100.0", free, rate=0.01)
     yield Setting("flow", learned, "100.0", "FlowPrior(d)", rate=0.003)
     yield Setting("N(0, I), fitted afterwards", f"MMD({MIDDLE})", "30.0", fitted=True)
     yield Setting("no penalty, fitted afterwards", "MMD()", "0.0", fitted=True)
@@ -433,6 +438,7 @@ def normal_table() -> Iterator[Setting]:
 
 TABLES: dict[str, Callable[[], Iterable[Setting]]] = {
     "kernels": kernel_table,
+    "penalties": penalty_table,
     "constraint": constraint_table,
     "gan": gan_table,
     "priors": prior_table,
@@ -443,16 +449,13 @@ TABLES: dict[str, Callable[[], Iterable[Setting]]] = {
 def as_row(table: str, setting: Setting, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one setting with one seed."""
     data = load_data(setting.data or args.data, args.root, args.smoke, args.classifier).to(args.device)
-    row: dict[str, Any] = {"table": table, "seed": seed, **dataclasses.asdict(setting), "key": setting.key}
+    row: dict[str, Any] = {"table": table, "seed": seed, **dataclasses.asdict(setting)}
+    row |= {"data": setting.data or args.data, "epochs": setting.epochs or args.epochs or data.epochs}
     try:
         net, shown = train(setting, seed, data, args)
         row |= {**shown, **judge(net, data, setting, args)}
     except Exception as error:  # one row less is no reason to lose the others
         row["failure"] = f"{type(error).__name__}: {error}"[:300]
-    else:
-        if args.save is not None:
-            slug = re.sub(r"\W+", "_", f"{table} {setting.name} {setting.weight} {setting.nets} {setting.data} {seed}")
-            torch.save(net.state_dict(), args.save / f"{slug}.pt")
     return row
 
 
@@ -491,80 +494,93 @@ def run(jobs: list[tuple[str, Setting, int]], args: argparse.Namespace) -> Itera
             yield row
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """The tables as Markdown: means over seeds, with every seed's p-values."""
-    lines = []
-    for table in dict.fromkeys(row["table"] for row in rows):
-        header = [
-            "setting", "nets", "data", "d", "batch", "weight", "at the end", "test cost", "reconstructions", "samples",
-            "fitted afterwards", "p for choosing", "p of held-out codes, seed by seed", "ms/step",
-        ]  # fmt: skip
-        lines += [f"### {table}", "", "| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * (len(header) - 3)]
-        mine = [row for row in rows if row["table"] == table]
-        for key in dict.fromkeys(row["key"] for row in mine):
-            seeds = sorted((row for row in mine if row["key"] == key and "failure" not in row), key=lambda r: r["seed"])
-            first = next(row for row in mine if row["key"] == key)
-            weight = "-" if first["penalty"].startswith("VAE") else first["weight"].removesuffix(".0")
-            lines.append("| " + " | ".join([
-                first["name"], first["nets"], first["data"] or "", str(first["zdim"]), str(first["batch"]),
-                weight, column(seeds, "weight_at_end", ".0f"),
-                column(seeds, "test_cost", ".2f"), column(seeds, "reconstructions", ".2f"),
-                column(seeds, "samples", ".2f"), column(seeds, "fitted_afterwards", ".2f"),
-                ", ".join(f"{row['p_for_choosing']:.3f}" for row in seeds),
-                "; ".join(" ".join(f"{p:.3f}" for p in row["p_values"]) for row in seeds), column(seeds, "ms", ".0f"),
-            ]) + " |")  # fmt: skip
-        lines.append("")
-    return "\n".join(lines)
+def page(report: Report) -> str:
+    """The table with the numbers of every seed, and how it came about."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in report["results"]:
+        kinds.setdefault(tuple(row[key] for key in ROW.values()), []).append(row)
+    rows = []
+    for key, found in kinds.items():
+        seeds = sorted((row for row in found if "failure" not in row), key=lambda row: row["seed"])
+        row = dict(zip(ROW, map(str, key), strict=True))
+        row["weight"] = "-" if found[0]["penalty"].startswith("VAE") else row["weight"].removesuffix(".0")
+        row["setting"] += f" ({len(found) - len(seeds)} of {len(found)} failed)" if len(seeds) < len(found) else ""
+        rows.append(row | {title: column(seeds, *form) for title, form in COLUMNS.items()})
+    same = [title for title in rows[0] if len({row[title] for row in rows}) == 1]
+    settled = [title for title in same if title in list(ROW)[1:-1]]
+    shown = [title for title in rows[0] if title not in settled and not (title in same and rows[0][title] == "-")]
+    alike = ", ".join(f"{title} {rows[0][title]}" for title in settled)
+    seeds_in_turn = " ".join(sorted({str(row["seed"]) for row in report["results"]}))
+    return f"""{table(shown, ([row[title] for title in shown] for row in rows))}
+
+{made_by(report)}
+{report.get("note", "")}
+All rows: {alike}, seeds {seeds_in_turn} (fewer where there are fewer numbers).
+
+- *test cost*: squared error of a test datum. *at the end*: the penalty weight of the last step.
+- *reconstructions*, *samples*: Frechet distance of the reconstructions of held-out data, and of 10,000 samples, from
+  the held-out data, in the features of a small classifier (of what are no digits, in the data themselves).
+- *fitted afterwards*: the same of samples of 100 Gaussians fitted to the codes; *p fitted*: of a test against these.
+- *spread*: standard deviation of the held-out codes.
+- *p*: of two-sample tests of {TESTED} held-out codes, those of each seed together; 0.003 is the least possible.
+  *p for choosing* is of codes of their own.
+- *ms/step*: wall time, which other work on the machine lengthens.
+"""
+
+
+COLUMNS = {
+    "at the end": ("weight_at_end", ".0f"), "outcome": ("outcome", ""), "test cost": ("test_cost", ".2f"),
+    "reconstructions": ("reconstructions", ".2f"), "samples": ("samples", ".2f"),
+    "fitted afterwards": ("fitted_afterwards", ".2f"), "p fitted": ("fitted_p", ".3f"), "spread": ("spread", ".2f"),
+    "p for choosing": ("p_for_choosing", ".3f"), "p": ("p_values", ".3f"), "ms/step": ("ms", ".0f"),
+}  # fmt: skip
+"""Title, key and form of what is measured."""
 
 
 def column(seeds: list[dict[str, Any]], key: str, form: str) -> str:
     """The values of all seeds."""
-    return ", ".join(f"{row[key]:{form}}" for row in seeds if row.get(key) is not None) or "-"
+    values = [row[key] for row in seeds if row.get(key) is not None]
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    return ", ".join(" ".join(f"{value:{form}}" for value in each) for each in lists) or "-"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all if left out")
-    parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="of the digits")
-    parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="of each training; by default 40, or 10 of the full MNIST")
-    parser.add_argument("--only", default="", help="settings whose name has this in it")
-    parser.add_argument("--devices", nargs="+", default=["cpu"], help="a process for each, such as cpu cpu cuda")
-    parser.add_argument("--classifier", type=Path, help="file of the classifier, written where missing")
-    parser.add_argument("--save", type=Path, help="folder for the parameters of the trained nets")
-    parser.add_argument("--out", type=Path, help="folder of .json and .md; by default docs/_generated")
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    unknown = [name for name in args.tables if name not in TABLES]
-    if unknown:
-        parser.error(f"no table is called {unknown[0]!r}; these are {', '.join(TABLES)}")
-    args.tables = args.tables or list(TABLES)
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    args.seeds = args.seeds[:1] if args.smoke else args.seeds
-    return args
+BENCH = Benchmark(__file__, page, smoke={"seeds": [0]})
+BENCH.option("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all if left out")
+BENCH.option("--data", choices=("bundled", "mnist"), default="bundled", help="of the digits")
+BENCH.option("--root", default="./mnist", help="folder of the full MNIST")
+BENCH.option("--seeds", type=int, nargs="+", default=[0, 1, 2])
+BENCH.option("--epochs", type=int, help="of each training; by default 40, or 10 of the full MNIST")
+BENCH.option("--only", default="", help="settings that have this in their name, penalty or nets")
+BENCH.option("--devices", nargs="+", default=["cpu"], help="a process for each, such as cpu cpu cuda")
+BENCH.option("--classifier", type=Path, help="file of the classifier, written where missing")
+
+
+def chosen(tables: list[str], only: str) -> list[tuple[str, Setting]]:
+    """The settings of some tables, each with the name of its table."""
+    settings = [(name, setting) for name in tables for setting in TABLES[name]()]
+    return [(name, one) for name, one in settings if only in f"{one.name} {one.penalty} {one.nets}"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains everything, seed by seed, and writes what there is after each training."""
-    args = parse_args(argv)
-    settings = [(table, setting) for table in args.tables for setting in TABLES[table]() if args.only in setting.name]
-    jobs = [(table, setting, seed) for seed in args.seeds for table, setting in settings]
-    name = "quality" if args.data == "bundled" else "quality_mnist"
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = BENCH.start(argv)
+    unknown = [name for name in args.tables if name not in TABLES]
+    if unknown:
+        BENCH.parser.error(f"no table is called {unknown[0]!r}; these are {', '.join(TABLES)}")
+    settings = chosen(args.tables or list(TABLES), args.only)
     if args.classifier is not None:
         load_data(args.data, args.root, args.smoke, args.classifier)
-    rows: list[dict[str, Any]] = []
-    command = " ".join(["python benchmarks/quality.py", *(sys.argv[1:] if argv is None else argv)])
-    for row in run(jobs, args):
-        rows.append(row)
+    reports = {name: BENCH.report(args, results=[]) for name, _ in settings}
+    for name, report in reports.items():
+        report["options"]["name"] = f"quality_{name}" + ("_mnist" if args.data == "mnist" else "")
+    for row in run([(name, setting, seed) for seed in args.seeds for name, setting in settings], args):
         shown = {key: row[key] for key in ("test_cost", "samples", "p_values", "ms", "failure") if key in row}
-        print(row["table"], row["key"], row["seed"], shown, flush=True)
-        report = {"command": command, "torch": torch.__version__.partition("+")[0], "results": rows}
-        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(f"{summary(rows)}\nMade by `{command}`, torch {report['torch']}.\n")
-    print(summary(rows))
+        print(row["table"], row["name"], row["nets"], row["weight"], row["seed"], shown, flush=True)
+        report = reports[row["table"]]
+        report["results"].append(row)
+        BENCH.write(report)
+    for report in reports.values():
+        BENCH.finish(report)
 
 
 if __name__ == "__main__":
