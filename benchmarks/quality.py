@@ -383,7 +383,7 @@ def constraint_table() -> Iterator[Setting]:
     """The constraint beside constants."""
     for nets in ("deep", "shallow"):
         for name, penalty in (("IMQ", f"MMD({IMQ})"), ("Laplace", f"MMD({MIDDLE})"), ("GAN", "JensenShannon()")):
-            for weight in ("30.0", "100.0", "300.0", "Constraint()"):
+            for weight in ("Constraint()", "30.0", "100.0", "300.0"):
                 yield Setting(name, penalty, weight, nets=nets)
 
 
