@@ -11,10 +11,10 @@ QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
 
 @pytest.fixture
-def quality(monkeypatch):
-    """The benchmark as a module."""
+def tables(monkeypatch):
+    """The benchmark's settings and page."""
     monkeypatch.syspath_prepend(QUALITY.parent)
-    return importlib.import_module("quality")
+    return importlib.import_module("quality_tables")
 
 
 @pytest.mark.slow
@@ -43,14 +43,14 @@ def test_an_unknown_table_is_named():
     assert "no table is called 'colours'" in finished.stderr
 
 
-def test_settings_of_a_table_have_names_of_their_own(quality):
-    for table, settings in quality.TABLES.items():
-        named = [tuple(dataclasses.asdict(setting)[key] for key in quality.ROW.values()) for setting in settings()]
+def test_settings_of_a_table_have_names_of_their_own(tables):
+    for table, settings in tables.TABLES.items():
+        named = [tuple(dataclasses.asdict(setting)[key] for key in tables.ROW.values()) for setting in settings()]
         assert len(set(named)) == len(named), table
 
 
-def test_a_page_has_the_numbers_of_every_seed_and_says_how_many_failed(quality):
-    setting = {**dataclasses.asdict(quality.Setting("one", weight="30.0")), "data": "bundled", "epochs": 3}
+def test_a_page_has_the_numbers_of_every_seed_and_says_how_many_failed(tables):
+    setting = {**dataclasses.asdict(tables.Setting("one", weight="30.0")), "data": "bundled", "epochs": 3}
     measured = {"test_cost": 1.0, "samples": 2.5, "p_values": [0.25, 0.5]}
     other = {**setting, "name": "other"}
     rows = [
@@ -59,7 +59,7 @@ def test_a_page_has_the_numbers_of_every_seed_and_says_how_many_failed(quality):
         {**other, "seed": 0, **measured},
         {**other, "seed": 1, "failure": "ValueError: NaN"},
     ]
-    page = quality.page({"command": "c", "machine": "m", "torch": "t", "results": rows})
+    page = tables.page({"command": "c", "machine": "m", "torch": "t", "results": rows})
     assert page.splitlines()[0] == "| setting | weight | test cost | samples | p |"
     assert "| one | 30 | 1.00, 1.00 | 2.50, 3.50 | 0.250 0.500, 0.250 0.500 |" in page
     assert "| other (1 of 2 failed) | 30 | 1.00 | 2.50 | 0.250 0.500 |" in page
