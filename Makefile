@@ -9,7 +9,7 @@ APART := benchmarks bibliography classifier_test distributed docs links notebook
 CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 .PHONY: demo pictures report notebooks test test-core test-float64 test-device test-oldest test-slow
-.PHONY: bench bench-compare bench-penalties zoo figures lint spell types docs wheel clean
+.PHONY: bench bench-compare zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
 	$(RUN) -m pyro_wae.demo $(ARGS)
@@ -49,10 +49,6 @@ test-oldest:
 
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
-
-# Writes the table of docs/_generated/penalties.md anew; ARGS=--smoke runs in seconds and leaves it alone.
-bench-penalties: $(VENV)/.bench
-	$(RUN) benchmarks/penalties.py $(ARGS)
 
 # The tables and pictures of docs/speed.md and docs/large_batches.md, with rows for CUDA where it is there; on a machine
 # that has nothing else to do. ARGS=--smoke runs in seconds and leaves them alone.

@@ -1,11 +1,12 @@
 """Are samples as good as reconstructions? Trains with penalties, weights and priors, and compares what they reach.
 
-    python benchmarks/quality.py kernels
+    python benchmarks/quality.py penalties
     python benchmarks/quality.py constraint gan priors normal --data mnist --devices cpu cpu
 
-Each table is a list of settings that differ in what its name says. Trainings of one seed start from the same nets and
-see the same batches. Samples, and the reconstructions of held-out data, are compared with the held-out data by the
-Frechet distance in the features of a small classifier; held-out codes are compared with the prior by two-sample tests.
+Each table is a list of settings that differ in what its name says, and a file of its own. Trainings of one seed start
+from the same nets and see the same batches. Samples, and the reconstructions of held-out data, are compared with the
+held-out data by the Frechet distance in the features of a small classifier; held-out codes are compared with the prior
+by two-sample tests.
 A first part of the codes is for choosing, and the p-values of the others are reported. Held-out digits are of MNIST's
 training set, because its test set is of other writers. All numbers of all seeds are written to ``--out``.
 """
@@ -14,12 +15,9 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import multiprocessing
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,10 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from harness import Benchmark
 from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO
+from quality_tables import TABLES, TESTED, Setting, chosen, page
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -37,75 +37,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pyro_wae import WAELoss, kernels, penalties, priors, weights
 from pyro_wae.demo.digits import load_digits
 from pyro_wae.demo.judge import DigitClassifier, frechet_distance
-from pyro_wae.demo.nets import Residual, deep_head, digit_decoder, digit_encoder
+from pyro_wae.demo.nets import Residual, StandardNormal, deep_head, digit_decoder, digit_encoder
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.optim import Adam
-from pyro_wae.priors import MixturePrior
-
-TESTED = 1000
-"""Codes in a two-sample test."""
-
-IMQ = "InverseMultiquadratic.multiscale()"
-
-
-def laplace(*lengths: float) -> str:
-    """The line of a Laplace kernel at several lengths, in its own default length."""
-    return f"MultiScale(Laplace(), {[round(length**2, 8) for length in lengths]})"
-
-
-FINE, MIDDLE, COARSE = laplace(0.02, 0.05, 0.15), laplace(0.05, 0.15, 0.5), laplace(0.1, 0.3, 1.0)
-KERNELS = {
-    "IMQ, 7 scales": IMQ,
-    "Laplace .05 .15 .5 5": "Laplace.multiscale()",
-    "Laplace .02 .05 .15": FINE,
-    "Laplace .05 .15 .5": MIDDLE,
-    "Laplace .1 .3 1": COARSE,
-    "Matern 3/2 .05 .15 .5": MIDDLE.replace("Laplace()", "Matern(1.5)"),
-    "IMQ + 3 Laplace .02 .05 .15": f"{IMQ} + 3.0 * {FINE}",
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One training of a table.
-
-    Args:
-        name: Of its row.
-        penalty: The line that makes the penalty; ``"VAE(s)"`` takes Pyro's ELBO with a decoder of standard deviation s.
-        weight: The line that makes the penalty weight.
-        prior: The line that makes the prior from the latent dimension d; None is N(0, I).
-        nets: ``"deep"`` or ``"shallow"``.
-        data: Of what; None takes that of the command line.
-        zdim: The latent dimension d.
-        batch: Data in a step.
-        epochs: Passes over the data; None takes those of the command line.
-        rate: The learning rate of the prior.
-        average: The decay of an exponential average of the parameters, which is judged in their place.
-        noise: The standard deviation of the encoder.
-        initialise: Whether a mixture is put onto the codes after a fifth of the steps.
-        fitted: Whether a mixture of 100 Normals is fitted to the codes afterwards, too.
-    """
-
-    name: str
-    penalty: str = "MMD()"
-    weight: str = "Constraint()"
-    prior: str | None = None
-    nets: str = "deep"
-    data: str | None = None
-    zdim: int = 8
-    batch: int = 100
-    epochs: int | None = None
-    rate: float = 0.03
-    average: float | None = None
-    noise: float = 0.0
-    initialise: bool = False
-    fitted: bool = False
-
-    @property
-    def key(self) -> str:
-        """A name that no other setting has."""
-        return f"{self.name} | {self.nets} | {self.data} | d {self.zdim} | batch {self.batch} | weight {self.weight}"
-
+from pyro_wae.priors import MixturePrior, VampPrior
 
 # Data
 
@@ -205,18 +140,6 @@ class FlowPrior(nn.Module):
         return dist.TransformedDistribution(dist.Normal(self.loc, 1.0).to_event(1), parts)
 
 
-class StandardNormal(nn.Module):
-    """The prior N(0, I)."""
-
-    def __init__(self, zdim: int) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(zdim))
-
-    def forward(self) -> Any:
-        """The prior of one code."""
-        return dist.Normal(self.loc, 1.0).to_event(1)
-
-
 class Net(nn.Module):
     """An auto-encoder with any prior, as a Pyro model and guide."""
 
@@ -230,7 +153,8 @@ class Net(nn.Module):
         self.encoder = encoder
         d = setting.zdim
         self.log_scale = nn.Linear(d, d) if self.is_vae else nn.Identity()
-        names = {"MixturePrior": MixturePrior, "FlowPrior": FlowPrior, "d": d}
+        names = {"MixturePrior": MixturePrior, "VampPrior": VampPrior, "FlowPrior": FlowPrior}
+        names |= {"d": d, "encoder": encoder, "x": data.train}
         self.prior = StandardNormal(d) if setting.prior is None else eval(setting.prior, names)
 
     def model(self, x: Tensor) -> None:
@@ -274,7 +198,7 @@ def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> 
     if net.is_vae:
         loss: Any = Trace_ELBO()
     else:
-        names = {**vars(kernels), **vars(penalties), **vars(weights)}
+        names = {**vars(kernels), **vars(penalties), **vars(weights), "nn": nn}
         loss = WAELoss(eval(setting.penalty, names), penalty_weight=eval(setting.weight, names))
 
     def adam_args(name: str) -> dict[str, float]:
@@ -319,7 +243,9 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
         return frechet_distance(*(in_parts(data.features, part).flatten(1) for part in (rows, others)))
 
     p_values = [two_sample_test(codes.cpu(), prior.sample((len(codes),)).cpu()).p_value for codes in tested(net, data)]
+    codes = in_parts(net.encoder, data.heldout)
     found = {
+        "spread": codes.var(0).mean().sqrt().item(),
         "test_cost": (outputs - data.test).square().flatten(1).sum(1).mean().item(),
         "reconstructions": frechet(heldout_outputs, data.heldout),
         "samples": frechet(samples, data.heldout),
@@ -363,96 +289,19 @@ def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return torch.cat([function(part) for part in rows.split(1000)])
 
 
-# Tables
-
-
-def kernel_table() -> Iterator[Setting]:
-    """Every kernel at three weights, so that kernels are compared at equal cost."""
-    cells = [("bundled", 8, 100), *((data, d, 128) for data in ("bars", "digits8x8", "biopsies") for d in (2, 8, 32))]
-    cells += [("bars", 64, 128), ("bars", 8, 64), ("bars", 8, 1024)]
-    for data, d, batch in cells:
-        for name, kernel in KERNELS.items():
-            for weight in ("30.0", "300.0"):
-                yield Setting(name, f"MMD({kernel})", weight, data=data, zdim=d, batch=batch)
-
-
-def constraint_table() -> Iterator[Setting]:
-    """The constraint beside constants."""
-    for nets in ("deep", "shallow"):
-        for name, penalty in (("IMQ", f"MMD({IMQ})"), ("Laplace", f"MMD({MIDDLE})"), ("GAN", "JensenShannon()")):
-            for weight in ("30.0", "100.0", "300.0", "Constraint()"):
-                yield Setting(name, penalty, weight, nets=nets)
-
-
-OLD_DISCRIMINATOR = (
-    "JensenShannon(__import__('torch').nn.Sequential(__import__('torch').nn.LazyLinear(512), "
-    "*[l for _ in range(3) for l in (__import__('torch').nn.ReLU(), __import__('torch').nn.Linear(512, 512))], "
-    "__import__('torch').nn.ReLU(), __import__('torch').nn.Linear(512, 1)), steps=3, gradient_penalty_every=1)"
-)
-
-
-def gan_table() -> Iterator[Setting]:
-    """Discriminators."""
-    choices = {
-        "JensenShannon()": "JensenShannon()",
-        "one step": "JensenShannon(steps=1)",
-        "slope penalty in each step": "JensenShannon(gradient_penalty_every=1)",
-        "4 x 512 ReLU, 3 steps, slope penalty in each": OLD_DISCRIMINATOR,
-    }
-    for nets in ("deep", "shallow"):
-        for name, penalty in choices.items():
-            yield Setting(name, penalty, "100.0", nets=nets)
-
-
-def prior_table() -> Iterator[Setting]:
-    """Priors that are learnt inside, and mixtures fitted afterwards."""
-    learned = f"MMD({MIDDLE}, closed_form=False) + PriorLikelihood()"
-    mixture = "MixturePrior(100, d)"
-    yield Setting("MixturePrior(100, d)", learned, "100.0", mixture, fitted=True)
-    yield Setting("MixturePrior(100, d), initialise", learned, "100.0", mixture, initialise=True)
-    yield Setting("MixturePrior(100, d), rate 0.001", learned, "100.0", mixture, rate=0.001)
-    yield Setting("MixturePrior(200, d)", learned, "100.0", "MixturePrior(200, d)")
-    yield Setting("flow", learned, "100.0", "FlowPrior(d)", rate=0.003)
-    yield Setting("N(0, I), fitted afterwards", f"MMD({MIDDLE})", "30.0", fitted=True)
-    yield Setting("no penalty, fitted afterwards", "MMD()", "0.0", fitted=True)
-    yield Setting("VAE, scale 0.15", "VAE(0.15)", fitted=True)
-
-
-def normal_table() -> Iterator[Setting]:
-    """N(0, I): what each part gives."""
-    base = Setting("shallow, IMQ, Constraint()", f"MMD({IMQ})", nets="shallow")
-    yield base
-    yield dataclasses.replace(base, name="deep", nets="deep")
-    fine = dataclasses.replace(base, name="deep, Laplace .02 .05 .15", nets="deep", penalty=f"MMD({FINE})")
-    yield fine
-    yield dataclasses.replace(fine, name="... averaged 0.999", average=0.999)
-    yield dataclasses.replace(fine, name="... noise 0.05", noise=0.05)
-    yield dataclasses.replace(fine, name="... with JensenShannon", penalty=f"5.0 * MMD({FINE}) + JensenShannon()")
-    yield dataclasses.replace(fine, name="... batch 200", batch=200)
-
-
-TABLES: dict[str, Callable[[], Iterable[Setting]]] = {
-    "kernels": kernel_table,
-    "constraint": constraint_table,
-    "gan": gan_table,
-    "priors": prior_table,
-    "normal": normal_table,
-}
+# Everything
 
 
 def as_row(table: str, setting: Setting, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one setting with one seed."""
     data = load_data(setting.data or args.data, args.root, args.smoke, args.classifier).to(args.device)
-    row: dict[str, Any] = {"table": table, "seed": seed, **dataclasses.asdict(setting), "key": setting.key}
+    row: dict[str, Any] = {"table": table, "seed": seed, **dataclasses.asdict(setting)}
+    row |= {"data": setting.data or args.data, "epochs": setting.epochs or args.epochs or data.epochs}
     try:
         net, shown = train(setting, seed, data, args)
         row |= {**shown, **judge(net, data, setting, args)}
     except Exception as error:  # one row less is no reason to lose the others
         row["failure"] = f"{type(error).__name__}: {error}"[:300]
-    else:
-        if args.save is not None:
-            slug = re.sub(r"\W+", "_", f"{table} {setting.name} {setting.weight} {setting.nets} {setting.data} {seed}")
-            torch.save(net.state_dict(), args.save / f"{slug}.pt")
     return row
 
 
@@ -491,80 +340,37 @@ def run(jobs: list[tuple[str, Setting, int]], args: argparse.Namespace) -> Itera
             yield row
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """The tables as Markdown: means over seeds, with every seed's p-values."""
-    lines = []
-    for table in dict.fromkeys(row["table"] for row in rows):
-        header = [
-            "setting", "nets", "data", "d", "batch", "weight", "at the end", "test cost", "reconstructions", "samples",
-            "fitted afterwards", "p for choosing", "p of held-out codes, seed by seed", "ms/step",
-        ]  # fmt: skip
-        lines += [f"### {table}", "", "| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * (len(header) - 3)]
-        mine = [row for row in rows if row["table"] == table]
-        for key in dict.fromkeys(row["key"] for row in mine):
-            seeds = sorted((row for row in mine if row["key"] == key and "failure" not in row), key=lambda r: r["seed"])
-            first = next(row for row in mine if row["key"] == key)
-            weight = "-" if first["penalty"].startswith("VAE") else first["weight"].removesuffix(".0")
-            lines.append("| " + " | ".join([
-                first["name"], first["nets"], first["data"] or "", str(first["zdim"]), str(first["batch"]),
-                weight, column(seeds, "weight_at_end", ".0f"),
-                column(seeds, "test_cost", ".2f"), column(seeds, "reconstructions", ".2f"),
-                column(seeds, "samples", ".2f"), column(seeds, "fitted_afterwards", ".2f"),
-                ", ".join(f"{row['p_for_choosing']:.3f}" for row in seeds),
-                "; ".join(" ".join(f"{p:.3f}" for p in row["p_values"]) for row in seeds), column(seeds, "ms", ".0f"),
-            ]) + " |")  # fmt: skip
-        lines.append("")
-    return "\n".join(lines)
-
-
-def column(seeds: list[dict[str, Any]], key: str, form: str) -> str:
-    """The values of all seeds."""
-    return ", ".join(f"{row[key]:{form}}" for row in seeds if row.get(key) is not None) or "-"
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all if left out")
-    parser.add_argument("--data", choices=("bundled", "mnist"), default="bundled", help="of the digits")
-    parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="of each training; by default 40, or 10 of the full MNIST")
-    parser.add_argument("--only", default="", help="settings whose name has this in it")
-    parser.add_argument("--devices", nargs="+", default=["cpu"], help="a process for each, such as cpu cpu cuda")
-    parser.add_argument("--classifier", type=Path, help="file of the classifier, written where missing")
-    parser.add_argument("--save", type=Path, help="folder for the parameters of the trained nets")
-    parser.add_argument("--out", type=Path, help="folder of .json and .md; by default docs/_generated")
-    parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    args = parser.parse_args(argv)
-    unknown = [name for name in args.tables if name not in TABLES]
-    if unknown:
-        parser.error(f"no table is called {unknown[0]!r}; these are {', '.join(TABLES)}")
-    args.tables = args.tables or list(TABLES)
-    args.out = args.out or Path("results/benchmarks" if args.smoke else "docs/_generated")
-    args.seeds = args.seeds[:1] if args.smoke else args.seeds
-    return args
+BENCH = Benchmark(__file__, page, smoke={"seeds": [0]})
+BENCH.option("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all if left out")
+BENCH.option("--data", choices=("bundled", "mnist"), default="bundled", help="of the digits")
+BENCH.option("--root", default="./mnist", help="folder of the full MNIST")
+BENCH.option("--seeds", type=int, nargs="+", default=[0, 1, 2])
+BENCH.option("--epochs", type=int, help="of each training; by default 40, or 10 of the full MNIST")
+BENCH.option("--only", default="", help="settings that have this in their name, penalty or nets")
+BENCH.option("--devices", nargs="+", default=["cpu"], help="a process for each, such as cpu cpu cuda")
+BENCH.option("--classifier", type=Path, help="file of the classifier, written where missing")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains everything, seed by seed, and writes what there is after each training."""
-    args = parse_args(argv)
-    settings = [(table, setting) for table in args.tables for setting in TABLES[table]() if args.only in setting.name]
-    jobs = [(table, setting, seed) for seed in args.seeds for table, setting in settings]
-    name = "quality" if args.data == "bundled" else "quality_mnist"
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = BENCH.start(argv)
+    unknown = [name for name in args.tables if name not in TABLES]
+    if unknown:
+        BENCH.parser.error(f"no table is called {unknown[0]!r}; these are {', '.join(TABLES)}")
+    settings = chosen(args.tables or list(TABLES), args.only)
     if args.classifier is not None:
         load_data(args.data, args.root, args.smoke, args.classifier)
-    rows: list[dict[str, Any]] = []
-    command = " ".join(["python benchmarks/quality.py", *(sys.argv[1:] if argv is None else argv)])
-    for row in run(jobs, args):
-        rows.append(row)
+    reports = {name: BENCH.report(args, results=[]) for name, _ in settings}
+    for name, report in reports.items():
+        report["options"]["name"] = f"quality_{name}" + ("_mnist" if args.data == "mnist" else "")
+    for row in run([(name, setting, seed) for seed in args.seeds for name, setting in settings], args):
         shown = {key: row[key] for key in ("test_cost", "samples", "p_values", "ms", "failure") if key in row}
-        print(row["table"], row["key"], row["seed"], shown, flush=True)
-        report = {"command": command, "torch": torch.__version__.partition("+")[0], "results": rows}
-        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(f"{summary(rows)}\nMade by `{command}`, torch {report['torch']}.\n")
-    print(summary(rows))
+        print(row["table"], row["name"], row["nets"], row["weight"], row["seed"], shown, flush=True)
+        report = reports[row["table"]]
+        report["results"].append(row)
+        BENCH.write(report)
+    for report in reports.values():
+        BENCH.finish(report)
 
 
 if __name__ == "__main__":

@@ -113,10 +113,11 @@ class WAEModule(ELBOModule):
         self._last_call = args, kwargs
         return predict.reconstruct(self.model, self.guide, *args, data_plate=self.elbo.data_plate, **kwargs)
 
-    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample(self, num_samples: int, *args: Any, prior: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Samples of the model; see :func:`pyro_wae.predict.sample`, and :meth:`decode` for the arguments."""
         args, kwargs = self._call(args, kwargs, f"sample({num_samples}, x)")
-        return predict.sample(self.model, *args, num_samples=num_samples, data_plate=self.elbo.data_plate, **kwargs)
+        options = {"num_samples": num_samples, "prior": prior, "data_plate": self.elbo.data_plate}
+        return predict.sample(self.model, *args, **options, **kwargs)
 
     def interpolate(self, x_a: Any, x_b: Any, steps: int = 8, **kwargs: Any) -> dict[str, Tensor]:
         """Latent interpolations between two batches of data; see :func:`pyro_wae.predict.interpolate`."""

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -280,34 +276,6 @@ def test_a_learned_standardized_prior_keeps_the_unit_of_the_codes():
         spreads[standardized] = nets.encoder(x).var(0).mean().sqrt().item()
     assert spreads[True] < 1.5, spreads
     assert spreads[False] > 1.5 * spreads[True], spreads
-
-
-# The benchmark
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The report and the Markdown of a quick run of the benchmark."""
-    for needed in ("torchmetrics", "sklearn"):
-        pytest.importorskip(needed)
-    out = tmp_path_factory.mktemp("learned_priors")
-    script = Path(__file__).parents[1] / "benchmarks" / "learned_priors.py"
-    command = [sys.executable, str(script), "--smoke", "--out", str(out)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads((out / "learned_priors.json").read_text()), (out / "learned_priors.md").read_text()
-
-
-@pytest.mark.slow
-def test_every_prior_of_the_benchmark_has_a_row_of_finite_numbers(smoke):
-    report, markdown = smoke
-    assert [result["prior"] for result in report["results"]] == list(report["priors"])
-    assert {"normal", "mixture", "vamp", "flow", "hierarchical", "gmm100-after"} <= set(report["priors"])
-    for result in report["results"]:
-        assert all(math.isfinite(value) for key, value in result.items() if key != "prior"), result
-        assert f"\n| {result['prior']} | " in markdown
-        assert result["ratio"] == pytest.approx(result["samples"] / result["reconstructions"])
-    assert "    python benchmarks/learned_priors.py --smoke --out " in markdown
 
 
 def test_a_mixture_of_as_many_components_as_data_is_one_prior_for_all_of_them():

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_wae import WAELoss, priors
 from pyro_wae.predict import code_rows, decode, encode, interpolate, reconstruct, sample
 
 
@@ -339,3 +340,83 @@ def test_a_site_without_a_mean_is_drawn():
 def test_errors_say_what_was_found(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 3), torch.randn(4, 2))
+
+
+# A prior in place of the model's own
+
+
+class Flow(nn.Module):
+    """A module whose call returns a distribution, as the flows of zuko."""
+
+    def forward(self):
+        base = dist.Normal(torch.zeros(4), 1e-4).to_event(1)
+        return dist.TransformedDistribution(
+            base, dist.transforms.AffineTransform(torch.tensor([1.0, 2.0, 3.0, 4.0]), 1)
+        )
+
+
+@pytest.mark.parametrize("prior", [Flow(), Flow()()], ids=["module", "distribution"])
+def test_codes_of_a_given_prior_are_cut_into_the_latent_sites_in_the_models_order(prior):
+    # A row is (a, b1, b2, b3), near (1, 2, 3, 4): x = a + b, y = 2 a.
+    outputs = sample(hierarchy, torch.zeros(5, 3), num_samples=7, prior=prior, data_plate="data")
+    torch.testing.assert_close(outputs["x"], torch.tensor([3.0, 4.0, 5.0]).expand(7, 3), atol=0.01, rtol=0)
+    torch.testing.assert_close(outputs["y"], torch.tensor([[2.0]]).expand(7, 1), atol=0.01, rtol=0)
+    assert len(outputs["y"].unique()) == 7
+
+
+def test_a_prior_that_draws_codes_of_data_gives_their_reconstructions():
+    # The data lie on dimension -2 beside the time: the cut undoes code_rows.
+    x = torch.randn(6, 3)
+    rows, _ = code_rows(hierarchy, hierarchy_guide, x, data_plate="data")
+
+    class Codes:
+        def sample(self, shape):
+            return rows[: shape[0]]
+
+    expected = reconstruct(hierarchy, hierarchy_guide, x, data_plate="data")
+    for outputs in (
+        sample(hierarchy, x, prior=Codes(), data_plate="data"),
+        WAELoss(data_plate="data")(hierarchy, hierarchy_guide).sample(6, x, prior=Codes()),
+    ):
+        assert outputs.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(outputs[name], value)
+
+
+def test_a_fitted_prior_samples_where_the_codes_are():
+    # Codes N(-5, 1) of data N(0, 1), far from the model's prior: x = 3 z + 1 has the mean -14.
+    pyro.set_rng_seed(0)
+    fitted = priors.fit(model, guide, torch.randn(500, 2), prior=priors.MixturePrior(3, 2), steps=50)
+    bound = WAELoss()(model, guide)
+    bound(torch.randn(20, 2))
+    outputs = bound.sample(2000, prior=fitted)["x"]
+    assert outputs.shape == (2000, 2)
+    # Three standard deviations of the outputs over the root of 500 data, and the fit's own error.
+    torch.testing.assert_close(outputs.mean(0), torch.full((2,), -14.0), atol=0.5, rtol=0)
+
+
+def test_a_model_without_data_takes_a_prior_too():
+    def free(n):
+        with pyro.plate("data", n):
+            z = pyro.sample("z", dist.Normal(0.0, 1))
+            pyro.sample("x", dist.Normal(2 * z, 1))
+
+    outputs = sample(free, 3, prior=dist.Delta(torch.tensor(5.0)), return_sites=["x"])
+    torch.testing.assert_close(outputs, {"x": torch.full((3,), 10.0)})
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "message"),
+    [
+        (lambda: None, TypeError, "prior must be .* found <function.*sample\\(model, x, prior="),
+        (
+            dist.Normal(torch.zeros(5), 1).to_event(1),
+            ValueError,
+            "size 5.*{'a': 1, 'b': 3}.*size 4.*MixturePrior.100, 4",
+        ),
+    ],
+    ids=["function", "size"],
+)
+def test_a_prior_that_does_not_fit_is_named(prior, error, message):
+    with pytest.raises(error, match=message):
+        sample(hierarchy, torch.zeros(5, 3), prior=prior, data_plate="data")

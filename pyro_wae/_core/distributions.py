@@ -40,6 +40,27 @@ def family(distribution: Any) -> str:
     return type(innermost(distribution)).__name__
 
 
+def distribution_of(prior: Any, *, write: str) -> Any:
+    """The distribution of one code that a prior stands for: itself, or what the call of a module returns.
+
+    Args:
+        prior: A distribution, or a module whose call returns one.
+        write: The line to write instead.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    found = prior() if isinstance(prior, nn.Module) else prior
+    if not hasattr(found, "sample"):
+        raise TypeError(
+            f"prior must be a module whose call returns a distribution, or a distribution, found {prior!r}. "
+            f"Write {write}."
+        )
+    if hasattr(found, "clear_cache"):
+        found.clear_cache()  # of transforms, made with the parameters of the step before
+    return found
+
+
 def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
     """The tensors of a distribution, those of its modules included."""
     if isinstance(value, Tensor):

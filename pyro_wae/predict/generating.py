@@ -10,11 +10,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_wae._core import checks
+from pyro_wae._core.distributions import distribution_of
 from pyro_wae._core.sites import Site
 from pyro_wae.costs import with_own_total
 from pyro_wae.predict.runs import Node, check_return_sites, encoded_run, output_nodes, run_model, site_output
 from pyro_wae.step.plates import find_data_plate, layout
-from pyro_wae.step.program import Program, is_random
+from pyro_wae.step.program import Program, is_code, is_random
 
 
 def decode(
@@ -150,6 +151,7 @@ def sample(
     model: Program,
     *args: Any,
     num_samples: int | None = None,
+    prior: Any = None,
     return_sites: Sequence[str] | None = None,
     random: bool = False,
     data_plate: str | None = None,
@@ -165,6 +167,9 @@ def sample(
         model: The Pyro model.
         args: Arguments of the model.
         num_samples: Number of new data; the model runs as often as it must. None gives as many as one run does.
+        prior: Draws the codes in place of the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
+            distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
+            :func:`code_rows`: the latent sites side by side, in the order of the model.
         return_sites: Names of the sites to give; None takes the observed ones.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
@@ -174,7 +179,9 @@ def sample(
         For each observed site its output G(z), in the site's own shape with ``num_samples`` data.
 
     Raises:
-        ValueError: If there is no such site, ``num_samples`` is below 1, or a site has no mean.
+        ValueError: If there is no such site, ``num_samples`` is below 1, a site has no mean, or draws of ``prior``
+            have another size than the codes.
+        TypeError: If ``prior`` is neither a distribution nor a module whose call returns one.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -184,9 +191,15 @@ def sample(
         ...         pyro.sample("x", dist.Normal(2 * z, 1).to_event(1), obs=x)
         >>> sample(model, torch.zeros(10, 2), num_samples=25)["x"].shape
         torch.Size([25, 2])
+        >>> sample(model, torch.zeros(10, 2), num_samples=2, prior=dist.Delta(torch.tensor([1.0, 3.0]), event_dim=1))
+        {'x': tensor([[2., 6.],
+                [2., 6.]])}
     """
     if num_samples is not None:
         num_samples = checks.whole("num_samples", num_samples, write="num_samples=100")
+    if prior is not None:
+        codes = _codes_of(prior, run_model(model, args, kwargs), num_samples, return_sites, data_plate)
+        return decode(model, codes, *args, return_sites=return_sites, random=random, data_plate=data_plate, **kwargs)
     parts: list[dict[str, Tensor]] = []
     joins: dict[str, int] = {}
     while not parts or (num_samples is not None and _total(parts, joins) < num_samples):
@@ -202,6 +215,31 @@ def sample(
             plate = find_data_plate(inside, list(sites.values()), data_plate)
             joins = {name: _data_dim(site, plate) for name, site in sites.items()}
     return parts[0] if num_samples is None else _join(parts, joins, num_samples)
+
+
+@torch.no_grad()
+def _codes_of(
+    prior: Any, trace: Any, count: int | None, return_sites: Sequence[str] | None, data_plate: str | None
+) -> dict[str, Tensor]:
+    """Draws of a prior of whole codes, as the values of a model's latent sites."""
+    outputs = output_nodes(trace, return_sites)
+    latents = {name: node for name, node in trace.nodes.items() if is_code(name, trace) and name not in outputs}
+    plate = find_data_plate(list(latents.values()), list(outputs.values()), data_plate)
+    sites = [Site(name, node["fn"], node["value"], *layout(node, plate)) for name, node in latents.items()]
+    if count is None:
+        shape, dim, _ = layout(next(iter(outputs.values())), plate)
+        count = shape[dim]
+    write = "sample(model, x, prior=priors.fit(model, guide, x, prior=MixturePrior(100, {d})))"
+    draws = distribution_of(prior, write=write.format(d="d")).sample((count,)).reshape(count, -1)
+    sizes = {site.name: site.rows(site.value, site.event_dim)[0, 0].numel() for site in sites}
+    d = sum(sizes.values())
+    if draws.shape[1] != d:
+        raise ValueError(
+            f"prior draws codes of size {draws.shape[1]}, and those of the model's latent sites {sizes} have size {d} "
+            f"together. Write {write.format(d=d)}."
+        )
+    rows = zip(sites, draws.split(list(sizes.values()), 1), strict=True)
+    return {site.name: site.unrows(part[None], site.distribution.event_shape).to(site.value) for site, part in rows}
 
 
 def _reconstruction(site: Site, random: bool) -> Tensor:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_wae._core.checks import number, whole
+from pyro_wae._core.distributions import distribution_of
 from pyro_wae.predict import code_rows
 from pyro_wae.priors.mixtures import MixturePrior
 
 Prior = TypeVar("Prior")
+
+WRITE = "priors.fit(model, guide, x, prior=MixturePrior(100, d))"
 
 
 def fit(
@@ -68,6 +71,8 @@ def fit(
         >>> prior = fit(model, guide, 3 + torch.randn(500, 2), prior=MixturePrior(5, 2), steps=100)
         >>> prior().sample((1000,)).mean(0).round()
         tensor([3., 3.])
+
+        Samples of the model decode draws of it: ``predict.sample(model, x, num_samples=100, prior=prior)``.
     """
     steps = whole("steps", steps, least=1, write="steps=1500")
     batch_size = whole("batch_size", batch_size, least=1, write="batch_size=500")
@@ -85,7 +90,7 @@ def fit(
             order = torch.randperm(len(codes), device=codes.device)
         batch, order = order[:batch_size], order[batch_size:]
         optimizer.zero_grad()
-        loss = -_distribution(prior).log_prob(codes[batch]).mean()
+        loss = -distribution_of(prior, write=WRITE).log_prob(codes[batch]).mean()
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -93,30 +98,16 @@ def fit(
     return prior
 
 
-def _distribution(prior: Any) -> Any:
-    """The distribution of one code that a prior stands for, with parameters as they are now."""
-    if isinstance(prior, nn.Module):
-        return prior()
-    if hasattr(prior, "clear_cache"):
-        prior.clear_cache()  # of transforms, made with the parameters of the step before
-    return prior
-
-
 def _parameters(prior: Any) -> list[Tensor]:
     if isinstance(prior, nn.Module):
         found: list[Tensor] = list(prior.parameters())
-    elif hasattr(prior, "log_prob"):
-        parts = [prior]
+    else:
+        parts = [distribution_of(prior, write=WRITE)]
         while hasattr(parts[-1], "base_dist"):
             parts += [*getattr(parts[-1], "transforms", ()), parts[-1].base_dist]
         tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
         modules = [part.parameters() for part in parts if isinstance(part, nn.Module)]
         found = [*tensors, *(parameter for parameters in modules for parameter in parameters)]
-    else:
-        raise TypeError(
-            f"prior must be a module whose call returns a distribution, or a distribution, found {prior!r}. "
-            "Write priors.fit(model, guide, x, prior=MixturePrior(100, d))."
-        )
     found = [tensor for tensor in dict.fromkeys(found) if tensor.requires_grad and tensor.is_leaf]
     if not found:
         raise ValueError(

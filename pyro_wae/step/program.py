@@ -175,6 +175,11 @@ def is_random(node: Node) -> bool:
     return node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
 
 
+def is_code(name: str, model_trace: Any) -> bool:
+    """Whether a site of a model's trace is a latent site whose value is a part of a code."""
+    return is_random(model_trace.nodes[name]) and not _is_imputed(name, model_trace)
+
+
 def observed_nodes(model_trace: Any) -> Iterator[tuple[str, Node]]:
     """The nodes of a model's trace that may have a cost, by the names that the user gave them."""
     for name, node in model_trace.nodes.items():
@@ -289,7 +294,7 @@ def _observed(name: str, node: Node, plate: str) -> Site:
 
 def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in model_trace.nodes.items():
-        if not is_random(node) or _is_imputed(name, model_trace):
+        if not is_code(name, model_trace):
             continue
         in_guide = name in guide_trace.nodes
         fn = guide_trace.nodes[name]["fn"] if in_guide else node["fn"]
