@@ -16,6 +16,7 @@ _SUBMODULES = (
     "diagnostics",
     "distributed",
     "kernels",
+    "lightning",
     "optim",
     "penalties",
     "plotting",
