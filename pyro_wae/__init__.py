@@ -17,6 +17,7 @@ _SUBMODULES = (
     "diagnostics",
     "distributed",
     "kernels",
+    "lightning",
     "optim",
     "penalties",
     "plotting",

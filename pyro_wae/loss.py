@@ -68,13 +68,14 @@ class WAELoss(CallRepr, ELBO):
             of model and guide at the first step if not given.
         retain_graph: Passed to ``backward``.
         prior_draws: Prior draws for each code; more lower the variance, and nothing is decoded for them.
-        condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, or one of
-            its arguments. The penalty then compares the joint of (z, y) with that of (z', y), z' ~ p(z | y), and not
-            only the marginals. Whole numbers are labels, one for each datum; floats of any shape have a distance. An
-            observed site that is a condition has no cost, unless ``cost`` names it.
+        condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, one of
+            its arguments, or a key of an argument that is a dict. The penalty then compares the joint of (z, y) with
+            that of (z', y), z' ~ p(z | y), and not only the marginals. Whole numbers are labels, one for each datum;
+            floats of any shape have a distance. An observed site that is a condition has no cost, unless ``cost`` names
+            it.
         micro_batch: The most data that model and guide run on at once. A larger batch is split: the gradient is that of
-            the whole batch, the memory that of one micro-batch, and the nets run twice. Split are the tensor arguments
-            whose length is that of the first tensor argument; others are passed whole.
+            the whole batch, the memory that of one micro-batch, and the nets run twice. Split are the tensor arguments,
+            and those in dicts, whose length is that of the first; others are passed whole.
         process_group: The processes of ``torch.distributed`` whose batches are compared as one: "world" for all of
             them, or a process group. Loss and terms are then those of all data on every rank, and the mean over ranks
             of the gradients, which DDP takes, is that of one process with all data. Default: each rank compares its

@@ -302,6 +302,24 @@ def test_an_argument_is_found_however_the_model_is_written(call):
     assert penalty.codes.shape == (1, N, D)
 
 
+def test_a_key_of_a_batch_that_is_a_dict_is_a_condition():
+    x, y = rows(N, D), torch.arange(N)
+    batch, penalty = {"x": x, "label": y}, Aware()
+
+    def of_batch(program):
+        return lambda batch: program(batch["x"], None)
+
+    WAELoss(penalty, condition="label").loss(of_batch(model), of_batch(guide), batch)
+    torch.testing.assert_close(penalty.context.condition, y[:, None])
+    with pytest.raises(ValueError, match=r"arguments \['batch', 'x', 'label'\]"):
+        WAELoss(penalty, condition="age").loss(of_batch(model), of_batch(guide), batch)
+    # An argument comes before a key of the same name.
+    WAELoss(penalty, condition="label").loss(
+        lambda batch, label: model(batch["x"], None), lambda batch, label: guide(batch["x"], None), batch, -y
+    )
+    torch.testing.assert_close(penalty.context.condition, -y[:, None])
+
+
 @pytest.mark.parametrize("how", ["positional", "keyword"])
 def test_a_condition_bound_by_partial_is_found(how):
     x, y = rows(N, D), torch.arange(N)

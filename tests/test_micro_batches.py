@@ -577,15 +577,15 @@ def test_data_that_are_not_split_are_an_error():
     net = Net()
 
     def model(first, given):
-        net.model(**given)
+        net.model(**dict(given))
 
     def guide(first, given):
-        net.guide(**given)
+        net.guide(**dict(given))
 
     with pytest.raises(ValueError, match=r"plate 'data' has 22 data in a micro-batch of 6.*first tensor argument"):
-        WAELoss(micro_batch=ROWS).loss(model, guide, torch.zeros(N), arguments())
-    with pytest.raises(ValueError, match=r"of the arguments \(dict\) none is a tensor.*svi.step\(x\)"):
-        WAELoss(micro_batch=ROWS).loss(lambda given: None, lambda given: None, arguments())
+        WAELoss(micro_batch=ROWS).loss(model, guide, torch.zeros(N), list(arguments().items()))
+    with pytest.raises(ValueError, match=r"of the arguments \(list\) none is a tensor.*svi.step\(x\)"):
+        WAELoss(micro_batch=ROWS).loss(lambda given: None, lambda given: None, list(arguments().items()))
 
 
 def test_micro_batches_of_different_structure_are_an_error():
@@ -618,6 +618,34 @@ def test_arguments_of_another_length_are_passed_whole():
     x = arguments()["x"]
     WAELoss(micro_batch=ROWS).loss(model, guide, x, torch.zeros(9, N), scale=torch.tensor(1.0), y=x[:, 0], name="a")
     assert seen == [(9, 0, 6, "a")] * 3 + [(9, 0, 4, "a")]
+
+
+def test_a_batch_that_is_a_dict_is_split_by_its_tensors():
+    x, sizes = torch.randn(N, X, dtype=torch.float64), []
+    net = nn.Linear(X, D).double()
+
+    def model(batch):
+        sizes.append((len(batch["x"]), len(batch["other"]["y"]), len(batch["table"]), batch["name"]))
+        with pyro.plate("data", len(batch["x"])):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(1, keepdim=True).expand(-1, X), 1).to_event(1), obs=batch["x"])
+
+    def guide(batch):
+        with pyro.plate("data", len(batch["x"])):
+            pyro.sample("z", dist.Delta(net(batch["x"])).to_event(1))
+
+    batch = {"name": "a", "x": x, "other": {"y": x[:, 0]}, "table": torch.zeros(9, N)}
+    values = []
+    for micro_batch in (None, ROWS):
+        net.zero_grad()
+        wae = WAELoss(KernelStein(Gaussian(1.0)), penalty_weight=2.0, micro_batch=micro_batch)(model, guide)
+        loss = wae(batch)
+        loss.backward()
+        values.append([loss.detach(), net.weight.grad])
+        if micro_batch is None:
+            assert sizes == [(N, N, 9, "a")]
+    assert set(sizes[1:]) == {(6, 6, 9, "a"), (4, 4, 9, "a")}
+    assert_close(*values)
 
 
 def test_a_plate_of_a_fixed_size_says_which_data_it_met():

@@ -6,6 +6,7 @@ from pyro_wae.diagnostics.comparison import Coverage, Moments, WorstDirection
 from pyro_wae.diagnostics.example_images import Pictures
 from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary
 from pyro_wae.diagnostics.report import Report, report
+from pyro_wae.diagnostics.sample_quality import PrecisionRecall, precision_recall, sample_quality
 from pyro_wae.diagnostics.site_comparison import Comparison, Noise
 from pyro_wae.diagnostics.two_sample import TwoSampleTest, two_sample_test
 
@@ -19,10 +20,13 @@ __all__ = [
     "Moments",
     "Noise",
     "Pictures",
+    "PrecisionRecall",
     "Report",
     "TwoSampleTest",
     "WorstDirection",
     "classifier_test",
+    "precision_recall",
     "report",
+    "sample_quality",
     "two_sample_test",
 ]

@@ -18,6 +18,7 @@ from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import HANDLERS
 from pyro_wae._core.programs import called_with
 from pyro_wae._core.random_state import random_state, restored_random_state, set_random_state
+from pyro_wae._core.splitting import part_of, tensors_of
 from pyro_wae.runners.base import Runner, check_guide, priors_differ
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.records import Step
@@ -72,25 +73,18 @@ class _Batch:
 
 
 def _split(args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> Iterator[_Batch]:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    if not tensors:
+    first = next((tensor for value in (*args, *kwargs.values()) for tensor in tensors_of(value)), None)
+    if first is None:
         found = ", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "none"
         raise ValueError(
-            f"micro_batch={rows} splits the tensor arguments of model and guide along their first dimension, but of "
-            f"the arguments ({found}) none is a tensor with a dimension. Give the data as an argument: svi.step(x)."
+            f"micro_batch={rows} splits the tensor arguments of model and guide along their first dimension, and those "
+            f"in dicts, but of the arguments ({found}) none is a tensor with a dimension. Give the data as an "
+            "argument: svi.step(x)."
         )
-    n = len(tensors[0])
-
-    def part(value: Any, start: int) -> Any:
-        return value[start : start + rows] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-
+    n = len(first)
     for start in range(0, max(n, 1), rows):
-        yield _Batch(
-            [part(value, start) for value in args],
-            {name: part(value, start) for name, value in kwargs.items()},
-            start,
-            min(rows, n - start),
-        )
+        part = slice(start, start + rows)
+        yield _Batch([part_of(value, part, n) for value in args], part_of(kwargs, part, n), start, min(rows, n - start))
 
 
 def _run(observer: Observer, batch: _Batch) -> Step:

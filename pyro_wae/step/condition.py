@@ -75,7 +75,7 @@ def read_condition(
     """Finds the condition of each datum of this step.
 
     Args:
-        name: An observed site of the model, or one of its arguments.
+        name: An observed site of the model, one of its arguments, or a key of one that is a dict.
         run: A run of model and guide.
         program: The model, its arguments and its keyword arguments.
 
@@ -90,14 +90,18 @@ def read_condition(
         site = run.observed[name]
         return _flat(name, site.rows(site.value, site.event_dim)[0]), site.mask is not None
     arguments = _arguments(*program)
-    if name not in arguments:
+    given = dict(arguments)
+    for batch in arguments.values():
+        if isinstance(batch, Mapping):
+            given |= {key: value for key, value in batch.items() if key not in given}
+    if name not in given:
         is_latent = " It is latent here; a condition is given: obs=..." if name in run.latents else ""
         raise ValueError(
             f"condition='{name}' is neither an observed site of the model nor an argument of this call. Its "
-            f"observed sites are {list(run.observed)}, its arguments {list(arguments)}.{is_latent} "
+            f"observed sites are {list(run.observed)}, its arguments {list(given)}.{is_latent} "
             f"Write pyro.sample('{name}', ..., obs={name}) in the data plate, or name an argument."
         )
-    return _flat(name, _rows_of(name, arguments[name], run)), False
+    return _flat(name, _rows_of(name, given[name], run)), False
 
 
 def with_condition(

@@ -1,0 +1,158 @@
+"""Samples of a model beside held-out data, for metrics of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_wae._core import checks
+from pyro_wae._core.random_state import isolated_seed
+from pyro_wae._core.splitting import part_of, tensors_of
+from pyro_wae.diagnostics.hypothesis_test import as_rows
+from pyro_wae.predict.runs import output_nodes, run_model, site_output
+from pyro_wae.step.program import Program
+
+__all__ = ["PrecisionRecall", "precision_recall", "sample_quality"]
+
+
+class PrecisionRecall(NamedTuple):
+    """The result of :func:`precision_recall`.
+
+    Args:
+        precision: The fraction of samples that lie near data.
+        recall: The fraction of data that lie near samples.
+    """
+
+    precision: float
+    recall: float
+
+
+def sample_quality(
+    model: Program,
+    x: Any,
+    metric: Any,
+    *,
+    site: str | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 500,
+    random: bool = False,
+    seed: int = 0,
+) -> Any:
+    """Compares samples of the model with data, as many as there are, by a metric of samples.
+
+    The model runs on batches of the data, without its guide: each run shows data of an observed site, and as many
+    decoded prior samples. A model that is conditional on an argument therefore samples for the same conditions. The
+    random state is left as it was.
+
+    Args:
+        model: The Pyro model. Modules run in the mode that they are in: call ``.eval()`` first.
+        x: Held-out data, the argument of the model; a dict, or a tuple of all arguments. Tensors of the length of the
+            first one are split into batches.
+        metric: A metric of torchmetrics, such as ``FrechetInceptionDistance`` or ``KernelInceptionDistance`` with any
+            feature network, which is reset first; or a function f(data, samples) of all data and samples.
+        site: The observed site; None where there is one.
+        transform: Applied to data and samples first, such as a reshape of rows to images.
+        batch_size: Data in a run of the model.
+        random: Whether to draw from the site's distribution instead of taking its mean.
+        seed: Seed of the prior samples.
+
+    Returns:
+        What ``metric.compute()`` returns, or the function.
+
+    Raises:
+        TypeError: If the metric is neither, or an option has the wrong type.
+        ValueError: If there are no data, no such site, several sites and no choice among them, or an observed site has
+            no mean.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+        >>> x = torch.randn(300, 2, generator=torch.Generator().manual_seed(1))
+        >>> found = sample_quality(model, x, precision_recall)
+        >>> found.precision > 0.7 and found.recall > 0.7
+        True
+    """
+    size = checks.whole("batch_size", batch_size, write="batch_size=500")
+    is_metric = callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None))
+    what = "a metric with update(x, real=...) and compute(), or a function f(data, samples)"
+    if not is_metric:
+        checks.function("metric", metric, what, write="metric=precision_recall")
+    args = x if isinstance(x, tuple) else (x,)
+    first = next((tensor for value in args for tensor in tensors_of(value)), None)
+    if first is None or not len(first):
+        raise ValueError(
+            "There are no data: no argument is a tensor with rows. Write sample_quality(model, x, metric)."
+        )
+    if is_metric:
+        metric.reset()
+    found = []
+    seed = checks.whole("seed", seed, least=0, write="seed=0")
+    with torch.no_grad(), isolated_seed(seed, first.device):
+        for start in range(0, len(first), size):
+            rows = slice(start, start + size)
+            pair = _pair(model, [part_of(value, rows, len(first)) for value in args], site, random)
+            data, samples = pair if transform is None else map(transform, pair)
+            if is_metric:
+                metric.update(data, real=True)
+                metric.update(samples, real=False)
+            else:
+                found.append((data, samples))
+    return metric.compute() if is_metric else metric(*map(torch.cat, zip(*found, strict=True)))
+
+
+def precision_recall(data: Tensor, samples: Tensor, *, neighbours: int = 3) -> PrecisionRecall:
+    """Precision and recall of samples, by neighbourhoods of features.
+
+    The manifold of a set of rows is the union of balls around each of them, whose radius is the distance to its k-th
+    nearest neighbour among the others. Precision is the fraction of samples inside the manifold of the data, recall
+    the fraction of data inside the manifold of the samples. Of two sets with one law neither is 1: compare with two
+    halves of the data.
+
+    Args:
+        data: Features of data, shape (n, d).
+        samples: Features of samples, shape (m, d).
+        neighbours: k.
+
+    Raises:
+        TypeError: If data or samples are no tensors, or ``neighbours`` is no whole number.
+        ValueError: If they are no rows of finite floats of one length, or fewer than k + 1.
+
+    Source: Kynkaanniemi, Karras, Laine, Lehtinen, Aila, "Improved Precision and Recall Metric for Assessing Generative
+    Models", NeurIPS 2019, arXiv:1904.06991.
+
+    Example:
+        >>> data, samples = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.4], [0.5], [0.6], [9.0]])
+        >>> precision_recall(data, samples, neighbours=1)
+        PrecisionRecall(precision=0.75, recall=0.75)
+    """
+    rows, drawn = as_rows(data, "data"), as_rows(samples, "samples")
+    k = checks.whole("neighbours", neighbours, most=min(len(rows), len(drawn)) - 1, write="neighbours=3")
+    if rows.shape[1] != drawn.shape[1]:
+        raise ValueError(
+            f"data and samples must have rows of one length, found shapes {tuple(rows.shape)} and "
+            f"{tuple(drawn.shape)}. Take the features of both by one network."
+        )
+    return PrecisionRecall(precision=_covered(drawn, rows, k), recall=_covered(rows, drawn, k))
+
+
+def _pair(model: Program, args: Sequence[Any], site: str | None, random: bool) -> tuple[Tensor, Tensor]:
+    """Data of an observed site, and the samples of one run."""
+    nodes = output_nodes(run_model(model, args, {}))
+    if site is None and len(nodes) == 1:
+        (site,) = nodes
+    name = str(checks.choice("site", site, nodes))
+    return nodes[name]["value"], site_output(name, nodes[name]["fn"], random)
+
+
+def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
+    """The fraction of points inside one of the balls of a manifold, in blocks of rows."""
+    # The 1-st smallest distance is that of a row to itself.
+    radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(1000)])
+    inside = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(1000)]
+    return torch.cat(inside).double().mean().item()

@@ -1,0 +1,120 @@
+"""Training by Lightning: model, guide and loss as a ``LightningModule``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_wae import WAELoss
+from pyro_wae._core import checks
+from pyro_wae.diagnostics import two_sample_test
+from pyro_wae.diagnostics.hypothesis_test import new_generator
+from pyro_wae.step.observe import Observer
+
+try:
+    from lightning.pytorch import LightningModule
+    from torchmetrics import CatMetric
+except ImportError as error:
+    raise ImportError('pyro_wae.lightning needs Lightning. Write pip install "pyro-wae[scale]".') from error
+
+__all__ = ["WAE"]
+
+
+class WAE(LightningModule):
+    """A Pyro model and guide with their loss, for a ``lightning.Trainer``.
+
+    A training step logs ``cost``, ``penalty`` and ``weight``. Validation logs ``val_cost``, the mean cost of held-out
+    data, and ``val_p``, the p-value of :func:`~pyro_wae.diagnostics.two_sample_test` on their codes against prior
+    draws, taken over all batches and processes. Checkpoints and early stopping may monitor either. In several processes
+    each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of all.
+
+    Args:
+        model: The Pyro model, or a module that has ``.model`` and ``.guide``.
+        guide: Its guide; None where the module has it.
+        loss: The loss. Default: :class:`~pyro_wae.WAELoss` with its own defaults.
+        learning_rate: That of Adam. Override ``configure_optimizers`` for another optimiser.
+        test_codes: Most held-out codes in the test, whose time grows with their square, >= 2.
+
+    Attributes:
+        wae: The :class:`~pyro_wae.WAEModule`, whose parameters are trained.
+
+    Raises:
+        TypeError: If there is no guide, or an argument has the wrong type.
+        ValueError: If a number is out of range; in validation, if there are too few codes to test.
+
+    Example:
+        >>> import lightning, torch
+        >>> from pyro_wae.demo.nets import DigitWAE
+        >>> module = WAE(DigitWAE(zdim=8), learning_rate=1e-3)
+        >>> loader = torch.utils.data.DataLoader(torch.rand(64, 1, 28, 28), batch_size=32)
+        >>> trainer = lightning.Trainer(max_epochs=10, logger=False)  # doctest: +SKIP
+        >>> trainer.fit(module, loader, loader)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | None = None,
+        *,
+        loss: WAELoss | None = None,
+        learning_rate: float = 1e-3,
+        test_codes: int = 500,
+    ) -> None:
+        super().__init__()
+        if guide is None:
+            what = "a function, or None beside a module with .model and .guide"
+            guide = checks.function("guide", getattr(model, "guide", None), what, write="WAE(model, guide)")
+            model = model.model  # type: ignore[attr-defined]
+        self.wae = (WAELoss() if loss is None else loss)(model, guide)
+        self.learning_rate = checks.number("learning_rate", learning_rate, above=0, write="learning_rate=1e-3")
+        self.test_codes = checks.whole("test_codes", test_codes, least=2, write="test_codes=500")
+        self._codes, self._prior = CatMetric(), CatMetric()
+
+    def arguments(self, batch: Any) -> tuple[Any, ...]:
+        """What model and guide are called with: the items of a tuple or list, or the batch itself."""
+        return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:  # as Lightning starts them, all have one state
+            pyro.set_rng_seed((torch.initial_seed() + self.global_rank) % 2**32)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.wae(*self.arguments(batch))
+        terms = self.wae.terms
+        assert terms is not None  # it has just been set
+        parts = {"cost": terms.cost, "penalty": terms.penalty, "weight": float(terms.weight)}
+        self.log_dict(parts, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        elbo, programs = self.wae.elbo, (self.wae.model, self.wae.guide)
+        options = {"cost": elbo.cost, "data_plate": elbo.data_plate, "condition": elbo.condition}
+        observer = Observer(*programs, prior_draws=1, **options)
+        step = observer.observe(self.arguments(batch), {})
+        codes, prior = step.rows()
+        assert prior is not None  # one draw for each code
+        if step.prior_varies or step.kept is not None:
+            # A code and a prior draw of one datum are not independent: each datum gives the one or the other.
+            codes, prior = codes[:, 1::2], prior[:-1:2]
+        self._codes.update(codes[0])
+        self._prior.update(prior)
+        cost = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms().cost
+        self.log("val_cost", cost, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        codes, prior = self._codes.compute(), self._prior.compute()  # those of all processes
+        chosen = torch.randperm(len(codes), generator=new_generator(0)[0])[: self.test_codes].to(codes.device)
+        self.log("val_p", two_sample_test(codes[chosen], prior[chosen]).p_value, sync_dist=True)
+        self._codes.reset()
+        self._prior.reset()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The latent codes of a batch."""
+        return self.wae.encode(*self.arguments(batch))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.wae.parameters(), lr=self.learning_rate)

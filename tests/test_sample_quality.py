@@ -1,0 +1,175 @@
+"""Metrics of samples beside held-out data, by torchmetrics and by functions."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_wae.diagnostics import precision_recall, sample_quality
+
+
+def model(x, shift=None):
+    """Samples with mean 2 (plus a shift), and unit variance."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
+        mean = 2 + z if shift is None else 2 + z + shift
+        pyro.sample("x", dist.Normal(mean, 1).to_event(1), obs=x)
+
+
+def data(n=400):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_function_gets_all_data_and_as_many_samples():
+    x, seen = data(), []
+    assert sample_quality(model, x, lambda *pair: seen.append(pair) or "result", batch_size=150) == "result"
+    ((given, samples),) = seen
+    assert torch.equal(given, x)
+    assert samples.shape == x.shape
+    # Five standard errors of 400 draws from N(2, 1).
+    assert (samples.mean(0) - 2).abs().max() < 5 / 20
+    assert not torch.equal(samples[:100], samples[150:250])
+
+
+def test_the_seed_decides_and_the_random_state_is_left():
+    x, before = data(), torch.get_rng_state()
+    one, same, other = (sample_quality(model, x, lambda _, samples: samples, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_random_decoder_adds_its_variance():
+    variances = [
+        sample_quality(model, data(4000), lambda _, samples: samples.var(), random=random) for random in (False, True)
+    ]
+    assert variances[0].item() == pytest.approx(1, rel=0.1)
+    assert variances[1].item() == pytest.approx(2, rel=0.1)
+
+
+def test_conditions_are_those_of_the_data_in_dicts_and_tuples():
+    x, shift = data(), 100.0 * torch.arange(400.0)[:, None]
+
+    def of_dict(batch):
+        model(batch["x"], batch["shift"])
+
+    for program, given in ((model, (x, shift)), (of_dict, {"x": x, "shift": shift})):
+        samples = sample_quality(program, given, lambda _, samples: samples, batch_size=64)
+        assert (samples - shift - 2).abs().max() < 6
+
+
+def test_frechet_distance_of_torchmetrics_is_that_of_the_moments():
+    """FID of a feature network that does nothing, against Frechet's formula in float64 on the same samples."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    scipy = pytest.importorskip("scipy.linalg")
+    pytest.importorskip("torchvision")
+
+    class Same(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, images):
+            return images[:, :, 0, 0]
+
+    metric = fid.FrechetInceptionDistance(feature=Same(), normalize=True, input_img_size=(3, 1, 1))
+    options = {"transform": lambda rows: rows[:, :, None, None].clamp(0, 1), "batch_size": 150}
+    metric.update(torch.rand(10, 3, 1, 1), real=True)  # is reset
+    found = sample_quality(model, data(), metric, **options).item()
+
+    def moments(rows):
+        rows = rows.clamp(0, 1).double()
+        return rows.mean(0).numpy(), rows.T.cov().numpy()
+
+    (mean, cov), (other, other_cov) = map(
+        moments, (data(), sample_quality(model, data(), lambda _, s: s, batch_size=150))
+    )
+    root = scipy.sqrtm(cov @ other_cov).real
+    expected = ((mean - other) ** 2).sum() + (cov + other_cov - 2 * root).trace()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_kernel_distance_of_torchmetrics_is_near_0_for_samples_of_the_datas_law():
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    pytest.importorskip("torchvision")
+
+    class First(torch.nn.Module):
+        def forward(self, images):
+            return images[:, 0].flatten(1) / 255
+
+    def good(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(x.new_zeros(3, 4, 4), 1).to_event(3))
+            pyro.sample("x", dist.Normal(z, 1).to_event(3), obs=x)
+
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(x.new_zeros(3, 4, 4), 0.5).to_event(3))
+            pyro.sample("x", dist.Normal(z, 1).to_event(3), obs=x)
+
+    x, found = torch.rand(200, 3, 4, 4), []
+    for program in (good, bad):
+        with pytest.warns(UserWarning, match="Kernel Inception"):
+            metric = kid.KernelInceptionDistance(feature=First(), normalize=True, subset_size=100, subsets=20)
+        found.append(sample_quality(program, x, metric))
+    (mean, deviation), (wrong, _) = found
+    assert abs(mean) < 3 * deviation
+    assert wrong > 10 * deviation
+
+
+def test_precision_and_recall_are_the_fractions_inside_balls():
+    torch.manual_seed(0)
+    rows, drawn, k = torch.randn(12, 2).double(), 2 * torch.randn(15, 2).double(), 3
+
+    def covered(points, manifold):
+        inside = 0
+        for point in points:
+            for centre in manifold:
+                radius = sorted((centre - other).norm().item() for other in manifold)[k]
+                if (point - centre).norm() <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    found = precision_recall(rows, drawn, neighbours=k)
+    assert found == (covered(drawn, rows), covered(rows, drawn))
+    assert 0 < found.precision < found.recall
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"metric": 3}, TypeError, r"metric must be a metric with update.* found 3\. Write metric=precision_recall"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"site": "z"}, ValueError, r"site must be 'x', found 'z'"),
+        ({"x": "text"}, ValueError, r"There are no data.*sample_quality\(model, x, metric\)"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(options, kind, message):
+    with pytest.raises(kind, match=message):
+        sample_quality(model, **{"x": data(), "metric": precision_recall, **options})
+
+
+def test_of_several_observed_sites_one_must_be_chosen():
+    def two(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+            pyro.sample("y", dist.Normal(z.sum(1), 1), obs=x[:, 0])
+
+    with pytest.raises(ValueError, match=r"site must be 'x' or 'y', found None\. Write site='x'"):
+        sample_quality(two, data(), precision_recall)
+    assert sample_quality(two, data(), lambda given, _: given.shape, site="y") == (400,)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (torch.randn(5, 2), {"neighbours": 5}, "neighbours must be a whole number from 1 to 4"),
+        (torch.randn(5, 3), {}, r"rows of one length, found shapes \(5, 3\) and \(5, 2\)"),
+        (torch.full((5, 2), math.nan), {}, "data must be finite"),
+    ],
+)
+def test_rows_without_neighbourhoods_are_named(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        precision_recall(rows, torch.randn(5, 2), **options)
