@@ -14,7 +14,7 @@ from pyro_wae._core.repr import CallRepr
 
 __all__ = ["Composite", "Kernel", "Product", "Scaled", "Scratch", "Sum", "as_scratch"]
 
-Scratch = tuple[Tensor, Tensor, Tensor]
+Scratch = tuple[Tensor, ...]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
 
 
@@ -97,7 +97,7 @@ class Kernel(CallRepr, nn.Module):
 
         Args:
             u: Any shape.
-            scratch: Three tensors of that shape to work in; what is returned may lie in them.
+            scratch: Three tensors of that shape or more to work in; what is returned may lie in them.
 
         Returns:
             Two tensors of the shape of ``u``.
@@ -262,7 +262,7 @@ class Sum(Composite):
         return a + b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = as_scratch(scratch, u)
+        values, slopes = as_scratch(scratch, u, 2)
         values.zero_()
         slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
@@ -303,7 +303,7 @@ class Product(Composite):
         return a * b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = as_scratch(scratch, u)
+        values, slopes = as_scratch(scratch, u, 2)
         values.fill_(1)
         slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
@@ -357,6 +357,7 @@ class Scaled(Kernel):
         return f"{self.factor} * {self.kernel!r}"
 
 
-def as_scratch(scratch: Scratch | None, u: Tensor) -> Scratch:
-    """The tensors to work in, fresh ones if there are none."""
-    return scratch or (torch.empty_like(u), torch.empty_like(u), torch.empty_like(u))
+def as_scratch(scratch: Scratch | None, u: Tensor, count: int = 3) -> Scratch:
+    """The first tensors to work in; those that are not there are made."""
+    given = (scratch or ())[:count]
+    return given + tuple(torch.empty_like(u) for _ in range(count - len(given)))
