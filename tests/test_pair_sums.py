@@ -219,6 +219,19 @@ def test_slopes_are_those_of_automatic_differentiation(name, scratch):
 
 
 @pytest.mark.parametrize("name", RADIAL)
+def test_where_codes_coincide_the_value_is_the_kernels_and_the_slope_finite(name):
+    """Also for kernels with a kink, whose slope is infinite there and counts as 0."""
+    kernel = RADIAL[name]()
+    kernel.fit(rows(30, 3))
+    u = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    values, slopes = kernel.profile_and_slope(u)
+    torch.testing.assert_close(values, kernel.profile(u), rtol=1e-14, atol=1e-70)
+    assert slopes.isfinite().all()
+    if not kernel.is_smooth and name not in ("sum", "scaled sum"):
+        assert slopes[0] == 0
+
+
+@pytest.mark.parametrize("name", RADIAL)
 def test_profiles_are_the_values_of_pairs(name):
     kernel, x, y = RADIAL[name](), rows(5, 3), rows(6, 3)
     kernel.fit(rows(30, 3))

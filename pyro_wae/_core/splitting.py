@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["part_of", "tensors_of"]
-
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors with a dimension among arguments and in dicts of them, in order."""

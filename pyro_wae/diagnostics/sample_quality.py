@@ -15,8 +15,6 @@ from pyro_wae.diagnostics.hypothesis_test import as_rows
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
 from pyro_wae.step.program import Program
 
-__all__ = ["PrecisionRecall", "precision_recall", "sample_quality"]
-
 
 class PrecisionRecall(NamedTuple):
     """The result of :func:`precision_recall`.

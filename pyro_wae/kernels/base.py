@@ -12,7 +12,7 @@ from pyro_wae._core import checks
 from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae._core.repr import CallRepr
 
-Scratch = tuple[Tensor, Tensor, Tensor]
+Scratch = tuple[Tensor, ...]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
 
 
@@ -95,7 +95,7 @@ class Kernel(CallRepr, nn.Module):
 
         Args:
             u: Any shape.
-            scratch: Three tensors of that shape to work in; what is returned may lie in them.
+            scratch: Three tensors of that shape or more to work in; what is returned may lie in them.
 
         Returns:
             Two tensors of the shape of ``u``.
@@ -260,7 +260,7 @@ class Sum(Composite):
         return a + b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = as_scratch(scratch, u)
+        values, slopes = as_scratch(scratch, u, 2)
         values.zero_()
         slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
@@ -301,7 +301,7 @@ class Product(Composite):
         return a * b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = as_scratch(scratch, u)
+        values, slopes = as_scratch(scratch, u, 2)
         values.fill_(1)
         slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
@@ -361,6 +361,7 @@ class Scaled(OneKernel):
         return f"{self.factor} * {self.kernel!r}"
 
 
-def as_scratch(scratch: Scratch | None, u: Tensor) -> Scratch:
-    """The tensors to work in, fresh ones if there are none."""
-    return scratch or (torch.empty_like(u), torch.empty_like(u), torch.empty_like(u))
+def as_scratch(scratch: Scratch | None, u: Tensor, count: int = 3) -> Scratch:
+    """The first tensors to work in; those that are not there are made."""
+    given = (scratch or ())[:count]
+    return given + tuple(torch.empty_like(u) for _ in range(count - len(given)))

@@ -73,11 +73,14 @@ class InverseMultiquadratic(RadialKernel):
         self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor]:
         values, slopes, terms = as_scratch(scratch, u)
-        zero = u.new_zeros(())
         for index, factor in enumerate(factors):
             torch.add(u, factor, out=terms).reciprocal_()
-            torch.add(values if index else zero, terms, alpha=factor, out=values)
-            torch.addcmul(slopes if index else zero, terms, terms, value=-factor, out=slopes)
+            if index:
+                values.add_(terms, alpha=factor)
+                slopes.addcmul_(terms, terms, value=-factor)
+            else:
+                torch.mul(terms, factor, out=values)
+                torch.mul(values, terms, out=slopes).neg_()
         return values, slopes
 
     def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
@@ -106,11 +109,26 @@ class Laplace(RadialKernel):
         return torch.exp(-_root(u))
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, roots = as_scratch(scratch, u)
-        _root_into(u, roots)
-        torch.exp(torch.neg(roots, out=values), out=values)
-        torch.div(values, roots, out=slopes).mul_(-0.5)
-        return values, _without_infinite(slopes, u)
+        values, slopes, inverse = as_scratch(scratch, u)
+        _inverse_root_into(u, inverse)
+        torch.mul(u, inverse, out=values).neg_().exp_()
+        return values, torch.mul(values, inverse, out=slopes).mul_(-0.5)
+
+    def profile_and_slope_at_scales(
+        self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        values, slopes, terms, roots = as_scratch(scratch, u, 4)
+        torch.mul(u, _inverse_root_into(u, terms), out=roots)
+        for index, factor in enumerate(factors):
+            rate = factor**-0.5
+            if index:
+                torch.mul(roots, -rate, out=terms).exp_()
+                values.add_(terms)
+                slopes.add_(terms, alpha=rate)
+            else:
+                torch.mul(roots, -rate, out=values).exp_()
+                torch.mul(values, rate, out=slopes)
+        return values, slopes.mul_(_inverse_root_into(u, terms)).mul_(-0.5)
 
     def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
         weights, rates = like.new_tensor(_matern_terms(0.5, tuple(factors)))
@@ -160,11 +178,11 @@ class Matern(RadialKernel):
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
         values, slopes, t = as_scratch(scratch, u)
-        _root_into(u, t).mul_(math.sqrt(2 * self.nu))
-        torch.exp(torch.neg(t, out=values), out=values)
+        _inverse_root_into(u, slopes)
+        torch.mul(u, slopes, out=t).mul_(math.sqrt(2 * self.nu))
+        torch.neg(t, out=values).exp_()
         if self.nu == 0.5:
-            torch.div(values, t, out=slopes).mul_(-0.5)
-            return values, _without_infinite(slopes, u)
+            return values, slopes.mul_(values).mul_(-0.5)
         # With e = exp(-t): d/du = nu / t d/dt, and d/dt is -t e for nu = 3/2 and -t (1 + t) e / 3 for nu = 5/2.
         if self.nu == 1.5:
             torch.mul(values, -1.5, out=slopes)
@@ -236,14 +254,12 @@ class Energy(Kernel):
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
         values, slopes, roots = as_scratch(scratch, u)
-        _root_into(u, roots)
+        _inverse_root_into(u, slopes)
         if self.exponent == 1:
-            torch.neg(roots, out=values)
-            torch.reciprocal(roots, out=slopes).mul_(-0.5)
-        else:
-            torch.pow(roots, self.exponent, out=values).neg_()
-            torch.div(values, roots, out=slopes).div_(roots).mul_(self.exponent / 2)
-        return values, _without_infinite(slopes, u)
+            torch.mul(u, slopes.neg_(), out=values)
+            return values, slopes.mul_(0.5)
+        torch.pow(torch.mul(u, slopes, out=roots), self.exponent, out=values).neg_()
+        return values, slopes.square_().mul_(values).mul_(self.exponent / 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -286,9 +302,6 @@ def _root(u: Tensor) -> Tensor:
     return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
 
 
-def _root_into(u: Tensor, out: Tensor) -> Tensor:
-    return torch.clamp(u, min=torch.finfo(u.dtype).tiny, out=out).sqrt_()
-
-
-def _without_infinite(slopes: Tensor, u: Tensor) -> Tensor:
-    return slopes.masked_fill_(u <= torch.finfo(u.dtype).tiny, 0)
+def _inverse_root_into(u: Tensor, out: Tensor) -> Tensor:
+    """1 / sqrt(u), or 0 where that would be infinite; a processor takes it in less time than the root."""
+    return torch.threshold(u, torch.finfo(u.dtype).tiny, math.inf, out=out).rsqrt_()

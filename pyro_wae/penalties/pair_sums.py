@@ -213,7 +213,7 @@ class _Block:
 
 
 def _blocks(rows: int, columns: int, *, symmetric: bool, device: torch.device) -> Iterator[_Block]:
-    height, width = BLOCK.get(device.type, OTHER_BLOCK)
+    height, width = _block_shape(max(rows, columns), device)
     for top in range(0, rows, height):
         across, start = slice(top, min(top + height, rows)), 0
         if symmetric:
@@ -221,6 +221,11 @@ def _blocks(rows: int, columns: int, *, symmetric: bool, device: torch.device) -
             start = across.stop
         for left in range(start, columns, width):
             yield _Block(across, slice(left, min(left + width, columns)), 2 if symmetric else 1, False)
+
+
+def _block_shape(rows: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a block; of few rows one block is all pairs, because more would take longer to start."""
+    return (rows, rows) if rows <= MOST_ROWS_AT_ONCE else BLOCK.get(device.type, OTHER_BLOCK)
 
 
 class _RadialPairs:
@@ -240,18 +245,21 @@ class _RadialPairs:
         self.products = [
             torch.zeros_like(columns[:-1]) if want else None for columns, want in zip(self.columns, wanted, strict=True)
         ]
-        height, width = BLOCK.get(centre.device.type, OTHER_BLOCK)
-        rows = max(map(len, sets))
-        self.scratch = [centre.new_empty(min(height, rows) * min(max(width, height), rows)) for _ in range(4)]
+        # Of the rows x, 1, h of a block's columns and x, h, 1 of its rows one product of matrices gives u.
+        self.swapped = torch.arange(self.d + 2, device=centre.device)
+        self.swapped[-2:] = self.swapped[-2:].flip(0)
+        most = max(map(len, sets))
+        height, width = _block_shape(most, centre.device)
+        self.scratch = [centre.new_empty(min(height, most) * min(max(width, height), most)) for _ in range(5)]
 
     def add(self, term: PairTerm, block: _Block) -> Tensor:
         """The sum over a block; its part of the gradients is added to them."""
-        x, y, d = self.columns[term.left][:, block.rows], self.columns[term.right][:, block.columns], self.d
+        x, y = self.columns[term.left][:, block.rows], self.columns[term.right][:, block.columns]
         u, *scratch = (part[: block.shape[0] * block.shape[1]].view(block.shape) for part in self.scratch)
-        torch.mm(torch.cat([x[:d] * -2, x[d + 1 :], x[d : d + 1]]).mT, y, out=u).clamp_(min=0)
+        u.addmm_(x.index_select(0, self.swapped).mT, y, beta=0, alpha=-2).clamp_(min=0)
         if block.is_own:
             u.fill_diagonal_(0)
-        values, slopes = self._profile_and_slope(u, (scratch[0], scratch[1], scratch[2]))
+        values, slopes = self._profile_and_slope(u, tuple(scratch))
         by_x, by_y = self.products[term.left], None if block.is_own else self.products[term.right]
         if by_x is not None or by_y is not None:
             for offset, ratio in term.weights.diagonals(block.shape, symmetric=term.is_symmetric, corner=block.corner):
@@ -279,7 +287,7 @@ class _RadialPairs:
         return gradients
 
     def _columns(self, rows: Tensor, centre: Tensor) -> Tensor:
-        """The columns x, 1, |x|^2, so that one product of matrices gives u.
+        """The columns x, 1, h with h = -|x|^2 / 2.
 
         A code is a column because products with the transpose of S are twice as slow the other way.
         """
@@ -287,7 +295,7 @@ class _RadialPairs:
         x = columns[:-2]
         x.copy_(rows.mT).sub_(centre[:, None]).div_(self.unit)
         columns[-2] = 1
-        torch.linalg.vecdot(x, x, dim=0, out=columns[-1])
+        torch.linalg.vecdot(x, x, dim=0, out=columns[-1]).mul_(-0.5)
         return columns
 
     def _profile_and_slope(self, u: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
