@@ -10,6 +10,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyro_wae import WAELoss
+from pyro_wae.demo.digits import load_digits
 from pyro_wae.diagnostics import classifier_test
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import EnergyDistance
@@ -19,8 +20,6 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "_generated" / "latent_dimension.md"
 DIMENSIONS = (2, 4, 8, 16, 32)
 EPOCHS = 10
-
-from pyro_wae.demo.digits import load_digits  # noqa: E402
 
 
 def run(latent_dim: int, train: Tensor, held_out: Tensor) -> tuple[float, float, float]:
