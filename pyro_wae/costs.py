@@ -306,11 +306,14 @@ def _support(distribution: Any) -> Any:
 
 def _check_angles(distribution: Any, mean: Tensor) -> None:
     """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
-    if distribution.has_rsample or _support(distribution) is not constraints.real:
+    part = innermost(distribution)
+    while isinstance(part, torch.distributions.MixtureSameFamily):
+        part = innermost(part.component_distribution)
+    if part.has_rsample or _support(part) is not constraints.real:
         return  # those of angles have no rsample, and it is quicker to ask
     with torch.no_grad():
-        turned = torch.isclose(distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi))
-    if bool(turned.all()):
+        here, turned = distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)
+    if bool((here.isfinite() & torch.isclose(here, turned)).all()):
         raise ValueError(
             f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "
             "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
@@ -379,10 +382,8 @@ def _checked(distribution: Any, value: Any) -> Tensor:
     check_distribution(distribution)
     value = checks.tensor("value", value, write="cost(dist.Normal(g, 1).to_event(1), x)")
     if value.ndim < distribution.event_dim:
-        raise ValueError(
-            f"value has shape {tuple(value.shape)}, and the distribution an event of {distribution.event_dim} "
-            "dimensions. Give the data's own shape."
-        )
+        shapes = f"{tuple(value.shape)}, and an event of the distribution {tuple(distribution.event_shape)}"
+        raise ValueError(f"value has shape {shapes}. Give the data in their own shape.")
     return _as_float(value)
 
 

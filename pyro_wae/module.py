@@ -55,7 +55,7 @@ class WAEModule(ELBOModule):
         is_loss = isinstance(loss, ELBO) and hasattr(loss, "named_children")
         self.elbo = checks.accepted("loss", loss, is_loss, "a WAELoss", write="WAELoss()(model, guide)")
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._finds_all = True
+        self._is_checked = False
         for role, program in (("model", model), ("guide", guide)):
             check_program(role, program)
             setattr(self, role, program)
@@ -65,9 +65,7 @@ class WAEModule(ELBOModule):
             if isinstance(bound, nn.Module):
                 self.add_module(f"{role}_owner", bound)
                 continue
-            found = owners(program)
-            self._finds_all &= bool(found)
-            for number, owner in enumerate(found):
+            for number, owner in enumerate(owners(program)):
                 self.add_module(f"{role}_owner" + (f"_{number}" if number else ""), owner)
         for name, module in loss.named_children():
             self.add_module(name, module)
@@ -81,13 +79,12 @@ class WAEModule(ELBOModule):
         """The differentiable loss on a batch.
 
         Warns:
-            UserWarning: Once, if no module was found in model or guide, and the loss depends on parameters that are not
-                among those of this module.
+            UserWarning: At the first call, if the loss depends on parameters that are not among those of this module.
         """
         self._last_call = args, kwargs
         loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        if not self._finds_all and loss.requires_grad:
-            self._finds_all = True
+        if not self._is_checked and loss.requires_grad:
+            self._is_checked = True
             self._check_parameters(loss, (args, kwargs))
         return loss
 
@@ -136,13 +133,14 @@ class WAEModule(ELBOModule):
     def _check_parameters(self, loss: Tensor, arguments: Any) -> None:
         given = [leaf for value in tree_leaves(arguments) if isinstance(value, Tensor) for leaf in leaves(value)]
         known = {id(value) for value in (*self.parameters(), *given)}
-        missing = [value for value in leaves(loss) if id(value) not in known and isinstance(value, nn.Parameter)]
+        missing = [value for value in leaves(loss) if id(value) not in known]
         if missing:
             shapes = ", ".join(str(tuple(value.shape)) for value in missing[:4])
             warnings.warn(
                 f"The loss depends on {len(missing)} parameters (of shapes {shapes} ...) that are not in "
                 "parameters() of this module, and an optimiser of them does not train these. Make model and guide "
-                "methods of one torch.nn.Module: WAELoss()(net.model, net.guide).",
+                "methods of one torch.nn.Module: WAELoss()(net.model, net.guide), and its attributes of what is "
+                "pyro.param or a plain tensor.",
                 UserWarning,
                 stacklevel=4,
             )

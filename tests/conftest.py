@@ -28,6 +28,9 @@ MAKERS = {
     )
 }
 
+STATE = ("__init__", "register_fitted")
+"""Where the state of a module is made."""
+
 if DTYPE:
     torch.set_default_dtype(getattr(torch, DTYPE))
 
@@ -39,7 +42,7 @@ class OtherDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         is_silent = function in MAKERS and kwargs.get("device") is None
         line = sys._getframe(1).f_code
-        if is_silent and line.co_filename.startswith(PACKAGE) and line.co_name != "__init__":
+        if is_silent and line.co_filename.startswith(PACKAGE) and line.co_name not in STATE:
             kwargs = {**kwargs, "device": DEVICE}
         return function(*args, **kwargs)
 

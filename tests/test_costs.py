@@ -111,6 +111,29 @@ NO_MEAN = {
 }
 
 
+ANGLES = {
+    "one": dist.VonMises(torch.zeros(2, 3), 1.0).to_event(1),
+    "mixture": dist.MixtureSameFamily(dist.Categorical(torch.ones(2, 4)), dist.VonMises(torch.zeros(2, 4), 1.0)),
+    "mixture of events": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2, 4)), dist.VonMises(torch.zeros(2, 4, 3), 1.0).to_event(1)
+    ),
+    "masked mixture": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2, 4)), dist.VonMises(torch.zeros(2, 4), 1.0).mask(True)
+    ).mask(True),
+}
+
+
+@pytest.mark.parametrize("fn", ANGLES.values(), ids=ANGLES)
+def test_angles_are_no_numbers_on_a_line(fn):
+    with pytest.raises(ValueError, match=r"distribution of angles.*FunctionCost"):
+        SquaredError()(fn, torch.zeros(fn.shape()))
+
+
+def test_what_has_no_density_is_not_taken_for_angles():
+    fn = dist.Empirical(torch.tensor([[1.0, 3.0], [2.0, 6.0]]), torch.zeros(2, 2))
+    assert SquaredError()(fn, torch.tensor([3.0, 3.0])).tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(("fn", "found"), NO_MEAN.values(), ids=NO_MEAN)
 @pytest.mark.parametrize(
     "cost",

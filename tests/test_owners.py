@@ -1,14 +1,17 @@
 """The modules behind a model or a guide are found wherever a program keeps them."""
 
 import functools
+import warnings
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 from torch import nn
 
+from pyro_wae import WAELoss
 from pyro_wae._core.programs import owners, wrapped_module
 
 
@@ -167,3 +170,43 @@ def test_what_is_wrapped_is_the_module(program):
 @pytest.mark.parametrize("program", [reads_a_global, of_closure(), Plain().model, None])
 def test_references_are_not_wrapped(program):
     assert wrapped_module(program) is None
+
+
+# Parameters that an optimiser of the bound module does not train
+
+
+def plain_tensor():
+    weight = torch.ones(2, 3, requires_grad=True)
+    return lambda: weight
+
+
+UNSEEN = {
+    "pyro.param": lambda: lambda: pyro.param("weight", lambda: torch.ones(2, 3)),
+    "plain tensor": plain_tensor,
+    "nothing": lambda: lambda: torch.ones(2, 3),
+    "module": lambda: lambda: both.decoder(torch.eye(2)),
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_parameters_that_the_bound_module_does_not_hold_are_said_once(kind, has_modules):
+    weight = UNSEEN[kind]()
+    encoder = nn.Linear(3, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight()[:2, :3], 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(encoder(x) if has_modules else x[:, :2]).to_event(1))
+
+    wae, x = WAELoss(penalty_weight=1.0)(model, guide), torch.randn(6, 3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wae(x), wae(x)
+    found = [str(warning.message) for warning in said]
+    assert len(found) == (kind in ("pyro.param", "plain tensor")), found
+    assert all("1 parameters (of shapes (2, 3)" in text for text in found)

@@ -130,7 +130,8 @@ class Step:
     ) -> Step:
         """The step with its loss: the mean costs, and the penalties times a weight that may start from the cost.
 
-        Codes and prior draws that are not finite make the loss NaN, also where a penalty would not show them.
+        Codes and prior draws that are not finite make the loss NaN, also where a penalty would not show them. So do
+        masked codes where a gradient is taken, because 0 times NaN is NaN.
         """
         means = self._mean_costs()
         cost = total(means.values())
@@ -140,7 +141,8 @@ class Step:
         loss = cost + factor * total(penalties.values()).to(cost.device)
         if not per_datum:
             loss = loss * self._number_of_data()
-        for rows in self.rows():
+        codes, draws = self.rows()
+        for rows in (self.codes if self.codes.requires_grad else codes, draws):
             if rows is not None:
                 loss = loss.where(rows.detach().isfinite().all().to(loss.device), math.nan)
         return dataclasses.replace(self, mean_costs=means, penalties=penalties, weight=factor, loss=loss)
@@ -156,13 +158,13 @@ class Step:
                 for site, costs in self.costs.items()
             }
         for name, value in self.once.items():
-            means[name] = means.get(name, 0.0) + value / (self.data_size or self.data)
+            means[name] = means.get(name, 0.0) + value / self._number_of_data()
         return means
 
     def _number_of_data(self) -> float | Tensor:
         """Number of data for which the mean stands: those of the data set, less the share that is masked."""
         whole = self.data_size or self.data
-        return whole if self.seen is None else self.seen.float().mean() * whole
+        return whole if self.seen is None else self.seen.sum().clamp(min=1) * (whole / self.seen.numel())
 
     def common_scale(self) -> float | Tensor:
         """The ``poutine.scale`` that all latent and observed sites have, 1 where they have different ones."""
@@ -210,6 +212,12 @@ class Step:
                 return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
         if self.condition is not None and (found := _not_finite(self.condition)):
             return f"The condition '{self.condition_name}' holds {found}: look at the data."
+        for site, columns in self.columns.items() if self.codes.requires_grad else ():
+            if found := _not_finite(self.codes[..., columns]):
+                return (
+                    f"The masked codes of latent site '{site}' hold {found}, from which the gradient of all parameters "
+                    "is NaN. Write into the guide: x = x.nan_to_num()."
+                )
         return None
 
     def context(self) -> PenaltyContext:
