@@ -34,6 +34,7 @@ from pyro_wae.penalties import (
     KernelStein,
     LogVarianceL1,
     MaxSlicedWasserstein,
+    PosteriorKL,
     PriorLikelihood,
     SlicedWasserstein,
 )
@@ -184,6 +185,8 @@ CASES = {
     "a function": Case(lambda: {"penalty": lambda codes, prior: (codes.mean(0) - prior.mean(0)).square().sum()}),
     "guard": Case(lambda: {"penalty": MMD() + LogVarianceL1(0.1)}),
     "guard under a mask": Case(lambda: {"penalty": MMD() + LogVarianceL1(0.1)}, lambda: Net(masked="data")),
+    "InfoVAE": Case(lambda: {"penalty": MMD() + 0.1 * PosteriorKL()}),
+    "InfoVAE under a mask": Case(lambda: {"penalty": MMD() + 0.1 * PosteriorKL()}, lambda: Net(masked="data")),
     "Stein": Case(lambda: {"penalty": KernelStein(), "num_particles": 2}),
     "particles": Case(lambda: {"penalty": MMD(), "num_particles": 2, "prior_draws": 2}),
     "particles of a data set": Case(lambda: {"penalty": MMD(), "num_particles": 2}, lambda: Net(size=100)),

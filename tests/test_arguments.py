@@ -119,6 +119,7 @@ ARGUMENTS = {
     "LogVarianceL1": {"weight": NOT_NEGATIVE},
     "UnitVarianceKL": {"weight": NOT_NEGATIVE},
     "PriorLikelihood": {},
+    "PosteriorKL": {},
     "FunctionPenalty": {"function": FUNCTION},
     "ScaledPenalty": {"penalty": PENALTY, "factor": NOT_NEGATIVE},
     "PenaltyContext": {

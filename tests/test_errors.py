@@ -106,6 +106,28 @@ def test_a_guide_whose_data_lie_in_another_dimension(validation):
         step(model, guide)
 
 
+@pytest.mark.parametrize(
+    ("data_plate", "found"), [(None, "Latent site 'z' is global"), ("nodes", "Observed site 'y' of batch shape (6,)")]
+)
+def test_edges_of_a_graph_in_a_plate_beside_that_of_the_nodes(data_plate, found):
+    pairs = torch.randint(12, (6, 2), generator=torch.Generator().manual_seed(0))
+
+    def model(x):
+        with pyro.plate("nodes", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        with pyro.plate("edges", len(pairs)):
+            pyro.sample("y", dist.Bernoulli(logits=z[pairs].prod(1).sum(1)), obs=x.new_ones(len(pairs)))
+
+    def guide(x):
+        with pyro.plate("nodes", len(x)):
+            pyro.sample("z", dist.Delta(x).to_event(1))
+
+    with raises(
+        ValueError, found, "edges of a graph", "pyro.sample('pairs', dist.Bernoulli(logits=logits).to_event(1)"
+    ):
+        WAELoss(data_plate=data_plate).loss(model, guide, torch.randn(12, 2))
+
+
 def test_a_model_that_changes_between_runs(validation):
     class Changing:
         def __init__(self, when):

@@ -191,6 +191,24 @@ def test_a_model_may_run_without_data():
         sample(free)
 
 
+def test_sites_of_pyro_deterministic_are_returned_where_they_are_named():
+    def computing(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            double = pyro.deterministic("double", 2 * z, event_dim=1)
+            pyro.sample("x", dist.Normal(double + 1, 1).to_event(1), obs=x)
+
+    x, z = torch.randn(3, 2), torch.randn(7, 2)
+    assert list(sample(computing, x)) == list(reconstruct(computing, guide, x)) == ["x"]
+    torch.testing.assert_close(decode(computing, z, x, return_sites=("double", "x")), {"double": 2 * z, "x": 2 * z + 1})
+    torch.testing.assert_close(reconstruct(computing, guide, x, return_sites=["double"]), {"double": 2 * (x - 5)})
+    drawn = sample(computing, x, num_samples=8, return_sites=("double", "x"))
+    torch.testing.assert_close(drawn["x"], drawn["double"] + 1)
+    assert drawn["double"].shape == (8, 2)
+    with pytest.raises(ValueError, match=r"not among the sites \['x', 'double'\]"):
+        reconstruct(computing, guide, x, return_sites=("triple",))
+
+
 def test_return_sites_leave_out_the_others():
     x = torch.randn(4, 3)
     options = {"return_sites": ["y"], "data_plate": "data"}

@@ -9,6 +9,7 @@ from pyro_wae.penalties.energy import EnergyDistance
 from pyro_wae.penalties.guards import LogVarianceL1, UnitVarianceKL
 from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, register_kernel_mean
 from pyro_wae.penalties.mmd import MMD
+from pyro_wae.penalties.posterior_kl import PosteriorKL
 from pyro_wae.penalties.prior_likelihood import PriorLikelihood
 from pyro_wae.penalties.sinkhorn import Sinkhorn
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, SlicedWasserstein
@@ -28,6 +29,7 @@ __all__ = [
     "MaxSlicedWasserstein",
     "Penalty",
     "PenaltyContext",
+    "PosteriorKL",
     "PriorLikelihood",
     "ScaledPenalty",
     "Sinkhorn",

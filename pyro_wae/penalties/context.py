@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 
 _KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "kept"), (Callable, "a function")),
+    **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "encoder_kl", "kept"), (Callable, "a function")),
     "sites": (Mapping, "a dict of slices, the columns of each site,"),
     **dict.fromkeys(("condition", "condition_scale"), (Tensor, "a tensor")),
 }
@@ -31,6 +31,7 @@ class PenaltyContext:
             where it is not one distribution.
         prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
         encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
+        encoder_kl: Gives the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
         sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
         kept: Gives which numbers of the codes are not masked, shape (K, n, d), or None if all are.
         condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
@@ -48,6 +49,7 @@ class PenaltyContext:
     prior: Callable[[], Any] | None = None
     prior_log_prob: Callable[[Tensor], Tensor] | None = None
     encoder_variance: Callable[[], Tensor] | None = None
+    encoder_kl: Callable[[], Tensor] | None = None
     sites: Mapping[str, slice] | None = None
     kept: Callable[[], Tensor | None] | None = None
     condition: Tensor | None = None

@@ -13,7 +13,15 @@ from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_of
 from pyro_wae._core.sites import Site
 from pyro_wae.costs import with_own_total
-from pyro_wae.predict.runs import Node, check_return_sites, encoded_run, output_nodes, run_model, site_output
+from pyro_wae.predict.runs import (
+    Node,
+    check_return_sites,
+    computed_nodes,
+    encoded_run,
+    output_nodes,
+    run_model,
+    site_output,
+)
 from pyro_wae.step.plates import find_data_plate, layout
 from pyro_wae.step.program import Program, is_code, is_random
 
@@ -38,7 +46,8 @@ def decode(
             data; or the tensor alone, where the model has one latent site.
         args: Arguments of the model. Of data, the number is used, and whatever the generator sees of them. With more
             or fewer codes than data the model runs as often as it must, and takes the data from the first again.
-        return_sites: Names of the sites to give; None takes the observed ones.
+        return_sites: Names of the sites to give, those of ``pyro.deterministic`` among them; None takes the observed
+            ones.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -118,7 +127,8 @@ def reconstruct(
         model: The Pyro model.
         guide: Its guide.
         args: Arguments of both.
-        return_sites: Names of the sites to give; None takes the observed ones.
+        return_sites: Names of the sites to give, those of ``pyro.deterministic`` among them; None takes the observed
+            ones.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of both.
@@ -143,8 +153,12 @@ def reconstruct(
     """
     encoded = encoded_run(model, guide, args, kwargs, data_plate)
     names = list(encoded.observed) if return_sites is None else return_sites
-    check_return_sites(names, encoded.observed)
-    return {name: _reconstruction(encoded.observed[name], random) for name in names}
+    computed = computed_nodes(encoded.model)
+    check_return_sites(names, {**encoded.observed, **computed})
+    return {
+        name: computed[name]["value"] if name in computed else _reconstruction(encoded.observed[name], random)
+        for name in names
+    }
 
 
 def sample(
@@ -170,7 +184,8 @@ def sample(
         prior: Draws the codes in place of the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
             :func:`code_rows`: the latent sites side by side, in the order of the model.
-        return_sites: Names of the sites to give; None takes the observed ones.
+        return_sites: Names of the sites to give, those of ``pyro.deterministic`` among them; None takes the observed
+            ones.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.

@@ -40,7 +40,7 @@ def output_nodes(
     """The sites that hold data, by the names the user gave them."""
     observed = {name: node for name, node in observed_nodes(trace) if name not in (leave_out or ())}
     if return_sites is not None:
-        known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed
+        known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed | computed_nodes(trace)
         check_return_sites(return_sites, known)
         return {name: known[name] for name in return_sites}
     if not observed:
@@ -49,6 +49,12 @@ def output_nodes(
             "or name them: return_sites=('x',)."
         )
     return observed
+
+
+def computed_nodes(trace: Any) -> dict[str, Node]:
+    """The sites of ``pyro.deterministic``."""
+    sites = ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample")
+    return {name: site for name, site in sites if site["infer"].get("_deterministic")}
 
 
 def check_return_sites(return_sites: Sequence[str], known: Mapping[str, Any]) -> None:

@@ -304,11 +304,15 @@ class _StepOfRanks(Step):
         found = self.own.part(list(self.columns)).prior_log_prob(padded.unflatten(0, (-1, self.own.data)))
         return found.flatten()[: len(rows)].reshape(z.shape[:2])
 
-    def encoder_variance(self) -> Tensor:
-        sizes = list(self.sizes)
-        own = self.own.part(list(self.columns)).variances()
-        (whole,) = self.ranks.rows([own], sizes)
-        return self.of_kept(whole)
+    def variances(self) -> Tensor:
+        return self._of_all(self.own.part(list(self.columns)).variances())
+
+    def divergences(self) -> Tensor:
+        return self._of_all(self.own.part(list(self.columns)).divergences())
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        (whole,) = self.ranks.rows([own], list(self.sizes))
+        return whole
 
 
 def _copy(rows: Tensor) -> Tensor:

@@ -127,7 +127,9 @@ def _check_inside(
             own = plates[node["name"]]
             if data_plate is None or data_plate not in own:
                 # A plate as large as the data's is rather the data under another name.
-                has_own_plate = not around_data & own.keys() and any(frame.size != size for frame in own.values())
+                has_own_plate = any(frame.size != size for frame in own.values())
+                if kind == "Latent":
+                    has_own_plate = has_own_plate and not around_data & own.keys()
                 raise ValueError(_outside(node, kind, data_plate, size, has_own_plate=has_own_plate))
 
 
@@ -147,13 +149,21 @@ def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *,
         return (
             f"Latent site '{name}' is global ({where}): it has {values} for all data, and a WAE compares the codes "
             f"of data. Make it a parameter in the model, {name} = pyro.param('{name}', ...), and leave it out of the "
-            "guide."
+            "guide." + (f" {_PAIRS}" if has_own_plate else "")
         )
     plate = f"'{data_plate}', {size}" if data_plate else f"'data', {batch[-1] if batch else 'n'}"
     return (
         f"{kind} site '{name}' of batch shape {batch} is {where}. It is ambiguous which of its dimensions is the data. "
         f"Write, in model and guide: with pyro.plate({plate}): {statement}."
+        + (f" {_PAIRS}" if kind == "Observed" and has_own_plate else "")
     )
+
+
+_PAIRS = (
+    "If what is observed are pairs of data, such as edges of a graph, let each datum observe a row of its own pairs in "
+    "its plate: pyro.sample('pairs', dist.Bernoulli(logits=logits).to_event(1), obs=pairs), with logits (n, k)."
+)
+"""What to write for observations of two data each."""
 
 
 def _batch_shape(node: Node) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ class Run:
         traces = []
         for trace in (self.model, self.guide):
             kept = poutine.Trace()
-            kept.nodes.update((name, trace.nodes[name]) for name in self.latents)
+            kept.nodes.update((name, node) for name, node in trace.nodes.items() if name in self.latents)
             traces.append(kept)
         model, guide = traces
         return Run(model, guide, self.rerun, self.plate, self.latents, {}, (), self.data_size)

@@ -17,6 +17,7 @@ from pyro_wae._core.distributions import innermost
 from pyro_wae._core.numerics import joined, total
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.penalties import PenaltyContext
+from pyro_wae.step.divergence import divergence
 from pyro_wae.step.prior import prior_log_prob, prior_of_one_code
 from pyro_wae.step.program import Run
 from pyro_wae.step.terms import Terms
@@ -230,6 +231,7 @@ class Step:
             prior=functools.partial(prior_of_one_code, self.first) if is_whole and not self.prior_varies else None,
             prior_log_prob=self.prior_log_prob if is_whole else None,
             encoder_variance=self.encoder_variance,
+            encoder_kl=lambda: self.left(self.divergences(), 1),
             sites=self.columns,
             kept=self.kept_rows,
         )
@@ -247,6 +249,10 @@ class Step:
     def variances(self) -> Tensor:
         """The variance that the guide gives each number of a code, masked or not, shape (K, n, d)."""
         return joined([joined([self._variance_of(run) for run in runs]) for runs in self.runs], 1)
+
+    def divergences(self) -> Tensor:
+        """The divergence of the guide from the prior for each datum, masked or not, shape (K, n)."""
+        return joined([joined([divergence(run, self.columns) for run in runs]) for runs in self.runs], 1)
 
     def of_kept(self, variances: Tensor) -> Tensor:
         """The variances (K, n', d) of the data that a mask leaves, 1 for a masked number, at which guards are 0."""
