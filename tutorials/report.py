@@ -3,7 +3,7 @@
     python tutorials/report.py
 
 Trains as pyro_wae.demo does, prints the report, and writes its picture and figures to results/report/.
-Takes the quickstart's options, and --epochs 10 unless told otherwise.
+Takes the options of the demo, and --epochs 10 --learning-rate 1e-3 unless told otherwise.
 """
 
 import json
@@ -21,7 +21,7 @@ from pyro_wae.diagnostics import report
 
 def main(argv: list[str]) -> None:
     """Trains, and reports on test digits."""
-    args = parse_args(["--epochs", "10", "--out", "results/report", *argv])
+    args = parse_args(["--epochs", "10", "--learning-rate", "1e-3", "--out", "results/report", *argv])
     pyro.set_rng_seed(args.seed)
     train_images, _, test_images, _ = load_digits(args.data, root=args.root)
     if args.smoke:

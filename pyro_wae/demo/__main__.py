@@ -135,9 +135,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for what is made")
     parser.add_argument("--prior", choices=("mixture", "normal"), default="mixture", help="learnt, or N(0, I)")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--prior-rate", type=float, default=3e-2, help="learning rate of the prior's parameters")
     parser.add_argument("--zdim", type=int, default=8, help="the latent dimension")
     parser.add_argument(

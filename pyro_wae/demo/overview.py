@@ -48,9 +48,9 @@ def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, pr
         _cloud(below, draws, GREY, limit)
 
         for axes, title in ((digits, "data"), (middle, "latent codes"), (back, "reconstructions")):
-            axes.set_title(title, fontsize=15, pad=6)
+            axes.set_title(title, fontsize=13, pad=6)
         for axes, title in ((below, "prior samples"), (new, "samples")):
-            axes.set_title(title, fontsize=15, y=-0.24)
+            axes.set_title(title, fontsize=13, y=-0.22)
         for start, end, name in ((digits, middle, "encoder"), (middle, back, "decoder"), (below, new, "decoder")):
             _arrow(figure, start, (1, 0.5), end, (0, 0.5), INK, "-|>")
             _label(start, (1 + GAP / PANEL / 2, 0.58), name, INK)
@@ -60,7 +60,7 @@ def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, pr
         _label(middle, (0.5, 1.38), "cost", BLUE, weight="bold")
         cost, penalty = (
             "cost: reconstructions\nare close to the data",
-            "penalty: the aggregated\nposterior matches\nthe prior",
+            "penalty: the\naggregated posterior\nmatches the prior",
         )
         for height, text, colour in ((0.33, cost, BLUE), (0.15, penalty, ORANGE)):
             figure.text(0.015, height, text, color=colour, fontsize=13, va="center")
