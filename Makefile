@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging demo report scale zoo
 CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
-.PHONY: demo pictures report notebooks test test-core test-float64 test-device test-oldest test-slow
+.PHONY: demo pictures report notebook notebooks test test-core test-float64 test-device test-oldest test-slow
 .PHONY: bench bench-compare bench-penalties zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
@@ -22,6 +22,10 @@ pictures: demo
 report: $(VENV)/.tutorials
 	$(RUN) tutorials/report.py $(ARGS)
 	cp results/report/report.png docs/images/
+
+# Opens Jupyter on the notebooks of tutorials/.
+notebook: $(VENV)/.notebooks
+	$(RUN) -m jupyterlab --notebook-dir=tutorials $(ARGS)
 
 # Runs every notebook of tutorials/ and stores its outputs; ARGS=01 takes one, ARGS=--smoke stores nothing.
 notebooks: $(VENV)/.notebooks
@@ -73,6 +77,7 @@ zoo: $(VENV)/.tutorials
 lint: spell
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff format --check --line-length 88 tutorials/*.ipynb
 
 spell: $(VENV)/.dev
 	$(RUN) -m codespell_lib .

@@ -1,5 +1,8 @@
+import base64
+import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,7 +18,7 @@ for folder in (TUTORIALS, ROOT / "docs" / "_ext"):
     sys.path.insert(0, str(folder))
 
 from gallery import build_gallery  # noqa: E402
-from run_notebooks import notebooks, tidy  # noqa: E402
+from run_notebooks import notebooks, shorten, shrink, shrink_pictures, tidy  # noqa: E402
 
 PATHS = notebooks()
 MACHINE = re.compile(r"(?<![\w.:/)\]])/[A-Za-z][\w.-]*/[\w.-]|\b[A-Z]:\\|site-packages|ipykernel_\d| at 0x[0-9a-f]{6}")
@@ -86,10 +89,87 @@ def test_notebook_is_small(path):
 
 
 @every_notebook
+def test_notebook_is_self_contained_with_lines_that_fit_a_page(path):
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    if any("from common import" in source for source in code):
+        pytest.skip("still takes its helpers from tutorials/common.py")
+    lines = "\n".join(code).splitlines()
+    assert max(map(len, lines)) <= 88
+    modules = {path.stem for path in TUTORIALS.glob("*.py")}
+    assert not [line for line in lines if re.match(r"(from|import) (\w+)", line) and line.split()[1] in modules]
+
+
+@every_notebook
 def test_links_of_notebook_lead_to_files(path):
     texts = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
     for link in LINK.finditer("\n".join(texts)):
         assert (TUTORIALS / link.group(1)).exists(), link.group(0)
+
+
+def a_notebook(*cells):
+    return nbformat.from_dict({"cells": list(cells), "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+def a_png(values):
+    from PIL import Image
+
+    file = io.BytesIO()
+    picture = Image.new("RGBA", (len(values), 1))
+    picture.putdata(values)
+    picture.save(file, format="png")
+    return file.getvalue()
+
+
+def pixels_of(png):
+    from PIL import Image
+
+    return list(Image.open(io.BytesIO(png)).convert("RGB").tobytes())
+
+
+def test_quick_run_changes_the_parameters_and_nothing_else():
+    first, last = (
+        {"cell_type": "code", "source": "EPOCHS = 9", "metadata": {"tags": ["parameters"], "smoke": smoke}}
+        for smoke in ("EPOCHS = 1", "N = 2")
+    )
+    notebook = a_notebook(first, {"cell_type": "code", "source": "train(EPOCHS)", "metadata": {}}, last)
+    shorten(notebook)
+    sources = [cell.source for cell in notebook.cells]
+    assert sources == ["EPOCHS = 9", "EPOCHS = 1", "train(EPOCHS)", "EPOCHS = 9", "N = 2"]
+
+
+def test_parameters_without_a_quick_run_are_an_error():
+    cell = {"cell_type": "code", "source": "EPOCHS = 9", "metadata": {"tags": ["parameters"]}}
+    with pytest.raises(ValueError, match=r'Cell 0 has the tag "parameters" and no key "smoke".*Write'):
+        shorten(a_notebook(cell))
+
+
+def test_figures_take_their_text_from_the_cell():
+    cell = cell_with_picture(metadata={"mystnb": {"image": {"alt": "Sixty samples"}}})
+    cell["outputs"][0]["data"]["text/plain"] = "<Figure>"
+    output = tidy(a_notebook(cell)).cells[0].outputs[0]
+    assert output.metadata["image/png"]["alt"] == "Sixty samples"
+    assert list(output.data) == ["image/png"]
+
+
+def test_pictures_keep_256_greys():
+    greys = [(value, value, value, 255) for value in range(256)]
+    assert pixels_of(shrink(a_png(greys))) == [value for pixel in greys for value in pixel[:3]]
+
+
+def test_pictures_keep_their_colours_and_lie_on_white():
+    assert pixels_of(shrink(a_png([(255, 0, 0, 255), (0, 0, 255, 0)]))) == [255, 0, 0, 255, 255, 255]
+
+
+def test_stored_pictures_are_smaller_and_shrink_once():
+    noise = [(*random.Random(index).randbytes(3), 255) for index in range(5000)]
+    cell = cell_with_picture()
+    cell["outputs"][0]["data"]["image/png"] = base64.b64encode(a_png(noise)).decode()
+    notebook = a_notebook(cell)
+    shrink_pictures(notebook)
+    first = notebook.cells[0].outputs[0].data["image/png"]
+    assert len(base64.b64decode(first)) < len(a_png(noise))
+    shrink_pictures(notebook)
+    assert notebook.cells[0].outputs[0].data["image/png"] == first
 
 
 def test_every_notebook_is_a_page_with_a_card_in_the_gallery(tmp_path):
@@ -117,7 +197,10 @@ def heading(text):
 def test_gallery_shows_title_sentence_and_the_last_picture_of_the_tagged_cell(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
-    cells = [heading("# Title\n\nOne\nline.\n\nMore, [there](../docs/weights.md)."), cell_with_picture()]
+    cells = [
+        heading("# Title\n\nOne\nline.\n\nMore, [there](../docs/weights.md), [this notebook](01_a.ipynb)."),
+        cell_with_picture(),
+    ]
     (source / "01_a.ipynb").write_text(json.dumps({"cells": cells}))
     target.mkdir()
     (target / "00_gone.ipynb").write_text("{}")
@@ -128,6 +211,8 @@ def test_gallery_shows_title_sentence_and_the_last_picture_of_the_tagged_cell(tm
     assert (target / "thumbnails" / "01_a.png").read_bytes() == b"hello"
     first, second = json.loads((target / "01_a.ipynb").read_text())["cells"]
     assert "[there](../weights.md)" in first["source"]
+    assert "{download}`this notebook <01_a.ipynb>`" in first["source"]
+    assert "{download}`Download the notebook <01_a.ipynb>`" in page
     assert second["metadata"]["mystnb"]["image"]["alt"] == "A"
     assert not (target / "00_gone.ipynb").exists()
 

@@ -4,10 +4,18 @@
     python tutorials/run_notebooks.py 01 03       # those whose names begin so
     python tutorials/run_notebooks.py --smoke     # in seconds, storing nothing
 
+Two things stand in the metadata of a notebook's cells. A cell with the tag "parameters" holds the numbers that decide
+how long the notebook takes; the code in its key "smoke" runs after it with ``--smoke``: ``{"smoke": "EPOCHS = 1"}``. A
+cell that draws a figure has a text for those who cannot see it, ``{"mystnb": {"image": {"alt": "Sixty samples"}}}``,
+which is copied to the figure. One cell shows one figure: a Figure as the last expression, or a figure of pyplot, which
+shows itself.
+
 What changes from run to run without meaning, such as times and the version of Python, is not stored.
 """
 
 import argparse
+import base64
+import io
 import os
 import time
 from pathlib import Path
@@ -21,7 +29,8 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-KEPT_OF_CELLS = ("tags", "mystnb")
+KEPT_OF_CELLS = ("tags", "mystnb", "smoke")
+COLOURS = 256
 
 
 def notebooks(*beginnings: str) -> list[Path]:
@@ -30,21 +39,62 @@ def notebooks(*beginnings: str) -> list[Path]:
 
 
 def tidy(notebook: Any) -> Any:
-    """Leaves out what differs between two runs of the same notebook but for its outputs; changes it in place."""
+    """Leaves out what differs between two runs but for the outputs, and describes figures; changes it in place."""
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02d}"
         cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in KEPT_OF_CELLS if key in cell.metadata})
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
         for output in cell.get("outputs", []):
-            if "data" in output:
+            if "image/png" in output.get("data", {}):
                 # The picture is there; its name in words says nothing.
-                output.data.pop("text/plain", None) if "image/png" in output.data else None
+                output.data.pop("text/plain", None)
+                if alt is not None:
+                    output.metadata = nbformat.from_dict({"image/png": {"alt": alt}})
     return notebook
+
+
+def shrink(png: bytes) -> bytes:
+    """A smaller PNG: all 256 greys of a picture without colours, and a palette of 256 colours of any other."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png))
+    if picture.mode in ("L", "P"):
+        return png
+    pixels = Image.new("RGB", picture.size, "white")
+    pixels.paste(picture, mask=picture.getchannel("A") if "A" in picture.getbands() else None)
+    red, green, blue = pixels.split()
+    pixels = red if red == green == blue else pixels.quantize(COLOURS, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    pixels.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def shrink_pictures(notebook: Any) -> None:
+    """Makes the pictures of the outputs small, in place."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = base64.b64encode(shrink(base64.b64decode(output.data["image/png"]))).decode()
+
+
+def shorten(notebook: Any) -> None:
+    """Puts behind each cell with the tag "parameters" the code of its key "smoke", in place."""
+    for index, cell in reversed(list(enumerate(notebook.cells))):
+        if "parameters" in cell.metadata.get("tags", []):
+            if "smoke" not in cell.metadata:
+                raise ValueError(
+                    f'Cell {index} has the tag "parameters" and no key "smoke" in its metadata. '
+                    'Write {"tags": ["parameters"], "smoke": "EPOCHS = 1"}.'
+                )
+            notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(cell.metadata["smoke"]))
 
 
 def execute(notebook: Any, *, smoke: bool = False, timeout: float | None = None) -> Any:
     """Runs all cells in a fresh kernel, in this folder; raises nbclient's error where a cell fails."""
+    if smoke:
+        shorten(notebook)
     environment = {
         **os.environ,
         "PYRO_WAE_SMOKE": "1" if smoke else "0",
@@ -71,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         notebook = execute(nbformat.read(path, as_version=4), smoke=args.smoke)
         if not args.smoke:
+            shrink_pictures(notebook)
             nbformat.write(notebook, path)
         seconds, size = time.perf_counter() - start, path.stat().st_size
         print(f"{path.name}: {seconds:.0f} seconds, {size / 1000:.0f} kB", flush=True)

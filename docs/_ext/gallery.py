@@ -13,8 +13,9 @@ __all__ = ["build_gallery", "setup"]
 
 PAGE = """# Tutorials
 
-Each of these notebooks runs in less than three minutes on a laptop, with data that come with the repository. They are
-in its folder `tutorials/`, and `make notebooks` runs them all.
+Each of these notebooks is self-contained, uses data that come with the package, and takes a few minutes on a laptop. To
+run one, install the extra `notebooks` ({{doc}}`../install`), download the notebook below, and open it with
+`jupyter lab`. In a clone, `make notebook` installs all that is needed and opens Jupyter on the folder `tutorials/`.
 
 ::::{{container}} gallery
 {cards}
@@ -33,7 +34,10 @@ CARD = """
 [**{title}**]({name}.ipynb)
 
 {line}
+
+{{download}}`Download the notebook <{name}.ipynb>`
 :::"""
+THIS = "[this notebook]({name})"
 
 
 def build_gallery(source: Path, target: Path) -> list[str]:
@@ -56,7 +60,7 @@ def build_gallery(source: Path, target: Path) -> list[str]:
         title, line = _heading(path, notebook)
         png, alt = _thumbnail(path, notebook)
         _write(target / "thumbnails" / f"{path.stem}.png", png)
-        _write(target / path.name, json.dumps(_as_page(notebook), indent=1).encode())
+        _write(target / path.name, json.dumps(_as_page(path.name, notebook), indent=1).encode())
         names.append(path.stem)
         cards.append(CARD.format(name=path.stem, title=title, line=line, alt=alt))
     _write(target / "index.md", PAGE.format(cards="\n".join(cards), names="\n".join(names)).encode())
@@ -91,11 +95,13 @@ def _alt(output: Any) -> str:
     return output.get("metadata", {}).get("image/png", {}).get("alt", "")
 
 
-def _as_page(notebook: Any) -> Any:
+def _as_page(name: str, notebook: Any) -> Any:
     """What differs between the notebook in its folder and on the site."""
     for cell in notebook["cells"]:
         # Seen from tutorials/ the pages are in ../docs/, and seen from docs/tutorials/ in ../.
-        cell["source"] = "".join(cell["source"]).replace("](../docs/", "](../")
+        source = "".join(cell["source"]).replace("](../docs/", "](../")
+        # On the site the notebook's link to itself downloads the file.
+        cell["source"] = source.replace(THIS.format(name=name), f"{{download}}`this notebook <{name}>`")
         alts = [alt for output in cell.get("outputs", []) if (alt := _alt(output))]
         if alts:
             cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": " ".join(alts)}
