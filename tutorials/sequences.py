@@ -3,9 +3,9 @@
     python tutorials/sequences.py            # one model, in about a minute on one CPU core
     python tutorials/sequences.py --compare  # each kind of penalty in turn
 
-The data are points that turn round the middle of the plane, by 0.8 radians a step and a little noise, for 6 to 8 steps.
-The prior is a Markov chain that has to learn this: z_1 -> z_2 -> ..., each z_t makes the point x_t, and the guide reads
-a sequence from its end. The table tells whether new sequences, decoded from prior draws, move like the data.
+The data are points that rotate about the origin, by 0.8 radians in a step with a little noise, for 6 to 8 steps.
+The prior is a Markov chain z_1 -> z_2 -> ... with a transition to be learned, each z_t is decoded to the point x_t, and
+the guide reads a sequence from its end. The table compares samples of the model with the data.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class DeepMarkovWAE(nn.Module):
         self.combiner = net(z_dim + h_dim, 2 * z_dim)
 
     def model(self, x: Tensor, lengths: Tensor) -> None:
-        """The Markov prior of the codes, and the point that each step makes."""
+        """The Markov prior of the codes, and the decoder of each step."""
         pyro.module("wae", self)
         mask = torch.arange(x.shape[1]) < lengths[:, None]
         with pyro.plate("data", len(x)):
@@ -84,8 +84,8 @@ class DeepMarkovWAE(nn.Module):
                 z = pyro.sample(f"z_{t}", fn.to_event(1))
 
     def summaries(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """What the recurrent network has read at step t, coming from the end of each sequence; shape (n, T, h)."""
-        # Turned round within its length: the end of every sequence comes first, and what fills it up stays last.
+        """Features at step t of the recurrent network, which reads from the end of each sequence; shape (n, T, h)."""
+        # Each sequence is reversed within its length, and its padding stays last.
         steps = torch.arange(x.shape[1])
         turned = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)
         h, _ = self.rnn(x.gather(1, turned[..., None].expand_as(x)))
@@ -93,7 +93,7 @@ class DeepMarkovWAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, steps: int) -> Tensor:
-        """New sequences, shape (n, steps, 2)."""
+        """Samples of the model, shape (n, steps, 2)."""
         z, points = torch.randn(n, self.z_dim), []
         for t in range(1, steps + 1):
             if t > 1:
@@ -117,7 +117,7 @@ def train(wae: DeepMarkovWAE, x: Tensor, lengths: Tensor, penalty: object, args:
 
 
 def moves(x: Tensor) -> dict[str, float]:
-    """How sequences of one length (n, T, 2) move."""
+    """Statistics of the motion of sequences of one length, (n, T, 2)."""
     turn = torch.linalg.det(torch.stack([x[:, :-1], x[:, 1:]], -1))
     # The mean of the points is 0 by symmetry.
     power = x.square().sum(-1).mean()
