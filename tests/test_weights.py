@@ -346,8 +346,7 @@ def test_after_the_warm_up_the_weight_moves_on_every_eighth_step_by_as_much_and_
     found = [step(whole, seed) for seed in range(WARM_UP)]
     # From the second step on codes far from the prior raise log lambda by the rate, 0.002.
     assert found[-1] == pytest.approx(5.0 * math.exp(0.002 * (WARM_UP - 1)), rel=1e-4)
-    for seed in range(WARM_UP, WARM_UP + 5):
-        found.append(step(whole, seed))
+    found += [step(whole, seed) for seed in range(WARM_UP, WARM_UP + 5)]
     resumed.load_state_dict(whole.state_dict())
     later = range(WARM_UP + 5, WARM_UP + 24)
     found += [step(whole, seed) for seed in later]
