@@ -1,6 +1,7 @@
 """Penalty weights: numbers, plans and the constraint."""
 
 import copy
+import itertools
 import math
 import warnings
 
@@ -333,6 +334,25 @@ def test_a_constraint_resumes_as_if_it_had_not_stopped():
     run(second, range(7, 12))
     assert torch.equal(second.weight, whole.weight)
     assert torch.equal(second.discrepancy, whole.discrepancy)
+
+
+def test_after_the_warm_up_the_weight_moves_on_every_eighth_step_by_as_much_and_resumes():
+    def step(constraint, seed):
+        torch.manual_seed(seed)
+        constraint.observe(torch.tensor(3.0), torch.randn(1, 16, D) + 3.0, torch.randn(16, D))
+        return constraint.weight.item()
+
+    whole, resumed = (Constraint(pool=4, initial=5.0, maximum=1e6) for _ in range(2))
+    found = [step(whole, seed) for seed in range(WARM_UP)]
+    # From the second step on codes far from the prior raise log lambda by the rate, 0.002.
+    assert found[-1] == pytest.approx(5.0 * math.exp(0.002 * (WARM_UP - 1)), rel=1e-4)
+    found += [step(whole, seed) for seed in range(WARM_UP, WARM_UP + 5)]
+    resumed.load_state_dict(whole.state_dict())
+    later = range(WARM_UP + 5, WARM_UP + 24)
+    found += [step(whole, seed) for seed in later]
+    assert [step(resumed, seed) for seed in later] == found[-len(later) :]
+    rises = [math.log(after / before) for before, after in itertools.pairwise(found[WARM_UP - 1 :])]
+    assert rises == pytest.approx([0.016, *[0] * 7] * 3, abs=1e-5)
 
 
 def test_a_constraint_draws_no_random_numbers():

@@ -27,6 +27,9 @@ LEAST_SQUARE = 1e-4
 WARM_UP, MEMORY = 200, 0.01
 """Steps before the first rise is judged, and the share of a step in the running means."""
 
+STRIDE = 8
+"""After the warm-up the weight moves on every so many-th step, by so much more."""
+
 RISE, NEEDED, LEARNING, NEAR = 2.0, 0.8, 0.97, 1.5
 """A rise of the weight by the first factor must lower the discrepancy to the second share of it, unless the cost falls
 to the third, because the nets still learn, or the discrepancy is below the fourth number of slacks."""
@@ -154,6 +157,8 @@ class Constraint(FittedBuffers, SteppedWeight):
         if cost is None:
             return self.weight
         weight = self.weight.to(cost)
+        if self.step:
+            return weight
         # A likelihood's cost may be negative.
         return torch.where(weight.isnan(), FIRST_SHARE * cost.abs().clamp(min=LEAST_COST), weight)
 
@@ -164,12 +169,23 @@ class Constraint(FittedBuffers, SteppedWeight):
             if not all(bool(part.isfinite().all()) for part in (cost, codes, prior)):
                 return
             self._begin(cost, prior)
+        stride = 1 if self.step < WARM_UP else STRIDE
+        moves = self.step % stride == 0
         # A step may stand under autocast as a whole; phases of half precision would be off by more than the slack.
         with torch.autocast(codes.device.type, enabled=False):
-            self._measure(cost, codes, prior)
+            is_finite = self._measure(cost, codes, prior)
+            if moves and len(prior) >= LEAST_TRACE_ROWS:
+                of_prior = RandomFeatures(self.widths, self.frequencies).of(prior[:TRACE_ROWS])
+                share = max(1 / (self.step + 1), TRACE_SHARE * stride)
+                trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior), share)
+                self.trace = trace.where(is_finite, self.trace)
         self.step += 1
         if self.step >= 2:
-            self._ascend(cost)
+            self._average(1, cost, MEMORY)
+            if moves:
+                self._ascend(stride)
+            if self.step % CHECK_EVERY == 0:
+                self._warn_at_maximum()
 
     def _begin(self, cost: Tensor, prior: Tensor) -> None:
         features = RandomFeatures.draw(prior, FREQUENCIES, seed=0)
@@ -182,7 +198,8 @@ class Constraint(FittedBuffers, SteppedWeight):
         self.smoothed, self.earlier = self.smoothed.to(self.weight), self.earlier.to(self.weight)
         self.plateau = self.plateau.to(self.weight)
 
-    def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> None:
+    def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> Tensor:
+        """Keeps the difference of the features' means; returns whether the step is finite."""
         if self.frequencies.device != prior.device:
             self.to(prior.device)  # the state was loaded from elsewhere
         features = RandomFeatures(self.widths, self.frequencies)
@@ -190,43 +207,49 @@ class Constraint(FittedBuffers, SteppedWeight):
             # As if the shorter codes before had been filled up with zeros, like the masked end of a sequence.
             features = features.extend(codes.shape[2], seed=0)
             self.frequencies = features.frequencies
-        of_prior = features.of(prior)
-        difference = features.of(codes.flatten(0, 1)).mean(0) - of_prior.mean(0)
+        rows, n, m = codes.flatten(0, 1), codes.shape[0] * codes.shape[1], len(prior)
+        waves = features.waves(torch.cat([rows, prior]))
+        signs = torch.cat([waves[0].new_full((n,), 1 / n), waves[0].new_full((m,), -1 / m)])
+        difference = torch.cat([signs @ wave for wave in waves]).mul_(features.height)
         # A row of zeros is an empty one. Reading whether a step is usable would wait for an accelerator.
-        is_finite = cost.isfinite() & difference.isfinite().all()
+        is_finite = (cost + difference.sum()).isfinite()
         self.differences[self.step % self.pool] = difference.where(is_finite, 0.0)
-        if len(prior) >= LEAST_TRACE_ROWS:
-            share = max(1 / (self.step + 1), TRACE_SHARE)
-            trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior[:TRACE_ROWS]), share)
-            self.trace = trace.where(is_finite, self.trace)
+        return is_finite
 
-    def _ascend(self, cost: Tensor) -> None:
-        steps = self.differences.any(1).sum()
-        across = self.differences.sum(0).square().sum() - self.differences.square().sum()
+    def _ascend(self, stride: int) -> None:
+        norms = self.differences.square().sum(1)
+        steps = norms.count_nonzero()
+        across = self.differences.sum(0).square().sum() - norms.sum()
         # Prior draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
         tiny = torch.finfo(self.trace.dtype).tiny
         slack = (self.trace * pair_variance(self.codes, self.codes)).clamp(min=tiny).sqrt()
         discrepancy = across / (steps * (steps - 1)).clamp(min=1) / slack
         self.discrepancy = discrepancy.where(steps >= 2, self.discrepancy.to(discrepancy))
-        change = (self.rate * (self.discrepancy - 1).nan_to_num().clamp(-1, 1)).exp()
+        change = (self.discrepancy - 1).nan_to_num().clamp(-1, 1).mul(self.rate * stride).exp()
         self.weight = torch.minimum(self.weight * change, self.largest)
-        self._look_for_plateau(cost)
-        if self.step % CHECK_EVERY == 0 and not self._has_warned and self.outcome == "maximum":
-            self._has_warned = True
-            warnings.warn(
-                f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
-                f"discrepancy still at {self.discrepancy.item():.2g} of what {self.codes} codes are allowed. A larger "
-                "weight would only drown the cost. Take larger batches, more steps or a lower learning rate, or ask "
-                f"for less: Constraint(codes={self.codes // 2}).",
-                UserWarning,
-                stacklevel=2,
-            )
+        self._look_for_plateau(stride)
 
-    def _look_for_plateau(self, cost: Tensor) -> None:
+    def _average(self, index: int, value: Tensor, share: float) -> None:
+        """Takes a value into a running mean, unless it is not finite."""
+        mean = self.smoothed[index]
+        mean.add_((value - mean).nan_to_num_(0, 0, 0), alpha=max(1 / (self.step - 1), share))
+
+    def _warn_at_maximum(self) -> None:
+        if self._has_warned or self.outcome != "maximum":
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
+            f"discrepancy still at {self.discrepancy.item():.2g} of what {self.codes} codes are allowed. A larger "
+            "weight would only drown the cost. Take larger batches, more steps or a lower learning rate, or ask "
+            f"for less: Constraint(codes={self.codes // 2}).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _look_for_plateau(self, stride: int) -> None:
         """Judges each doubling of the weight, in tensors: nothing here waits for the device."""
-        share = max(1 / (self.step - 1), MEMORY)
-        now = torch.stack([self.discrepancy, cost.to(self.discrepancy)])
-        self.smoothed = torch.lerp(self.smoothed, now.where(now.isfinite(), self.smoothed), share)
+        self._average(0, self.discrepancy, MEMORY * stride)
         if self.step > WARM_UP:
             weight, discrepancy, cost_then = self.earlier
             has_risen = self.weight >= RISE * weight
@@ -237,9 +260,9 @@ class Constraint(FittedBuffers, SteppedWeight):
             self.largest = torch.where(is_useless, weight, self.largest)
             self.weight = torch.minimum(self.weight, self.largest)
             is_kept = ~has_risen | is_useless
+            self.earlier = torch.where(is_kept, self.earlier, torch.cat([self.weight[None], self.smoothed]))
         else:
-            is_kept = torch.zeros_like(self.weight, dtype=torch.bool)
-        self.earlier = torch.where(is_kept, self.earlier, torch.cat([self.weight[None], self.smoothed]))
+            self.earlier = torch.cat([self.weight[None], self.smoothed])
 
 
 class RandomFeatures:
@@ -299,10 +322,19 @@ class RandomFeatures:
         added = added.normal_(generator=generator).to(self.widths)
         return RandomFeatures(self.widths, torch.cat([self.frequencies, added * self.widths]))
 
-    def of(self, x: Tensor) -> Tensor:
-        """Maps rows (n, d) to features (n, 2 F) in float32, where d may be smaller than that of the frequencies."""
+    @property
+    def height(self) -> float:
+        """By which cosines and sines are multiplied, so that phi(x) . phi(x) is 1."""
+        return len(self.widths) ** -0.5
+
+    def waves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps rows (n, d) to cosines and sines, each (n, F) in float32; d may be smaller than the frequencies'."""
         phases = x.float() @ self.frequencies[: x.shape[1]]
-        return torch.cat([phases.cos(), phases.sin()], 1) / math.sqrt(self.frequencies.shape[1])
+        return phases.cos(), phases.sin_()
+
+    def of(self, x: Tensor) -> Tensor:
+        """Maps rows (n, d) to features (n, 2 F), as :meth:`waves` does."""
+        return torch.cat(self.waves(x), 1).mul_(self.height)
 
 
 def trace_of_squared_covariance(features: Tensor) -> Tensor:
