@@ -7,8 +7,6 @@ from torch import Tensor
 from pyro_wae.penalties.base import Penalty
 from pyro_wae.penalties.context import PenaltyContext
 
-__all__ = ["PosteriorKL"]
-
 
 class PosteriorKL(Penalty):
     r"""The divergence of each datum's posterior from the prior, :math:`E_x KL(q(z \mid x), p(z))`.

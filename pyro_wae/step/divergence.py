@@ -15,8 +15,6 @@ from pyro_wae._core.numerics import at_least_float32
 from pyro_wae.step.plates import subsample_scales
 from pyro_wae.step.program import Run
 
-__all__ = ["divergence"]
-
 
 def divergence(run: Run, names: Iterable[str]) -> Tensor:
     """KL(q(z | x), p(z)) of each datum, the sum over latent sites of that given the sites before.
