@@ -39,9 +39,9 @@ def colour(digits: Tensor) -> Tensor:
 # nets: page from here
 def down(inputs: int, outputs: int) -> nn.Sequential:
     """Halves the side."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.GroupNorm(8, outputs), nn.ReLU()
-    )  # fmt: skip
+    # Groups are normalised image by image, which would take the colour out of the first layer's.
+    norm = nn.Identity() if inputs == 3 else nn.GroupNorm(8, outputs)
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), norm, nn.ReLU())
 
 
 def up(inputs: int, outputs: int) -> nn.Sequential:
@@ -154,7 +154,7 @@ def main() -> None:
         panel.set_axis_off()
         panel.set_title(title, loc="left")
     torch.save((held_out[:SHOWN], reconstructions[:SHOWN], samples[: 2 * SHOWN]), "/tmp/colour.pt")
-    save(figure, "colour_images", colours=96, dpi=100)
+    save(figure, "colour_images", colours=96, dpi=75)
 
 
 if __name__ == "__main__":
