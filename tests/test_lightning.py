@@ -101,6 +101,7 @@ def test_a_code_and_a_prior_draw_of_one_datum_are_not_compared(tmp_path):
     assert torch.cdist(codes, prior).min() > 5e-3  # draws of the same datum are nearer
 
 
+@pytest.mark.slow
 def test_checkpoints_and_early_stopping_monitor_cost_and_p_value(tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="val_cost")
     matching = ModelCheckpoint(tmp_path / "matching", monitor="val_p", mode="max")
@@ -132,6 +133,7 @@ def test_items_of_a_batch_are_arguments_unless_a_subclass_says_otherwise(tmp_pat
         trainer(tmp_path, epochs=1).fit(WAE(Net()), labelled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -154,6 +156,7 @@ def test_lightning_cli_takes_import_paths_or_a_module(tmp_path, arguments, monke
     assert len(list(command.model.parameters())) == 3
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_terms(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = lightning.pytorch.loggers.TensorBoardLogger(tmp_path)

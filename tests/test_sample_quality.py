@@ -60,6 +60,7 @@ def test_conditions_are_those_of_the_data_in_dicts_and_tuples():
         assert (samples - shift - 2).abs().max() < 6
 
 
+@pytest.mark.slow  # of the imports
 def test_frechet_distance_of_torchmetrics_is_that_of_the_moments():
     """FID of a feature network that does nothing, against Frechet's formula in float64 on the same samples."""
     fid = pytest.importorskip("torchmetrics.image.fid")
@@ -89,6 +90,7 @@ def test_frechet_distance_of_torchmetrics_is_that_of_the_moments():
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_kernel_distance_of_torchmetrics_is_near_0_for_samples_of_the_datas_law():
     kid = pytest.importorskip("torchmetrics.image.kid")
     pytest.importorskip("torchvision")

@@ -68,7 +68,7 @@ def _between(name: str, encoder: Any, prior: Any, code: Tensor, *, in_closed_for
             pass
     try:
         return encoder.log_prob(code) - prior.log_prob(code)
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:  # KeyError: of Pyro's flows, for a value that they have not drawn
         raise ValueError(
             f"PosteriorKL needs the densities of guide and prior at site '{name}', and {type(encoder).__name__} or "
             f"{type(prior).__name__} has no log_prob. Take MMD() alone, which needs draws."

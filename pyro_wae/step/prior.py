@@ -147,7 +147,7 @@ def depends_on_data(run: Run) -> bool:
     return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim, look=True)
 
 
-def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 5, *, look: bool = False) -> bool:
+def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 8, *, look: bool = False) -> bool:
     """Whether what a distribution is made of may differ along the data.
 
     Args:
@@ -275,7 +275,7 @@ def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:
 def _log_prob_rows(site: Site, fn: Any, value: Tensor) -> Tensor:
     try:
         rows = site.rows(fn.log_prob(value), 0)
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:  # KeyError: of Pyro's flows, for a value that they have not drawn
         raise ValueError(
             f"The prior at site '{site.name}' ({type(fn).__name__}) has no log_prob. Take a penalty that needs draws "
             "alone, such as MMD() or SlicedWasserstein()."

@@ -1,0 +1,121 @@
+"""Normalizing flows as priors and encoders, in one line each: those of zuko, and Pyro's own."""
+
+import pyro
+import pyro.distributions as dist
+import pyro.distributions.transforms as flows
+import pytest
+import torch
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Gaussian
+from pyro_wae.penalties import MMD, PosteriorKL, PriorLikelihood
+
+N, D, X = 20, 2, 5
+NETS = {"hidden_features": (8, 8)}
+SLOW = {"CNF", "NAF", "UNAF"}  # they integrate, or invert by bisection
+ZUKO = {
+    **{name: {"transforms": 2, **NETS} for name in ("MAF", "NSF", "NICE", "SOSPF", "BPF", "NCSF", "GF")},
+    **{name: {"transforms": 2, "signal": 4, **NETS} for name in ("NAF", "UNAF")},
+    "CNF": NETS,
+}
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ZUKO]
+)
+
+
+@pytest.fixture
+def zuko():
+    return pytest.importorskip("zuko", reason="pip install zuko")
+
+
+@pytest.fixture
+def to_pyro():
+    return pytest.importorskip("pyro.contrib.zuko").ZukoToPyro
+
+
+class Net(nn.Module):
+    """Codes of data by a linear encoder, unless another is given, and a prior, N(0, I) unless another is given."""
+
+    def __init__(self, prior=None, encoder=None):
+        super().__init__()
+        self.linear, self.decoder = nn.Linear(X, D), nn.Linear(D, X)
+        self.prior = prior or (lambda: dist.Normal(torch.zeros(D), 1).to_event(1))
+        self.encoder = encoder or (lambda x: dist.Delta(self.linear(x)).to_event(1))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encoder(x))
+
+
+def gradients(penalty, net, flow):
+    """The gradients of a flow's parameters by the penalty alone, each of which must be there."""
+    loss = WAELoss(penalty, penalty_weight=1.0, cost=lambda x, g: 0 * g.sum(1))
+    loss(net.model, net.guide)(torch.randn(N, X)).backward()
+    found = [parameter.grad for parameter in flow.parameters()]
+    assert found
+    assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in found)
+    return found
+
+
+@every_family
+def test_zukos_flows_are_priors(zuko, to_pyro, family):
+    flow = getattr(zuko.flows, family)(D, **ZUKO[family])
+    net = Net(prior=lambda: to_pyro(flow()))
+    gradients(MMD(Gaussian(1.0)), net, flow)  # by draws
+
+
+@every_family
+def test_zukos_flows_as_priors_have_densities(zuko, to_pyro, family):
+    flow = getattr(zuko.flows, family)(D, **ZUKO[family])
+    net = Net(prior=lambda: to_pyro(flow()))
+    pyro.set_rng_seed(1)
+    found = gradients(PriorLikelihood(), net, flow)
+    pyro.set_rng_seed(1)
+    codes = net.linear(torch.randn(N, X)).detach()
+    torch.testing.assert_close(found, list(torch.autograd.grad(-flow().log_prob(codes).mean(), flow.parameters())))
+
+
+@pytest.mark.slow
+@every_family
+def test_zukos_conditional_flows_are_encoders(zuko, to_pyro, family):
+    flow = getattr(zuko.flows, family)(D, context=X, **ZUKO[family])
+    net = Net(encoder=lambda x: to_pyro(flow(x)))
+    gradients(MMD(Gaussian(1.0)) + 0.1 * PosteriorKL(), net, flow)
+
+
+INVERTIBLE = ("affine_autoregressive", "affine_coupling", "batchnorm", "householder", "matrix_exponential")
+INVERTIBLE += ("spline", "spline_autoregressive", "spline_coupling")
+ONE_WAY = ("block_autoregressive", "neural_autoregressive", "planar", "polynomial", "radial", "sylvester")
+
+
+def pyros(name):
+    flow = getattr(flows, name)(D)
+    base = dist.Normal(torch.zeros(D), 1).to_event(1)
+    return flow, Net(prior=lambda: dist.TransformedDistribution(base, [flow]))
+
+
+@pytest.mark.parametrize("name", INVERTIBLE + ONE_WAY)
+def test_pyros_flows_are_priors(name):
+    flow, net = pyros(name)
+    gradients(MMD(Gaussian(1.0)), net, flow)
+
+
+@pytest.mark.parametrize("name", INVERTIBLE)
+def test_pyros_invertible_flows_as_priors_have_densities(name):
+    flow, net = pyros(name)
+    gradients(PriorLikelihood(), net, flow)
+
+
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_a_flow_that_cannot_be_inverted_is_named(name):
+    _, net = pyros(name)
+    with pytest.raises(
+        ValueError, match=r"prior at site 'z' \(TransformedDistribution\) has no log_prob.*such as MMD\(\)"
+    ):
+        WAELoss(PriorLikelihood()).loss_and_grads(net.model, net.guide, torch.randn(N, X))
