@@ -16,6 +16,7 @@ What changes from run to run without meaning, such as times and the version of P
 import argparse
 import base64
 import io
+import math
 import os
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 KEPT_OF_CELLS = ("tags", "mystnb", "smoke")
-COLOURS = 256
+COLOURS, PIXELS = 256, 640
 
 
 def notebooks(*beginnings: str) -> list[Path]:
@@ -56,7 +57,7 @@ def tidy(notebook: Any) -> Any:
 
 
 def shrink(png: bytes) -> bytes:
-    """A smaller PNG: all 256 greys of a picture without colours, and a palette of 256 colours of any other."""
+    """A smaller PNG: all 256 greys of a picture without colours; of any other 640 pixels in width, and 256 colours."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(png))
@@ -65,7 +66,14 @@ def shrink(png: bytes) -> bytes:
     pixels = Image.new("RGB", picture.size, "white")
     pixels.paste(picture, mask=picture.getchannel("A") if "A" in picture.getbands() else None)
     red, green, blue = pixels.split()
-    pixels = red if red == green == blue else pixels.quantize(COLOURS, dither=Image.Dither.NONE)
+    if red == green == blue:
+        pixels = red
+    else:
+        # Charts of many points are large files.
+        width = min(PIXELS, pixels.width)
+        height = math.ceil(pixels.height * width / pixels.width)
+        pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        pixels = pixels.quantize(COLOURS, dither=Image.Dither.NONE)
     small = io.BytesIO()
     pixels.save(small, format="png", optimize=True)
     return small.getvalue()
