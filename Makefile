@@ -54,12 +54,13 @@ test-oldest:
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
-# The tables and pictures of docs/speed.md and docs/large_batches.md, with rows for CUDA where it is there; on a machine
-# that has nothing else to do. ARGS=--smoke runs in seconds and leaves them alone.
+# The tables and pictures of docs/speed.md, docs/large_batches.md and docs/scale.md, with rows for CUDA where it is there;
+# on a machine that has nothing else to do. ARGS=--smoke runs in seconds and leaves them alone.
 bench: $(VENV)/.bench
 	$(RUN) benchmarks/step.py $(ARGS)
 	$(RUN) benchmarks/kernel_penalty.py $(ARGS)
 	$(RUN) benchmarks/large_batches.py $(ARGS)
+	$(RUN) benchmarks/scale.py $(ARGS)
 	$(RUN) benchmarks/goals.py $(if $(ARGS),--results results/benchmarks)
 
 # What `make bench` has found slower than the numbers that are committed; ARGS=REVISION, a folder or a file takes others.

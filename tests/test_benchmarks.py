@@ -54,7 +54,7 @@ def ways():
         "finite_samples",
         "gradient_variance",
         *(pytest.param(name, marks=SLOW) for name in ("kernel_penalty", "peers", "step")),
-        *(pytest.param(name, marks=SLOW) for name in ("two_sample_power", "large_batches")),
+        *(pytest.param(name, marks=SLOW) for name in ("two_sample_power", "large_batches", "scale")),
     ],
 )
 def test_benchmark_prints_its_page_and_writes_it_with_its_command(smoke, name):
@@ -117,6 +117,14 @@ def test_rows_that_became_slower_are_named(tmp_path, capsys):
     assert "step, gone: gone, MLP, 100, cpu" in printed
     assert "step, new: added, MLP, 100, cpu" in printed
     assert "Not compared: kernel_penalty" in printed
+
+
+def test_the_model_of_scale_finds_the_constants_that_made_its_runs_and_counts_bytes():
+    scale = importlib.import_module("scale")
+    runs = [{"codes": n, "seconds": 2e-3 + 5e-5 * n + 1e-8 * n**2} for n in (128, 512, 1024, 2048)]
+    assert scale.constants(runs) == pytest.approx((2e-3, 5e-5, 1e-8), rel=1e-6)
+    # Of each of 3 other ranks 100 data: two rows of 8 numbers and a cost, of 4 bytes each.
+    assert scale.bytes_received(4, 100, 8) == 3 * 100 * (8 + 8 + 1) * 4
 
 
 def test_goals_stand_beside_what_was_measured(tmp_path, capsys):
