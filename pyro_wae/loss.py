@@ -83,8 +83,8 @@ class WAELoss(CallRepr, ELBO):
         reduction: ``"mean"``: the loss per datum. ``"sum"``: that times the number of data, N where the data plate
             takes a part of N. It is the unit of Pyro's own losses; ``weight_decay``, ``clip_norm`` and the rate of SGD
             then mean what they mean there. ``terms`` are per datum in both.
-        others: Arguments of ``Trace_ELBO`` that ask for silence about enumeration and ``torch.jit``; they have no
-            effect.
+        others: ``strict_enumeration_warning`` and ``ignore_jit_warnings``, truth values that ``Trace_ELBO`` takes. They
+            have no effect, because nothing here is enumerated or traced by ``torch.jit`` that could be warned of.
 
     Attributes:
         terms: The :class:`~pyro_wae.step.terms.Terms` of the last step, or None before the first.
@@ -158,7 +158,7 @@ class WAELoss(CallRepr, ELBO):
         self.process_group = process_group
         self.reduction = checks.choice("reduction", reduction, ("mean", "sum"))
         self._runner = make_runner(self.micro_batch, process_group)
-        self._latents: set[str] = set()
+        self._seen: set[str] = set()
         self._hints = Hints(has_state=isinstance(self.penalty_weight, Constraint))
         self.terms = None
 
@@ -265,8 +265,7 @@ class WAELoss(CallRepr, ELBO):
         """One step, with its loss. With `register`, Pyro learns of the parameters of penalties and costs."""
         step = self._runner.observe(observer, args, kwargs)
         self.max_plate_nesting = observer.max_plate_nesting
-        prepare(self.penalty, step, self._latents)
-        self._latents |= step.columns.keys()
+        prepare(self.penalty, step, self._seen)
         self._runner.share(self.named_children())
         if register:
             self._register()
@@ -348,7 +347,9 @@ def _check_others(others: Mapping[str, Any]) -> None:
                     DeprecationWarning,
                     stacklevel=3,
                 )
-        elif name not in ("strict_enumeration_warning", "ignore_jit_warnings"):  # which ask for silence about nothing
+        elif name in ("strict_enumeration_warning", "ignore_jit_warnings"):
+            checks.flag(name, value)
+        else:
             remedy = _ELBO_ARGUMENTS.get(name, "Its arguments are: " + ", ".join(_arguments()) + ".")
             raise TypeError(f"WAELoss takes no argument {name!r}. {remedy}")
 

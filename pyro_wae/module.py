@@ -55,7 +55,7 @@ class WAEModule(ELBOModule):
         is_loss = isinstance(loss, ELBO) and hasattr(loss, "named_children")
         self.elbo = checks.accepted("loss", loss, is_loss, "a WAELoss", write="WAELoss()(model, guide)")
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._is_checked = False
+        self._unheld: list[tuple[Tensor, int]] | None = None
         for role, program in (("model", model), ("guide", guide)):
             check_program(role, program)
             setattr(self, role, program)
@@ -79,12 +79,12 @@ class WAEModule(ELBOModule):
         """The differentiable loss on a batch.
 
         Warns:
-            UserWarning: At the first call, if the loss depends on parameters that are not among those of this module.
+            UserWarning: Once, if the loss depends on parameters that are not among those of this module, and an
+                optimiser has changed these and not those.
         """
         self._last_call = args, kwargs
         loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        if not self._is_checked and loss.requires_grad:
-            self._is_checked = True
+        if loss.requires_grad:
             self._check_parameters(loss, (args, kwargs))
         return loss
 
@@ -131,16 +131,22 @@ class WAEModule(ELBOModule):
         return self._last_call
 
     def _check_parameters(self, loss: Tensor, arguments: Any) -> None:
-        given = [leaf for value in tree_leaves(arguments) if isinstance(value, Tensor) for leaf in leaves(value)]
-        known = {id(value) for value in (*self.parameters(), *given)}
-        missing = [value for value in leaves(loss) if id(value) not in known]
-        if missing:
-            shapes = ", ".join(str(tuple(value.shape)) for value in missing[:4])
-            warnings.warn(
-                f"The loss depends on {len(missing)} parameters (of shapes {shapes} ...) that are not in "
-                "parameters() of this module, and an optimiser of them does not train these. Make model and guide "
-                "methods of one torch.nn.Module: WAELoss()(net.model, net.guide), and its attributes of what is "
-                "pyro.param or a plain tensor.",
-                UserWarning,
-                stacklevel=4,
-            )
+        if self._unheld is None:
+            given = [leaf for value in tree_leaves(arguments) if isinstance(value, Tensor) for leaf in leaves(value)]
+            known = {id(value) for value in (*self.parameters(), *given)}
+            # With the number of changes that each has seen, by which it can be told later whether one is trained.
+            self._unheld = [(value, value._version) for value in leaves(loss) if id(value) not in known]
+            self._start = sum(value._version for value in self.parameters())
+        elif self._unheld and sum(value._version for value in self.parameters()) > self._start:
+            still = [value for value, version in self._unheld if value._version == version]
+            self._unheld = []
+            if still:
+                shapes = ", ".join(str(tuple(value.shape)) for value in still[:4])
+                warnings.warn(
+                    f"The loss depends on {len(still)} parameters (of shapes {shapes} ...) that are not in "
+                    "parameters() of this module, and the optimiser does not train these. Make model and guide methods of one "
+                    "torch.nn.Module, WAELoss()(net.model, net.guide), and attributes of it of what is pyro.param or a "
+                    "plain tensor.",
+                    UserWarning,
+                    stacklevel=4,
+                )

@@ -18,6 +18,9 @@ from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import JensenShannon
 
+# The trainings by torch leave pyro.param untrained, which is saved all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:The loss depends on")
+
 STEPS = 16
 
 

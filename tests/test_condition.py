@@ -673,7 +673,7 @@ def test_a_part_of_an_image_is_a_condition():
         ({}, torch.tensor(1.0), r"'y' has shape \(\)"),
         ({}, torch.ones(N, 3, dtype=torch.int64), r"rows of shape \(3,\) and torch.int64.*y\.float\(\)"),
         ({}, torch.ones(N), r"give.*no length.*MMD\(condition_kernel="),
-        ({}, torch.full((N,), math.nan), r"give.*no length"),
+        ({}, torch.full((N,), math.nan), "The condition 'y' holds NaN"),
         ({"penalty": SlicedWasserstein()}, torch.ones(N), r"'y' has a total variance of 0"),
         ({"penalty": SlicedWasserstein()}, torch.arange(N), r"SlicedWasserstein.*labels \(torch.int64\).*one_hot"),
         ({"penalty": MMD() + JensenShannon()}, torch.arange(N) % 3, r"(?s)JensenShannon.*one_hot"),
@@ -685,6 +685,12 @@ def test_a_part_of_an_image_is_a_condition():
 def test_what_cannot_be_a_condition_is_named(options, y, message):
     with pytest.raises(ValueError, match=message):
         WAELoss(**{"condition": "y", **options}).loss(model, guide, rows(N, D), y)
+
+
+@pytest.mark.parametrize("y", [torch.eye(N).to_sparse(), torch.ones(N, device="meta")], ids=["sparse", "meta"])
+def test_an_argument_without_dense_values_is_named(y):
+    with pytest.raises(TypeError, match=r"condition='y' names an argument.*a tensor \(torch.*Give a tensor with a row"):
+        WAELoss(condition="y").loss(model, guide, rows(N, D), y)
 
 
 def test_an_argument_that_is_no_tensor_is_named():

@@ -58,7 +58,7 @@ class OnDisk(Dataset):
 
     def __getitem__(self, index):
         rows = np.memmap(self.path, dtype=np.float32, mode="r", shape=(self.size, X))
-        return torch.from_numpy(rows[index].copy())
+        return torch.from_numpy(rows[index].copy()).to(torch.get_default_dtype())
 
 
 class Stream(IterableDataset):
@@ -77,7 +77,7 @@ def svi_of(net, loss):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_of_a_file_are_read_by_workers_and_learnt_from(tmp_path, workers):
     size = 500
-    torch.randn(size, X).numpy().tofile(tmp_path / "rows.bin")
+    torch.randn(size, X).float().numpy().tofile(tmp_path / "rows.bin")
     loader = DataLoader(OnDisk(tmp_path / "rows.bin", size), batch_size=50, shuffle=True, num_workers=workers)
     svi = svi_of(Net(size), WAELoss(MMD(), penalty_weight=1.0))
     losses = [[svi.step(x) for x in loader] for _ in range(3)]

@@ -400,6 +400,33 @@ def test_a_penalty_dict_with_wrong_sites(validation, penalty, parts):
         step(penalty=penalty)
 
 
+def test_a_penalty_of_labels_is_taken_in_a_first_batch_that_has_them():
+    """The site is latent only in batches without labels; a penalty of data that are always observed is said once."""
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            y = pyro.sample("y", dist.Normal(x.new_zeros(2), 1).to_event(1), obs=y)
+            pyro.sample("x", dist.Normal(z + y, 1).to_event(1), obs=x)
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            if y is None:
+                pyro.sample("y", dist.Delta(x).to_event(1))
+            pyro.sample("z", dist.Delta(x).to_event(1))
+
+    x = x_of()
+    loss = WAELoss({"z": MMD(), "y": MMD()}, penalty_weight=1.0)
+    with pytest.warns(UserWarning, match="penalty names 'y', which is observed in this batch"):
+        loss.loss(model, guide, x, x)
+    assert set(loss.terms.penalties) == {"z"}
+    for _ in range(2):
+        loss.loss(model, guide, x)
+        assert set(loss.terms.penalties) == {"z", "y"}
+        loss.loss(model, guide, x, x)
+        assert set(loss.terms.penalties) == {"z"}
+
+
 @pytest.mark.parametrize(
     ("cost", "parts"),
     [

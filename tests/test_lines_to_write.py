@@ -13,6 +13,7 @@ import pytest
 import torch
 from programs import PROGRAMS, N, all_data, around, data, delta, encoded, normal, pair, run
 from pyro import poutine
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -105,6 +106,39 @@ def condition_and_data(x, index, seen):
     with all_data(x, index):
         z = pyro.sample("z", around(pyro.sample("y", normal(x), obs=x)))
         pyro.sample("x", around(z), obs=x)
+
+
+def nan_codes(clean):
+    """A masked datum that the guide makes a code of."""
+
+    def model(x, index, seen):
+        with all_data(x, index), poutine.mask(mask=seen):
+            pyro.sample("x", around(pyro.sample("z", normal(x))), obs=x)
+
+    def guide(x, index, seen):
+        with all_data(x, index):
+            pyro.sample("z", delta(encoded(clean(x.where(seen[:, None], torch.nan)))))
+
+    return model, guide
+
+
+class Weighted(PyroModule):
+    """A decoder whose submodule has a weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = PyroModule()
+        self.weight.w = weight
+
+    def forward(self, x, index, seen):
+        w = self.weight.w
+        with all_data(x, index):
+            pyro.sample("x", around(pyro.sample("z", normal(x)) * w), obs=x)
+
+
+def guide_of_weight(x, index, seen):
+    pyro.sample("weight.w", delta(torch.ones(3)))
+    pair()[1](x, index, seen)
 
 
 def with_y(change):
@@ -231,6 +265,10 @@ CASES = {
         of_table("global latent"),
         go(with_(lambda x, z, seen: 0 * pyro.param("w", torch.ones(3)))),
     ),
+    "self.weight.w = nn.Parameter(...), and leave it out of the guide": (
+        go((Weighted(PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))), guide_of_weight)),
+        go((Weighted(nn.Parameter(torch.ones(3))), pair()[1])),
+    ),
     "in model and guide: with pyro.plate('data', 8): pyro.sample('z', ...)": (
         go(plates(model=None, guide=None)),
         go(plates()),
@@ -238,6 +276,10 @@ CASES = {
     "mask that is computed from the data": (
         go(masked_by(lambda first, x: first > 0)),
         go(masked_by(lambda first, x: x[:, 0] > 0)),
+    ),
+    "Write into the guide: x = x.nan_to_num()": (
+        lambda: unvalidated(go(nan_codes(lambda x: x))),
+        go(nan_codes(torch.nan_to_num)),
     ),
     "z = pyro.sample('z', ...)": (of_table("nothing shared"), go()),
     "pyro.sample('x', ..., obs=x); ": (of_table("nothing observed"), go()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import ot
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,6 +99,7 @@ def test_matched_quantiles_are_the_steps_of_both_quantile_functions(n, m, shift)
 @quick
 @given(n=st.integers(2, 12), m=st.integers(2, 12), p=st.floats(1, 3), seed=st.integers(0, 1000))
 def test_transport_on_a_line_is_that_of_pot(n, m, p, seed):
+    ot = pytest.importorskip("ot")
     random = np.random.default_rng(seed)
     codes, prior = random.normal(size=(n, 1)) * 2 + 1, random.normal(size=(m, 1))
     value = transport_along(torch.ones(1, 1).double(), torch.tensor(codes)[None], torch.tensor(prior), p)

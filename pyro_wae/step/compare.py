@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -59,22 +60,36 @@ def compared(option: PenaltyOption, step: Step) -> Step:
     return step.part([site for key, own in option.items() if own is not None for site in _sites(key, step.columns)])
 
 
-def prepare(option: PenaltyOption, step: Step, seen: Collection[str] = ()) -> None:
+def prepare(option: PenaltyOption, step: Step, seen: set[str]) -> None:
     """Lets penalties make what depends on the size of a code.
 
     Args:
         option: The penalties.
         step: The step.
-        seen: Sites that were latent in an earlier step. They may be observed in this one, as the labels of
-            semi-supervised data.
+        seen: Sites of earlier steps, to which those of this one are added. What was latent may be observed now, as the
+            labels of semi-supervised data.
 
     Raises:
-        ValueError: If a dict names a site that is no latent, or misses one.
+        ValueError: If a dict names a site that is neither latent nor observed, or misses a latent one.
+
+    Warns:
+        UserWarning: If a dict names a site that is observed and has not been latent yet.
     """
     if isinstance(option, dict):
         names = {name: None for key in option for name in _sites(key, step.columns)}
-        names = {name: None for name in names if not (name in seen and name in step.first.observed)}
-        check_names("penalty", names, list(step.columns), "latent", "MMD()")
+        is_complete = all(name in names for name in step.columns)
+        given = [name for name in names if name in step.first.observed and (is_complete or name in seen)]
+        check_names("penalty", [name for name in names if name not in given], list(step.columns), "latent", "MMD()")
+        for name in given:
+            if name not in seen:
+                warnings.warn(
+                    f"penalty names '{name}', which is observed in this batch: it has codes in a batch where it is "
+                    "latent, as labels that are missing. If it is data in all of them, leave it out of penalty.",
+                    UserWarning,
+                    stacklevel=5,
+                )
+        seen.update(given)
+    seen.update(step.columns)
     for _, _, own, penalty in _parts(option, step):
         penalty.prepare_sites(beside(own.codes, own.condition), own.columns)
 

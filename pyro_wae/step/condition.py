@@ -145,10 +145,12 @@ def _reads_columns(part: nn.Module) -> bool:
 
 
 def _rows_of(name: str, value: Any, run: Run) -> Tensor:
-    if not isinstance(value, Tensor):
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor or value.layout is not torch.strided or value.is_meta:
+        found = f"a tensor ({value.layout}, {value.device})" if is_tensor else type(value).__name__
         raise TypeError(
-            f"condition='{name}' names an argument of the model, and it is {type(value).__name__} in this "
-            "call. Give a tensor with a row for each datum."
+            f"condition='{name}' names an argument of the model, and it is {found} in this call. Give a tensor with a "
+            "row for each datum."
         )
     count = len(value) if value.ndim else 0
     if count == run.data:

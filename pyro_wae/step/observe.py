@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -170,7 +170,7 @@ class Observer:
         return left
 
 
-def check_names(argument: str, options: Mapping[str, object], sites: list[str], kind: str, example: str) -> None:
+def check_names(argument: str, options: Iterable[str], sites: list[str], kind: str, example: str) -> None:
     """Raises ValueError unless the options name just the sites there are."""
     unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
     if unknown:

@@ -146,10 +146,13 @@ def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *,
         )
     if kind == "Latent" and (math.prod(batch) == 1 or has_own_plate):
         values = "one value" if math.prod(batch) == 1 else f"one set of values, of batch shape {batch},"
+        # A name with a dot is that of a module's attribute, to which no line of the model assigns a pyro.param.
+        line = f"self.{name} = nn.Parameter(...)" if "." in name else f"{name} = pyro.param('{name}', ...)"
+        place = "of the module, in place of PyroSample" if "." in name else "in the model"
         return (
             f"Latent site '{name}' is global ({where}): it has {values} for all data, and a WAE compares the codes "
-            f"of data. Make it a parameter in the model, {name} = pyro.param('{name}', ...), and leave it out of the "
-            "guide." + (f" {_PAIRS}" if has_own_plate else "")
+            f"of data. Make it a parameter {place}, {line}, and leave it out of the guide."
+            + (f" {_PAIRS}" if has_own_plate else "")
         )
     plate = f"'{data_plate}', {size}" if data_plate else f"'data', {batch[-1] if batch else 'n'}"
     return (
