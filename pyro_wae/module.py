@@ -144,9 +144,9 @@ class WAEModule(ELBOModule):
                 shapes = ", ".join(str(tuple(value.shape)) for value in still[:4])
                 warnings.warn(
                     f"The loss depends on {len(still)} parameters (of shapes {shapes} ...) that are not in "
-                    "parameters() of this module, and the optimiser does not train these. Make model and guide methods of "
-                    "one torch.nn.Module, WAELoss()(net.model, net.guide), and attributes of it of what is pyro.param or "
-                    "a plain tensor.",
+                    "parameters() of this module, and the optimiser does not train these. Make model and guide methods "
+                    "of one torch.nn.Module, WAELoss()(net.model, net.guide), and attributes of it of what is "
+                    "pyro.param or a plain tensor.",
                     UserWarning,
                     stacklevel=4,
                 )
