@@ -125,7 +125,7 @@ ARGUMENTS = {
     "PenaltyContext": {
         "data_size": whole(100, 1),
         "shared_data": FLAG,
-        **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "kept"), ([f], [*NEVER, 3])),
+        **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "encoder_kl", "kept"), ([f], [*NEVER, 3])),
         "sites": ([{"z": slice(0, 2)}], ["no", 3, [slice(0, 2)], f]),
         **dict.fromkeys(("condition", "condition_scale"), ([torch.ones(3, 1)], ["no", 3, np.ones(2), f])),
     },

@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_wae import checkpoint, diagnostics, optim, plotting, priors
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
-from pyro_wae.diagnostics import classifier_test, report, two_sample_test
+from pyro_wae.diagnostics import classifier_test, precision_recall, report, sample_quality, two_sample_test
 from pyro_wae.optim import SGD, Adam, AdamW, SharedOptim
 from pyro_wae.plotting import codes_and_prior, image_grid, loss_curves, quantiles, reconstructions
 from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
@@ -92,6 +92,22 @@ CALLS = {
         cost=[3, "squared"],
         seed=NO_SEED,
         batches=[3],
+    ),
+    "sample_quality": test_of(
+        lambda **bad: sample_quality(pair, **{"x": ROWS, "metric": precision_recall, **bad}),
+        x=[None, "codes", 3, ROWS[:0], ROWS[0, 0]],
+        metric=[None, 3, "FID", torch.nn.Linear],
+        site=[3, ["x"]],
+        transform=[3, "flatten"],
+        batch_size=NO_COUNT,
+        random=NO_FLAG,
+        seed=NO_SEED,
+    ),
+    "precision_recall": test_of(
+        lambda **bad: precision_recall(**{"data": ROWS, "samples": ROWS, **bad}),
+        data=NO_ROWS,
+        samples=[*NO_ROWS, ROWS[:, :2]],
+        neighbours=[*NO_COUNT, 20],
     ),
     "image_grid": test_of(
         lambda **bad: image_grid(**{"images": IMAGES, **bad}),

@@ -19,7 +19,7 @@ from torch import nn
 from pyro_wae import WAELoss
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, LogVarianceL1
+from pyro_wae.penalties import MMD, LogVarianceL1, PosteriorKL
 from pyro_wae.predict import decode, reconstruct, sample
 
 PACKAGE = Path(__file__).parents[1] / "pyro_wae"
@@ -228,6 +228,10 @@ def bounded(line):
     return go(pair(output=lambda z: dist.Cauchy(z, 1).to_event(1)), cost=line)
 
 
+def masked_normal(loc):
+    return dist.Normal(loc, 1.0).mask(X[:, :1] > 0).to_event(1)
+
+
 GUARD = {"penalty": MMD(Gaussian(1.0)) + LogVarianceL1()}
 GAUSSIAN_GUIDE = pair(code=lambda loc: dist.Normal(loc, 1.0).to_event(1))
 # The message, by what it shows: a program that it is for, and the same with the line that it says to write.
@@ -343,6 +347,14 @@ CASES = {
     "needs. Write dist.Normal(loc, scale) in the guide": (
         go(pair(code=no_variance), **GUARD),
         go(GAUSSIAN_GUIDE, **GUARD),
+    ),
+    "PosteriorKL out, or write dist.Normal(loc, scale) in the guide": (
+        go(penalty=PosteriorKL()),
+        go(GAUSSIAN_GUIDE, penalty=PosteriorKL()),
+    ),
+    "Write .mask(mask) in both": (
+        go(pair(code=masked_normal), penalty=PosteriorKL()),
+        go(pair(prior=lambda x: masked_normal(torch.zeros_like(encoded(x))), code=masked_normal), penalty=PosteriorKL()),
     ),
     "encoder = torch.compile(encoder)": (lambda: WAELoss(jit_options={}), lambda: torch.compile(nn.Linear(2, 2))),
     "Write max_plate_nesting": (lambda: WAELoss(max_iarange_nesting=1), lambda: WAELoss(max_plate_nesting=1)),

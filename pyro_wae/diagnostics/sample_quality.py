@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae._core.splitting import part_of, tensors_of
-from pyro_wae.diagnostics.hypothesis_test import as_rows
+from pyro_wae.diagnostics.hypothesis_test import as_rows, new_generator
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
 from pyro_wae.step.program import Program
 
@@ -81,6 +81,12 @@ def sample_quality(
     what = "a metric with update(x, real=...) and compute(), or a function f(data, samples)"
     if not is_metric:
         checks.function("metric", metric, what, write="metric=precision_recall")
+    if transform is not None:
+        checks.function("transform", transform, "a function of data, or None", write="transform=None")
+    if site is not None:
+        checks.text("site", site, "the name of an observed site", write="site='x'")
+    random = checks.flag("random", random)
+    _, own_seed = new_generator(seed)
     args = x if isinstance(x, tuple) else (x,)
     first = next((tensor for value in args for tensor in tensors_of(value)), None)
     if first is None or not len(first):
@@ -90,8 +96,7 @@ def sample_quality(
     if is_metric:
         metric.reset()
     found = []
-    seed = checks.whole("seed", seed, least=0, write="seed=0")
-    with torch.no_grad(), isolated_seed(seed, first.device):
+    with torch.no_grad(), isolated_seed(own_seed, first.device):
         for start in range(0, len(first), size):
             rows = slice(start, start + size)
             pair = _pair(model, [part_of(value, rows, len(first)) for value in args], site, random)
