@@ -61,7 +61,7 @@ class ColourWAE(nn.Module):
             down(3, w), down(w, 2 * w), down(2 * w, 4 * w), nn.Flatten(), *deep_head(features, LATENT_DIM)
         )
         self.decoder = nn.Sequential(
-            *deep_head(LATENT_DIM, features), nn.Unflatten(1, (4 * w, 4, 4)),
+            *deep_head(LATENT_DIM, features), nn.Unflatten(1, (4 * w, 4, 4)), nn.BatchNorm2d(4 * w), nn.ReLU(),
             up(4 * w, 2 * w), up(2 * w, w),
             nn.ConvTranspose2d(w, 3, 4, stride=2, padding=1), nn.Sigmoid(),
         )  # fmt: skip
