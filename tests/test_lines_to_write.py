@@ -21,6 +21,7 @@ from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikeli
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, LogVarianceL1, PosteriorKL
 from pyro_wae.predict import decode, reconstruct, sample
+from pyro_wae.priors import MixturePrior
 
 PACKAGE = Path(__file__).parents[1] / "pyro_wae"
 FILES = [path for room in ("step/*", "predict/*", "loss", "costs") for path in sorted(PACKAGE.glob(f"{room}.py"))]
@@ -354,7 +355,9 @@ CASES = {
     ),
     "Write .mask(mask) in both": (
         go(pair(code=masked_normal), penalty=PosteriorKL()),
-        go(pair(prior=lambda x: masked_normal(torch.zeros_like(encoded(x))), code=masked_normal), penalty=PosteriorKL()),
+        go(
+            pair(prior=lambda x: masked_normal(torch.zeros_like(encoded(x))), code=masked_normal), penalty=PosteriorKL()
+        ),
     ),
     "encoder = torch.compile(encoder)": (lambda: WAELoss(jit_options={}), lambda: torch.compile(nn.Linear(2, 2))),
     "Write max_plate_nesting": (lambda: WAELoss(max_iarange_nesting=1), lambda: WAELoss(max_plate_nesting=1)),
@@ -384,6 +387,10 @@ CASES = {
     "codes={'z': ...}": (
         lambda: decode(pair()[0], {"w": X}, X, INDEX, SEEN),
         lambda: decode(pair()[0], {"z": X}, X, INDEX, SEEN),
+    ),
+    "prior=priors.fit(model, guide, x, prior=MixturePrior(100, 3))": (
+        lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 2)),
+        lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 3)),
     ),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),
