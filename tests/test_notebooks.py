@@ -91,8 +91,6 @@ def test_notebook_is_small(path):
 @every_notebook
 def test_notebook_is_self_contained_with_lines_that_fit_a_page(path):
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    if any("from common import" in source for source in code):
-        pytest.skip("still takes its helpers from tutorials/common.py")
     lines = "\n".join(code).splitlines()
     assert max(map(len, lines)) <= 88
     modules = {path.stem for path in TUTORIALS.glob("*.py")}

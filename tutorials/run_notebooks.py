@@ -105,7 +105,6 @@ def execute(notebook: Any, *, smoke: bool = False, timeout: float | None = None)
         shorten(notebook)
     environment = {
         **os.environ,
-        "PYRO_WAE_SMOKE": "1" if smoke else "0",
         # tqdm, which Pyro imports, warns where its bars would be plain text.
         "PYTHONWARNINGS": "ignore:IProgress not found",
     }
