@@ -101,7 +101,7 @@ CALLS = {
         {"distribution": ([GAUSSIAN], [*NO_FUNCTION, None, dist.Normal, dist.Cauchy(0.0, 1.0)])},
     ),
     **{
-        f"{cost!r} of data": (
+        f"{type(cost).__name__} of data": (
             lambda cost=cost, **given: cost(**{"distribution": GAUSSIAN, "value": X} | given),
             {
                 "distribution": ([GAUSSIAN], [*NO_FUNCTION, None, dist.Normal]),
