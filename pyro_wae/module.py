@@ -121,14 +121,15 @@ class WAEModule(ELBOModule):
         return predict.interpolate(self.model, self.guide, x_a, x_b, steps, data_plate=self.elbo.data_plate, **kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args or kwargs:
+        if args or kwargs.keys() - {"random", "return_sites"}:  # options of predict, which go with the last call's
             return args, kwargs
         if self._last_call is None:
             raise ValueError(
                 f"The model's arguments are not known: this module has not been called. Write {line}, with the data "
                 "that the model is called with, or call the module on a batch first."
             )
-        return self._last_call
+        args, named = self._last_call
+        return args, {**named, **kwargs}
 
     def _check_parameters(self, loss: Tensor, arguments: Any) -> None:
         if self._unheld is None:
@@ -138,7 +139,9 @@ class WAEModule(ELBOModule):
             self._unheld = [(value, value._version) for value in leaves(loss) if id(value) not in known]
             self._start = sum(value._version for value in self.parameters())
         elif self._unheld and sum(value._version for value in self.parameters()) > self._start:
-            still = [value for value, version in self._unheld if value._version == version]
+            # What a step makes for itself, as the codes of all ranks, is another tensor in the next one.
+            found = leaves(loss)
+            still = [value for value, version in self._unheld if value._version == version and value in found]
             self._unheld = []
             if still:
                 shapes = ", ".join(str(tuple(value.shape)) for value in still[:4])

@@ -53,6 +53,7 @@ def f(x, g):
     return (x - g).square().flatten(1).sum(1)
 
 
+PRIOR = dist.Normal(torch.zeros(3), 1).to_event(1)
 GAUSSIAN = dist.Normal(torch.zeros(6, 3), 1).to_event(1)
 
 # For each call its arguments, each with values that are taken and values that are not.
@@ -156,6 +157,10 @@ CALLS = {
         {
             "model": ([model], [*NO_FUNCTION, None]),
             "num_samples": ([None, 3, np.int64(20)], [value for value in NO_COUNT if value is not None]),
+            "prior": (
+                [None, dist.Normal(torch.zeros(3), 1).to_event(1)],
+                [*NO_FUNCTION, dist.Normal(torch.zeros(2), 1)],
+            ),
             "return_sites": ([None, ("x",), ("z", "x")], NO_NAMES),
             "random": ([True, np.bool_(False)], NO_FLAG),
             "data_plate": ([None, "data"], NO_NAME),

@@ -435,7 +435,9 @@ def test_a_function_gets_all_prior_draws_where_they_do_not_divide():
     ],
 )
 def test_a_function_that_gives_no_scalar_is_refused(function, found):
-    with pytest.raises(ValueError, match=rf"must return a scalar tensor, found {found}\. Reduce it over the codes"):
+    with pytest.raises(
+        ValueError, match=rf"must return a scalar tensor of floats, found {found}\. Reduce it over the codes"
+    ):
         as_penalty(function)(rows(5, 3), rows(5, 3))
 
 
