@@ -51,9 +51,10 @@ def ways():
 @pytest.mark.parametrize(
     "name",
     [
-        "finite_samples",
-        "gradient_variance",
-        *(pytest.param(name, marks=SLOW) for name in ("kernel_penalty", "peers", "step")),
+        *(
+            pytest.param(name, marks=SLOW)
+            for name in ("finite_samples", "gradient_variance", "kernel_penalty", "peers", "step")
+        ),
         *(pytest.param(name, marks=SLOW) for name in ("two_sample_power", "large_batches", "scale")),
     ],
 )
@@ -171,6 +172,7 @@ def test_closed_form_has_no_noise_given_the_codes_and_more_draws_have_less(smoke
         assert 2.5 < one / four < 6.5, (kernel, d)
 
 
+@pytest.mark.slow
 def test_steps_are_measured_beside_the_hand_written_one(smoke):
     report, _, printed, _ = smoke("step")
     rows = {row["contender"]: row for row in report["results"]}
@@ -181,6 +183,7 @@ def test_steps_are_measured_beside_the_hand_written_one(smoke):
     assert 0 < report["import_seconds"] < 60
 
 
+@pytest.mark.slow
 def test_kernel_penalties_are_measured_at_all_sizes(smoke):
     report = smoke("kernel_penalty")[0]
     skipped = {row["way"] for row in report["skipped"]}
@@ -256,6 +259,7 @@ def test_what_would_take_too_much_or_is_not_there_is_skipped_and_named(ways, mon
     assert "pythae" in row["skipped"]
 
 
+@pytest.mark.slow
 def test_a_way_is_measured_in_a_process_of_its_own(ways):
     rows = list(ways.in_a_process("MMD()", "cpu", ways.BENCH.parse(["--smoke"])))
     assert [(row["n"], row["d"]) for row in rows] == [(100, 4), (300, 4)]

@@ -20,6 +20,9 @@ import pyro_wae
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
 from pyro_wae.checkpoint.former import agreed_in_format_1
 
+# The trainings by torch leave pyro.param untrained, which is saved all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:The loss depends on")
+
 DATA = Path(__file__).with_name("data")
 
 

@@ -742,6 +742,7 @@ def test_plain_tensors_of_other_shapes_are_named():
 # The tutorial
 
 
+@pytest.mark.slow
 def test_the_tutorial_prints_a_share_for_each_label_and_draws_both_grids(tmp_path):
     pytest.importorskip("matplotlib")
     script = Path(__file__).parents[1] / "tutorials" / "conditional.py"

@@ -336,6 +336,7 @@ def train(context, steps=200):
     return torch.tensor(losses)
 
 
+@pytest.mark.slow
 def test_a_training_in_bfloat16_ends_where_one_in_float32_ends():
     """One seed, so the same data and prior draws in each step; the last 20 losses differ by less than their noise."""
     plain, mixed = train(contextlib.nullcontext), train(bf16)

@@ -53,6 +53,7 @@ def test_a_mixture_comes_as_near_to_the_codes_as_their_own_law(full):
         assert (law.log_prob(fresh) - fitted().log_prob(fresh)).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_a_flow_of_pyro_is_fitted_through_its_transforms():
     # A Normal as good as any has the entropy of the codes' covariance; a flow bends into the ring they lie on.
     angle = 2 * math.pi * torch.rand(3000)

@@ -522,6 +522,7 @@ def test_the_prior_of_a_deep_markov_model_learns_through_its_draws():
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs():
     command = [sys.executable, str(TUTORIAL), "--smoke", "--compare"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
