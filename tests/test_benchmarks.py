@@ -48,6 +48,7 @@ def ways():
 # The harness
 
 
+@SLOW
 @pytest.mark.parametrize(
     "name",
     [
