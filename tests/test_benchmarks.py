@@ -52,11 +52,8 @@ def ways():
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            pytest.param(name, marks=SLOW)
-            for name in ("finite_samples", "gradient_variance", "kernel_penalty", "peers", "step")
-        ),
-        *(pytest.param(name, marks=SLOW) for name in ("two_sample_power", "large_batches", "scale")),
+        *("finite_samples", "gradient_variance", "kernel_penalty", "large_batches"),
+        *("peers", "scale", "step", "two_sample_power"),
     ],
 )
 def test_benchmark_prints_its_page_and_writes_it_with_its_command(smoke, name):
