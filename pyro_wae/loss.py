@@ -306,7 +306,8 @@ class WAELoss(CallRepr, ELBO):
         if type(self.penalty_weight).observe is Weight.observe:
             return  # a constant looks at nothing
         codes, draws = compared(self.penalty, step).rows()
-        cost = step.terms().cost / step.common_scale()  # of the balance, as when the loss was added up
+        assert self.terms is not None  # they are of this step
+        cost = self.terms.cost / step.common_scale()  # of the balance, as when the loss was added up
         self.penalty_weight.observe(cost, codes.detach(), None if draws is None else draws.detach())
 
     def _default_weight(self) -> Weight:

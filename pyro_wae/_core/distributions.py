@@ -31,8 +31,9 @@ def layers(distribution: Any) -> Iterator[Any]:
 
 def innermost(distribution: Any) -> Any:
     """What lies inside all wrappers."""
-    *_, inner = layers(distribution)
-    return inner
+    while isinstance(distribution, WRAPPERS):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def family(distribution: Any) -> str:
