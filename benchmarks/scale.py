@@ -124,7 +124,7 @@ def page(report: Report) -> str:
         ])  # fmt: skip
     paper = [
         [
-            ranks, f"{c / (b * ranks**2):,.0f}", f"{c / (b * ranks):,.0f}",
+            ranks, *(f"{c / pairs:,.0f}" if pairs else "-" for pairs in (b * ranks**2, b * ranks)),
             f"{bytes_received(ranks, 1024, d) / 2**20:.1f}",
         ]
         for ranks in PAPER_RANKS

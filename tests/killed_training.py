@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD, JensenShannon
 from pyro_wae.weights import Constraint
+
+# The training by torch leaves pyro.param untrained, which is saved all the same.
+warnings.filterwarnings("ignore", message="The loss depends on")
 
 STEPS = 60
 BEFORE_FIRST_STEP = 255
