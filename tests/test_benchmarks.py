@@ -158,6 +158,7 @@ def test_goals_stand_beside_what_was_measured(tmp_path, capsys):
 # The numbers of some benchmarks
 
 
+@pytest.mark.slow
 def test_closed_form_has_no_noise_given_the_codes_and_more_draws_have_less(smoke):
     # The gradient by a fixed code is a mean over the prior draws. Ten repeats (seed 0) give the variance of one
     # within about 15 percent, because its hundreds of numbers are not independent.

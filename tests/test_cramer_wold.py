@@ -177,6 +177,7 @@ def test_particles_of_one_datum_do_not_meet(context):
 
 
 @pytest.mark.parametrize("context", [PenaltyContext(), normal(2)])
+@pytest.mark.slow
 def test_null_has_mean_0_with_particles_too_and_pooling_them_or_the_biased_one_has_not(context):
     # Null: the mean over 200 batches of 10 data of 5 particles is 0; size 1/2000, seed 0.
     apart, pooled, biased = [], [], []

@@ -99,6 +99,7 @@ def test_page_opened_without_a_network_shows_no_tex(pages, name):
 
 @needs_mathjax
 @needs_chromium
+@pytest.mark.slow
 def test_without_its_script_the_page_shows_tex(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

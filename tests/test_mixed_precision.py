@@ -287,6 +287,7 @@ def test_a_condition_of_half_precision_is_compared_as_the_same_numbers_in_float3
 
 
 @pytest.mark.parametrize("penalty", [MMD(Gaussian(bandwidth=1.5)), SlicedWasserstein(20)], ids=["MMD", "sliced"])
+@pytest.mark.slow
 def test_over_200_steps_the_loss_in_bfloat16_is_within_its_rounding_of_that_in_float32(penalty):
     """At every step of a training in bfloat16: |loss - float32's| <= u |loss|, what rounding the loss alone would do.
 

@@ -40,6 +40,7 @@ def data_of(codes):
 
 
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.slow
 def test_a_mixture_comes_as_near_to_the_codes_as_their_own_law(full):
     # 4000 fresh codes: the mean difference of two log densities this near has a standard error below 0.01, and 2000
     # codes for some twenty parameters cost 20 / (2 * 2000) = 0.005.

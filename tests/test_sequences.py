@@ -315,6 +315,7 @@ def test_what_stands_behind_the_mask_does_not_matter():
 
 
 @pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.slow
 def test_null_of_ragged_chains_has_mean_0(particles):
     """Null: codes drawn from the prior, 7 ragged sequences, 200 estimates; 4 standard errors, seed 0."""
     steps = Steps(MASK)
