@@ -52,7 +52,7 @@ test-oldest:
 	tools/oldest.sh
 
 test-slow: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m slow $(ARGS)
 
 # The tables and pictures of docs/speed.md, docs/large_batches.md and docs/scale.md, with rows for CUDA where it is there;
 # on a machine that has nothing else to do. ARGS=--smoke runs in seconds and leaves them alone.
