@@ -74,7 +74,7 @@ ROW |= {"weight": "weight"}
 
 
 def kernel_table() -> Iterator[Setting]:
-    """Every kernel at three weights, so that kernels are compared at equal cost."""
+    """Every kernel at three weights: kernels are compared at equal cost."""
     cells = [("bundled", 8, 100), *((data, d, 128) for data in ("bars", "digits8x8", "biopsies") for d in (2, 8, 32))]
     cells += [("bars", 64, 128), ("bars", 8, 64), ("bars", 8, 1024)]
     for data, d, batch in cells:

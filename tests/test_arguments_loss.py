@@ -237,7 +237,7 @@ def test_data_that_are_none_are_an_error_of_the_program_with_a_note(route):
     for place, value in enumerate(NO_DATA):
         is_nan = value is NO_DATA[-1]
         if (is_nan and route not in TRAINED) or (place < 2 and route in ("encode", "reconstruct")):
-            ROUTES[route](value)  # what the nets make of it is what was asked for
+            ROUTES[route](value)  # the output of the nets, whatever it is
             continue
         found = message(lambda value=value: ROUTES[route](value))
         named = ["latent site 'z' hold"] if is_nan else ["Argument 1 of model and guide is ", "none is a tensor with"]

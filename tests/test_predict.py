@@ -164,6 +164,15 @@ def test_sampling_draws_codes_from_the_prior():
     assert len(outputs.unique(dim=0)) == 5001
 
 
+def test_an_option_of_a_bound_module_goes_with_the_arguments_of_its_last_call():
+    wae = WAELoss()(model, guide)
+    wae.reconstruct(torch.zeros(4, 2))
+    outputs = wae.sample(5000, random=True)["x"]
+    # The variance is that of 3 z + 1 and of the noise, 9 + 100^2: within five standard errors.
+    expected = math.sqrt(9 + 100**2)
+    assert abs(outputs.std() - expected) < 5 * expected / math.sqrt(2 * outputs.numel())
+
+
 def test_one_run_gives_as_many_samples_as_data():
     assert sample(hierarchy, torch.zeros(7, 3))["x"].shape == (7, 3)
 

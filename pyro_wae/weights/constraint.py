@@ -324,7 +324,7 @@ class RandomFeatures:
 
     @property
     def height(self) -> float:
-        """By which cosines and sines are multiplied, so that phi(x) . phi(x) is 1."""
+        """The factor of cosines and sines that makes phi(x) . phi(x) 1."""
         return len(self.widths) ** -0.5
 
     def waves(self, x: Tensor) -> tuple[Tensor, Tensor]:
