@@ -624,6 +624,14 @@ def test_a_factor_trains_what_it_depends_on_as_trace_elbo_does(sign_in):
     assert abs(slopes[1]) > 0.1
 
 
+def test_a_factor_of_the_guide_may_have_the_name_of_what_the_model_observes():
+    model, guide = program(guide_line=lambda: pyro.factor("x", F, has_rsample=True))
+    loss = WAELoss(Capture(), penalty_weight=0.0)
+    with pytest.warns(UserWarning, match="pyro.factor 'x_factor' is a term"):
+        loss.loss_and_grads(model, guide, X)
+    assert {name: cost.item() for name, cost in loss.terms.costs.items()} == pytest.approx({"x": D, "x_factor": 1.5})
+
+
 @pytest.mark.parametrize("where", ["in", "outside"])
 def test_a_factor_beside_masked_data_is_the_term_of_trace_elbo(where):
     """The sum over the data, and its slope in what only the factor reads, are those of -log p and of the factor."""

@@ -202,6 +202,8 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     once: dict[str, Tensor] = {}
     for node, sign in found.factors:
         name, fn = node["name"], node["fn"]
+        while name in found.observed:  # a guide's factor may have the name of what the model observes
+            name += "_factor"
         values = sign * fn.log_factor * (node["scale"] / subsample_scales(node, found.plate)[0])
         if node["mask"] is not None:
             values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
