@@ -79,8 +79,7 @@ class Hints:
             self._factor(observer, [*step.factors, *step.once])
         if observer.condition is None and "condition" not in self._given and step.prior_varies:
             self._given.add("condition")  # asked at the first step alone, which may wait for an accelerator
-            if depends_on_data(step.first):
-                name = next(iter(step.first.latents))
+            if (name := depends_on_data(step.first)) is not None:
                 warnings.warn(
                     f"The prior of latent site '{name}' differs between data, and WAELoss compares all codes with all "
                     "prior draws, whatever they are conditional on: samples need not belong to their inputs. Name what "

@@ -223,6 +223,58 @@ def by_data(x):
     return dist.Normal(x.expand(len(x), 2), 0.01).to_event(1)
 
 
+DROPOUT = nn.Dropout(0.5)
+AUTOREGRESSIVE = transforms.conditional_affine_autoregressive(2, context_dim=2)
+AUTOREGRESSIVE.requires_grad_(False)
+# The prior of a second latent, of the first and of the data; True where it differs between data with one first.
+SECOND = {
+    "of the data alone": (lambda u, x: dist.Normal(x, 1).to_event(1), True),
+    "of both": (lambda u, x: dist.Normal(u, x.exp()).to_event(1), True),
+    "a conditional flow": (
+        lambda u, x: dist.ConditionalTransformedDistribution(dist.Normal(u, 1).to_event(1), [AUTOREGRESSIVE]).condition(
+            x
+        ),
+        True,
+    ),
+    "of the first alone": (lambda u, x: dist.Normal(u.tanh(), 1).to_event(1), False),
+    "of neither": (lambda u, x: dist.Normal(x.new_zeros(2), 1).to_event(1), False),
+    "with a random net": (lambda u, x: dist.Normal(DROPOUT(x), 1).to_event(1), False),
+    "of codes that must differ": (
+        lambda u, x: dist.Normal(u @ torch.linalg.cholesky(torch.cov(u.mT)), 1).to_event(1),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SECOND)
+@pytest.mark.parametrize("is_root", [True, False])
+def test_a_prior_that_differs_between_data_is_said_once(kind, is_root):
+    """Of a latent at the root, and of one after another; what is not known, because it draws more, is not said."""
+    second, differs = SECOND[kind]
+    if is_root and kind not in ("of the data alone", "a conditional flow", "of neither"):
+        return
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            u = x.new_zeros(2) if is_root else pyro.sample("u", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            z = pyro.sample("z", second(u, x))
+            pyro.sample("x", dist.Normal(z + u, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in ["z"] if is_root else ["u", "z"]:
+                pyro.sample(name, dist.Delta(x).to_event(1))
+
+    loss, x = WAELoss(), torch.randn(8, 2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss.differentiable_loss(model, guide, x)
+    found = [str(warning.message) for warning in said if "differs between data" in str(warning.message)]
+    assert len(found) == differs, found
+    assert all("latent site 'z'" in text and "WAELoss(condition='y')" in text for text in found)
+
+
 @pytest.mark.parametrize("kind", ["root", "with particles", "after another site"])
 def test_codes_that_equal_a_prior_given_the_data_have_no_penalty_and_no_bias(kind):
     """The pairs of a datum's code with its own prior draw are no pairs of independent draws.

@@ -31,6 +31,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
+def same_generators(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether torch's generators have the same state in both, and so nothing was drawn between."""
+    first, second = ([own["torch"], *own["cuda"]] for own in (state, other))
+    return all(map(torch.equal, first, second))
+
+
 @contextmanager
 def restored_random_state() -> Iterator[None]:
     """Puts the states back at the end, whatever is drawn meanwhile."""

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import HANDLERS
 from pyro_wae._core.programs import called_with
-from pyro_wae._core.random_state import random_state, restored_random_state, set_random_state
+from pyro_wae._core.random_state import random_state, restored_random_state, same_generators, set_random_state
 from pyro_wae._core.splitting import part_of, tensors_of
 from pyro_wae.runners.base import Runner, check_guide, priors_differ
 from pyro_wae.step.observe import Observer
@@ -139,7 +138,7 @@ def _without_activations(observer: Observer, batch: _Batch) -> Step:
             return step
         with _as_then(before, handlers, device), batch_norm_at_rest(saves_alike=True):
             step = _run(observer, batch)
-            if not all(map(torch.equal, _generators(after[0]), _generators(random_state()))):
+            if not same_generators(after[0], random_state()):
                 raise ValueError(
                     "Model and guide drew other random numbers in the backward pass than before, and its gradient "
                     "would not be that of the loss: they made something at their first run. Run them once before, as "
@@ -166,7 +165,3 @@ def _as_then(state: dict[str, Any], handlers: list[Any], device: torch.device) -
                 yield
         finally:
             HANDLERS[:] = handlers_now
-
-
-def _generators(state: dict[str, Any]) -> list[Tensor]:
-    return [state["torch"], *state["cuda"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
+from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.step.program import ReplaySubsamples, Run, is_random, mask_of
 
@@ -133,18 +135,36 @@ def prior_varies(run: Run) -> bool:
     return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim)
 
 
-def depends_on_data(run: Run) -> bool:
-    """Whether the first random choice of the model is a latent whose distribution differs between the data.
+def depends_on_data(run: Run) -> str | None:
+    """The first latent site whose prior differs between data with the same values of the other sites, or None.
 
-    The values are looked at, which waits for an accelerator.
+    The values are looked at, which waits for an accelerator. It is not known, None, where the model has other random
+    choices, or cannot run with one code for all data.
     """
     first = next(name for name, node in run.model.nodes.items() if is_random(node))
-    if first not in run.latents:
-        return False
-    site = run.latents[first]
-    batch = len(site.distribution.batch_shape)
+    if first not in run.latents or run.data < 2:
+        return None
+    nodes = {first: run.model.nodes[first]}
+    if len(run.latents) > 1:
+        alike = {
+            name: site.value.detach().narrow(site.value_dim, 0, 1).expand_as(site.value)
+            for name, site in run.latents.items()
+        }
+        with restored_random_state(), torch.no_grad():
+            before = random_state()
+            try:
+                found = _rerun_to_last_latent(run, alike)
+            except (ValueError, RuntimeError):
+                found = {}
+            if same_generators(before, random_state()):
+                nodes |= found
+    return next((name for name, node in nodes.items() if _differs(run.latents[name], node["fn"])), None)
+
+
+def _differs(site: Site, distribution: Any) -> bool:
+    batch = len(distribution.batch_shape)
     place = batch + site.data_dim
-    return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim, look=True)
+    return place >= 0 and _varies(distribution, site.data, place, batch, site.event_dim, look=True)
 
 
 def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 8, *, look: bool = False) -> bool:
@@ -157,7 +177,7 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         batch: Number of its batch dimensions.
         event_dim: Number of dimensions of a tensor to the right of the batch's.
         depth: How deep to look.
-        look: Whether to look at the values of all tensors, and at no function.
+        look: Whether to look at the values of all tensors, and at no function but what a partial gives it.
     """
     if isinstance(value, Tensor):
         dim = value.ndim - (batch + event_dim) + place  # a tensor of fewer dimensions is broadcast from the right
@@ -172,6 +192,9 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         return isinstance(value, list | tuple | torch.distributions.Distribution | torch.distributions.Transform)
     if isinstance(value, list | tuple):
         return any(_varies(item, n, place, batch, event_dim, depth - 1, look=look) for item in value)
+    if look and isinstance(value, functools.partial):  # the net of a flow with its context
+        parts = [*value.args, *value.keywords.values()]
+        return any(_varies(part, n, place, batch, event_dim, depth - 1, look=look) for part in parts)
     if isinstance(value, ExpandedDistribution):
         # The dimensions that it adds on the left are not those of what it repeats.
         own = len(value.base_dist.batch_shape)
