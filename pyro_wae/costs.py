@@ -185,6 +185,9 @@ class NegativeLogLikelihood(Cost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
+        value = (
+            value if value.is_floating_point() else value.float()
+        )  # families such as Bernoulli take no whole numbers
         with torch.autocast(value.device.type, enabled=False):
             return -_widened(distribution).log_prob(at_least_float32(value))
 
@@ -353,8 +356,8 @@ def _widened(value: Any) -> Any:
 
 
 def _as_float(value: Tensor) -> Tensor:
-    """Truth values as numbers."""
-    return value.float() if value.dtype == torch.bool else value
+    """Truth values and bytes as numbers."""
+    return value.float() if value.dtype in (torch.bool, torch.uint8) else value
 
 
 def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:

@@ -444,6 +444,13 @@ def test_whole_numbers_are_data():
             assert torch.equal(masked, expected * torch.tensor([[0.0, 1.0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_truth_values_and_whole_numbers_have_the_likelihood_of_the_same_floats(dtype):
+    bits, fn = (X > 0).float(), dist.Bernoulli(logits=G).to_event(1)
+    assert torch.equal(NegativeLogLikelihood()(fn, bits.to(dtype)), -fn.log_prob(bits))
+    assert torch.equal(SquaredError()(fn, bits.to(dtype)), (bits - G.sigmoid()).square().sum(1))
+
+
 WRONG = {
     "scalar": (lambda x, g: (x - g).sum(), r"shape \(\)"),
     "not summed": (lambda x, g: x - g, r"shape \(2, 3\)"),
