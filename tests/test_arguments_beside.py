@@ -55,7 +55,7 @@ def encoded(x):
 CALLS = {
     "fit": test_of(
         lambda **bad: priors.fit(coded, encoded, ROWS, **{"prior": MixturePrior(2, 3), **bad}),
-        prior=[3, "mixture"],
+        prior=[3, "mixture", nn.Linear(2, 3)],
         steps=NO_COUNT,
         batch_size=NO_COUNT,
         learning_rate=[0.0, -1.0, "fast", math.nan],
@@ -92,6 +92,7 @@ CALLS = {
         cost=[3, "squared"],
         seed=NO_SEED,
         batches=[3],
+        shape=[3, "28x28", torch.tensor(28), ["28", "28"], {"x": 28}],
     ),
     "sample_quality": test_of(
         lambda **bad: sample_quality(pair, **{"x": ROWS, "metric": precision_recall, **bad}),

@@ -131,6 +131,13 @@ def test_net_learns_from_equal_numbers_too():
     assert classifier_test(torch.randn(100, 1) + 2, torch.randn(2000, 1)).accuracy > 0.73
 
 
+def test_another_default_device_changes_nothing():
+    rows = torch.randn(40, 2), torch.randn(40, 2)
+    expected = classifier_test(*rows, width=4, steps=2)
+    with torch.device("meta"):
+        assert classifier_test(*rows, width=4, steps=2) == expected
+
+
 def test_too_few_rows_are_named():
     rows = torch.zeros(20, 3)
     with pytest.raises(ValueError, match=r"leave 4 held-out rows.*Give 6 of each"):

@@ -51,12 +51,13 @@ def distribution_of(prior: Any, *, write: str) -> Any:
     Raises:
         TypeError: If it is neither.
     """
-    found = prior() if isinstance(prior, nn.Module) else prior
+    problem = f"prior must be a module whose call returns a distribution, or a distribution, found {prior!r}. "
+    try:
+        found = prior() if isinstance(prior, nn.Module) else prior
+    except TypeError as error:  # a module that takes an argument
+        raise TypeError(f"{problem}Write {write}.") from error
     if not hasattr(found, "sample"):
-        raise TypeError(
-            f"prior must be a module whose call returns a distribution, or a distribution, found {prior!r}. "
-            f"Write {write}."
-        )
+        raise TypeError(f"{problem}Write {write}.")
     if hasattr(found, "clear_cache"):
         found.clear_cache()  # of transforms, made with the parameters of the step before
     return found

@@ -124,9 +124,10 @@ def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Modu
     with torch.inference_mode(False), torch.enable_grad():
         rows = torch.cat([codes, draws])
         labels = torch.cat([rows.new_ones(len(codes)), rows.new_zeros(len(draws))])
-        layers = nn.Sequential(
-            nn.Linear(rows.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
-        )
+        with torch.device("cpu"):  # another default device might hold no values
+            layers = nn.Sequential(
+                nn.Linear(rows.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+            )
         net = nn.Sequential(_Standardize(rows), layers.to(rows), nn.Flatten(0))
         optimizer = torch.optim.Adam(layers.parameters(), lr=3e-3)
         for _ in range(steps):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_wae._core import checks
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import generator_output
 from pyro_wae.diagnostics.gathering import Gathered
@@ -99,6 +100,13 @@ def _paths(gathered: Gathered, count: int) -> dict[str, Tensor]:
         ways = [(1 - t) * rows[2 * i % count] + t * rows[(2 * i + 1) % count] for i in range(PATHS)]
         codes[name] = torch.cat(ways).movedim(0, site.value_dim)
     return codes
+
+
+def check_shape(shape: Any) -> None:
+    """Raises TypeError unless it is a shape, a dict of shapes, or None."""
+    for size in shape.values() if isinstance(shape, Mapping) else [shape] * (shape is not None):
+        is_shape = isinstance(size, Sequence) and not isinstance(size, str | bytes) and all(map(checks.is_number, size))
+        checks.accepted("shape", size, is_shape, "an image's shape, or a dict of them by site", write="shape=(28, 28)")
 
 
 def _by_site(shape: Shapes, names: list[str]) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_wae._core.checks import number, text, whole
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
-from pyro_wae.diagnostics.example_images import Pictures, collect_pictures
+from pyro_wae.diagnostics.example_images import Pictures, check_shape, collect_pictures
 from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary, gather
 from pyro_wae.diagnostics.hypothesis_test import new_generator
 from pyro_wae.diagnostics.report_figure import draw_report
@@ -153,6 +153,7 @@ def report(
     if data_plate is not None:
         data_plate = text("data_plate", data_plate, "the name of a plate", write="data_plate='data'")
     level = number("level", level, above=0, below=1, write="level=0.05")
+    check_shape(shape)
     if batches is not None and args:
         raise TypeError("Data are given twice. Write report(model, guide, x) or report(model, guide, batches=loader).")
     items = [args] if batches is None else batches

@@ -124,8 +124,11 @@ class MultiScale(OneKernel):
         self.kernel = checks.instance(
             "MultiScale's kernel", kernel, RadialKernel, "a kernel that has a length", write=write
         )
-        factors = checks.instance(
-            "MultiScale's factors", factors, Iterable, "a sequence of numbers", write="factors=(0.5, 1.0, 2.0)"
+        is_sequence = (
+            isinstance(factors, Iterable) and not isinstance(factors, bytes) and getattr(factors, "ndim", 1) > 0
+        )
+        factors = checks.accepted(
+            "MultiScale's factors", factors, is_sequence, "a sequence of numbers", write="factors=(0.5, 1.0, 2.0)"
         )
         self.factors = tuple(
             checks.number("Each of MultiScale's factors", factor, above=0, write="factors=(0.5, 1.0, 2.0)")

@@ -212,6 +212,8 @@ def sample(
     """
     if num_samples is not None:
         num_samples = checks.whole("num_samples", num_samples, write="num_samples=100")
+    if data_plate is not None:
+        checks.text("data_plate", data_plate, "a plate's name", write="data_plate='data'")
     if prior is not None:
         codes = _codes_of(prior, run_model(model, args, kwargs), num_samples, return_sites, data_plate)
         return decode(model, codes, *args, return_sites=return_sites, random=random, data_plate=data_plate, **kwargs)
