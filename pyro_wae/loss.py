@@ -192,11 +192,8 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
         """
-        observer = self._observer(model, guide)
-        if isinstance(self.penalty_weight, Constraint) and self.penalty_weight.step == 0:
-            self._hints.evaluated(observer)
         with torch.no_grad():
-            return self._value(self._run(observer, args, kwargs))
+            return self._value(self._run(self._observer(model, guide), args, kwargs))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Estimates the loss as a scalar tensor with a graph.
@@ -263,6 +260,12 @@ class WAELoss(CallRepr, ELBO):
 
     def _run(self, observer: Observer, args: Any, kwargs: Any, *, register: bool = False) -> Step:
         """One step, with its loss. With `register`, Pyro learns of the parameters of penalties and costs."""
+        if (
+            not torch.is_grad_enabled()
+            and isinstance(self.penalty_weight, Constraint)
+            and self.penalty_weight.step == 0
+        ):
+            self._hints.evaluated(observer)
         step = self._runner.observe(observer, args, kwargs)
         self.max_plate_nesting = observer.max_plate_nesting
         prepare(self.penalty, step, self._seen)
@@ -285,8 +288,9 @@ class WAELoss(CallRepr, ELBO):
 
     def _register(self) -> None:
         for name, module in self.named_children():
-            learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            if learning:
+            parameters = list(module.parameters())
+            # A discriminator of a site that has had no codes yet has no parameters yet.
+            if any(value.requires_grad for value in parameters) and not any(map(nn.parameter.is_lazy, parameters)):
                 pyro.module(_free_name(f"wae_{name}", module), module)
 
     def _value(self, step: Step) -> float:

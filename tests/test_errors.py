@@ -12,11 +12,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import SVI
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import SquaredError
-from pyro_wae.penalties import MMD
+from pyro_wae.penalties import MMD, JensenShannon
 
 N = 6
 
@@ -306,6 +307,59 @@ def test_a_joint_code_of_sites_with_different_scales(validation):
         step(two_scales, two_scales_guide)
 
 
+@pytest.mark.parametrize(
+    ("x", "output", "parts"),
+    [
+        (x_of(), torch.zeros(N, 3), ("data of shape (6, 2)", "(Normal) is of shape (6, 3)", "the shape of the data")),
+        (x_of(5), torch.zeros(N, 2), ("data of shape (5, 2)", "(Normal) is of shape (6, 2)", "the shape of the data")),
+        (x_of().tolist(), torch.zeros(N, 2), ("no tensor (list)", "obs=torch.as_tensor(x")),
+        (x_of().numpy(), torch.zeros(N, 2), ("no tensor (ndarray)", "obs=torch.as_tensor(x")),
+        (x_of() + 1j, torch.zeros(N, 2), ("complex (torch.complex64)", "real numbers", "dtype=torch.float32")),
+    ],
+)
+def test_data_that_do_not_fit_the_decoder(validation, x, output, parts):
+    def model(x):
+        with pyro.plate("data", N):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(output, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", N):
+            pyro.sample("z", dist.Normal(torch.zeros(N, 2), 1).to_event(1))
+
+    with raises((TypeError, ValueError), "bserved site 'x'", *parts):
+        step(model, guide, x)
+
+
+@pytest.mark.parametrize("count", [dist.Geometric, lambda p: dist.Binomial(3, p), dist.Poisson])
+def test_a_count_has_no_one_hot_relaxation(validation, count):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", count(torch.full((2,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", count(x.sigmoid()).to_event(1))
+
+    with raises(ValueError, "does not enumerate. Write a Delta on a continuous code, dist.Delta(loc)."):
+        step(model, guide)
+
+
+def test_a_batch_in_the_event_of_a_site_without_a_plate(validation):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(N, 2), 1).to_event(2))
+        pyro.sample("x", dist.Normal(z, 1).to_event(2), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Delta(x).to_event(2))
+
+    with raises(
+        ValueError, "'z' is global", "of shape (6, 2), is the data, write .to_event(1) inside pyro.plate('data', 6"
+    ):
+        step(model, guide)
+
+
 # NaN
 
 
@@ -400,7 +454,8 @@ def test_a_penalty_dict_with_wrong_sites(validation, penalty, parts):
         step(penalty=penalty)
 
 
-def test_a_penalty_of_labels_is_taken_in_a_first_batch_that_has_them():
+@pytest.mark.parametrize("kind", [MMD, JensenShannon, lambda: JensenShannon(optimizer=None)])
+def test_a_penalty_of_labels_is_taken_in_a_first_batch_that_has_them(kind):
     """The site is latent only in batches without labels; a penalty of data that are always observed is said once."""
 
     def model(x, y=None):
@@ -416,14 +471,15 @@ def test_a_penalty_of_labels_is_taken_in_a_first_batch_that_has_them():
             pyro.sample("z", dist.Delta(x).to_event(1))
 
     x = x_of()
-    loss = WAELoss({"z": MMD(), "y": MMD()}, penalty_weight=1.0)
+    loss = WAELoss({"z": kind(), "y": kind()}, penalty_weight=1.0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
     with pytest.warns(UserWarning, match="penalty names 'y', which is observed in this batch"):
-        loss.loss(model, guide, x, x)
+        svi.step(x, x)
     assert set(loss.terms.penalties) == {"z"}
     for _ in range(2):
-        loss.loss(model, guide, x)
+        svi.step(x)
         assert set(loss.terms.penalties) == {"z", "y"}
-        loss.loss(model, guide, x, x)
+        svi.step(x, x)
         assert set(loss.terms.penalties) == {"z"}
 
 

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 
 from pyro_wae import WAELoss
@@ -90,6 +91,64 @@ def test_evaluation_does_not_count_as_a_step():
     assert loss.penalty_weight.step == 0
     loss.differentiable_loss(net.model, net.guide, x)
     assert loss.penalty_weight.step == 1
+
+
+# A state that is lost or another's
+
+ONCE = {
+    "loss": lambda loss, net, x: loss.loss(net.model, net.guide, x),
+    "SVI": lambda loss, net, x: SVI(net.model, net.guide, pyro.optim.Adam({}), loss=loss).evaluate_loss(x),
+    "module": lambda loss, net, x: loss(net.model, net.guide)(x),
+    "scaled": lambda loss, net, x: loss.loss(poutine.scale(net.model, 0.1), poutine.scale(net.guide, 0.1), x),
+}
+
+
+def said(run, *args):
+    """The texts of the warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run(*args)
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("route", ONCE)
+def test_a_second_loss_for_evaluation_is_said_once(route):
+    trained, net, x = WAELoss(), Net(), torch.randn(16, D)
+    for _ in range(2):
+        trained.loss_and_grads(net.model, net.guide, x)
+    second = WAELoss(num_particles=2)
+    with torch.no_grad():
+        assert [text[:35] for text in said(ONCE[route], second, net, x)] == ["This WAELoss has not been trained, "]
+        assert said(ONCE[route], second, net, x) == []
+        for quiet in (trained, WAELoss(penalty_weight=1.0), copy.deepcopy(trained)):
+            assert said(ONCE[route], quiet, net, x) == []
+
+
+@pytest.mark.parametrize("route", ["loss_and_grads", "differentiable_loss", "scaled", "lambda"])
+@pytest.mark.parametrize("options", [{}, {"penalty_weight": 1.0}])
+def test_losses_made_anew_in_each_step_are_said(route, options):
+    net, x = Net(), torch.randn(16, D)
+
+    def train():
+        model, guide = net.model, net.guide
+        if route == "scaled":
+            model, guide = poutine.scale(model, 0.1), poutine.scale(guide, 0.1)
+        elif route == "lambda":
+            model, guide = lambda x: net.model(x), lambda x: net.guide(x)
+        getattr(WAELoss(**options), route if hasattr(WAELoss, route) else "differentiable_loss")(model, guide, x)
+
+    found = [text for _ in range(7) for text in said(train)]
+    assert bool(found) == (not options)
+    assert all("made anew for each step" in text for text in found)
+
+
+@pytest.mark.parametrize("penalty", [MMD, JensenShannon, SlicedWasserstein])
+def test_a_loss_that_goes_on_with_another_model_is_said_once(penalty):
+    loss, x = WAELoss(penalty(), penalty_weight=1.0), torch.randn(16, D)
+    nets = Net(), Net()
+    found = [said(loss.loss_and_grads, net.model, net.guide, x) for net in (nets[0], nets[0], nets[1], nets[1])]
+    assert [len(texts) for texts in found] == [0, 0, 1, 0]
+    assert "trained with another model and guide" in found[2][0]
 
 
 def test_a_nan_step_is_not_seen_by_the_weight():

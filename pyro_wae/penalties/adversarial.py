@@ -140,9 +140,9 @@ class JensenShannon(FittedBuffers, Penalty):
         size = codes.shape[-1]
         if self._size not in (None, size):
             raise ValueError(
-                f"The discriminator was made for codes of {self._size} numbers, found {size}, as where a latent site "
-                "is observed in some batches. Give each site a penalty of its own: WAELoss({'z': JensenShannon(), "
-                "'y': JensenShannon()})."
+                f"The discriminator was made for codes of {self._size} numbers, found {size}. For another model make a "
+                "WAELoss of its own. Where a latent site is observed in some batches, give each site a penalty of its "
+                "own: WAELoss({'z': JensenShannon(), 'y': JensenShannon()})."
             )
         self._size = size
         if self._is_lazy():

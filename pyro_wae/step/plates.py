@@ -153,12 +153,24 @@ def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *,
             f"Latent site '{name}' is global ({where}): it has {values} for all data, and a WAE compares the codes "
             f"of data. Make it a parameter {place}, {line}, and leave it out of the guide."
             + (f" {_PAIRS}" if has_own_plate else "")
+            + _swallowed(node, data_plate)
         )
     plate = f"'{data_plate}', {size}" if data_plate else f"'data', {batch[-1] if batch else 'n'}"
     return (
         f"{kind} site '{name}' of batch shape {batch} is {where}. It is ambiguous which of its dimensions is the data. "
         f"Write, in model and guide: with pyro.plate({plate}): {statement}."
         + (f" {_PAIRS}" if kind == "Observed" and has_own_plate else "")
+    )
+
+
+def _swallowed(node: Node, data_plate: str | None) -> str:
+    """What to write if the batch is in the event of a site, and there is no plate."""
+    event = tuple(node["fn"].event_shape)
+    if data_plate is not None or len(event) < 2:
+        return ""
+    return (
+        f" If the first dimension of its event, of shape {event}, is the data, write .to_event({len(event) - 1}) "
+        f"inside pyro.plate('data', {event[0]})."
     )
 
 

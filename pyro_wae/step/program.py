@@ -135,9 +135,11 @@ def read(model_trace: Any, guide_trace: Any, rerun: Callable[[], Any], data_plat
     latents = dict(_latent_nodes(model_trace, guide_trace))
     observed = dict(observed_nodes(model_trace))
     if not latents:
+        own = [[name for name, node in trace.nodes.items() if is_random(node)] for trace in (model_trace, guide_trace)]
         raise ValueError(
-            "Model and guide share no latent site, and so there are no codes. Sample one under the same name in "
-            "both, inside the data plate: z = pyro.sample('z', ...)."
+            f"Model and guide share no latent site, and so there are no codes: those of the model are {own[0]}, those "
+            f"of the guide {own[1]}. Sample one under the same name in both, inside the data plate: "
+            "z = pyro.sample('z', ...)."
         )
     if not observed:
         raise ValueError(
@@ -276,6 +278,12 @@ def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
 def _observed(name: str, node: Node, plate: str) -> Site:
     fn, value = node["fn"], node["value"]
     shape, data_dim, particle_dim = layout(node, plate)
+    if not isinstance(value, Tensor) or value.is_complex():
+        found = f"complex ({value.dtype})" if isinstance(value, Tensor) else f"no tensor ({type(value).__name__})"
+        raise TypeError(
+            f"The data of observed site '{name}' are {found}, and costs take tensors of real numbers. Write "
+            f"pyro.sample('{name}', ..., obs=torch.as_tensor(x, dtype=torch.float32))."
+        )
     if value.layout is not torch.strided:
         raise TypeError(
             f"The data of observed site '{name}' are a sparse tensor ({value.layout}), and costs take dense ones. "
@@ -288,7 +296,13 @@ def _observed(name: str, node: Node, plate: str) -> Site:
             "the first dimension to the data plate."
         )
     if value.shape != fn.shape():
-        value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
+        try:
+            value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
+        except RuntimeError as error:
+            raise ValueError(
+                f"Observed site '{name}' has data of shape {tuple(value.shape)}, and its distribution "
+                f"({family(fn)}) is of shape {tuple(fn.shape())}. Give the decoder's output the shape of the data."
+            ) from error
     return Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node), *_scales(node, plate))
 
 
@@ -311,13 +325,16 @@ def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Nod
 
 def _raise_not_reparameterised(name: str, fn: Any) -> None:
     if getattr(getattr(fn, "support", None), "is_discrete", False):
+        one_hot = "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or "
         relaxation = {
-            "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...)",
-            "Poisson": "a Delta on a continuous code, dist.Delta(rate)",
-        }.get(family(fn), "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical")
+            "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
+            "Categorical": one_hot,
+            "OneHotCategorical": one_hot,
+        }.get(family(fn), "")  # counts have none
         raise ValueError(
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
-            f"the encoder, and WAELoss does not enumerate. Write {relaxation}, or a Delta on a continuous code."
+            f"the encoder, and WAELoss does not enumerate. Write {relaxation}a Delta on a continuous code, "
+            "dist.Delta(loc)."
         )
     raise ValueError(
         f"Latent site '{name}' cannot be reparameterised in the guide ({family(fn)} has no rsample): no "
