@@ -223,6 +223,42 @@ def by_data(x):
     return dist.Normal(x.expand(len(x), 2), 0.01).to_event(1)
 
 
+LARGE_AS_A_BATCH = {
+    "Normal": lambda: dist.Normal(torch.arange(4.0), torch.arange(1.0, 5.0)).to_event(1),
+    "MultivariateNormal": lambda: dist.MultivariateNormal(torch.arange(4.0), 2 * torch.eye(4) + 1),
+    "LowRankMultivariateNormal": lambda: dist.LowRankMultivariateNormal(
+        torch.arange(4.0), torch.arange(16.0).reshape(4, 4), torch.ones(4)
+    ),
+    "StudentT": lambda: dist.StudentT(5.0, torch.arange(4.0), 1).to_event(1),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.arange(1.0, 5.0)), dist.Normal(torch.arange(16.0).reshape(4, 4), 1).to_event(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_AS_A_BATCH)
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_batch_as_large_as_a_code_has_a_prior_of_its_own_all_the_same(kind, rows):
+    class Look(Penalty):
+        def estimate(self, codes, prior, context):
+            self.shared_data = context.shared_data
+            return codes.sum() * 0
+
+    look = Look()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", LARGE_AS_A_BATCH[kind]())
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x).to_event(1))
+
+    WAELoss(look, penalty_weight=1.0).loss(model, guide, torch.randn(rows, 4))
+    assert not look.shared_data
+
+
 DROPOUT = nn.Dropout(0.5)
 AUTOREGRESSIVE = transforms.conditional_affine_autoregressive(2, context_dim=2)
 AUTOREGRESSIVE.requires_grad_(False)

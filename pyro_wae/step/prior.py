@@ -206,11 +206,14 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         if place < 0:
             return False
         inner, constraints = len(value.batch_shape), _constraints(value)
+        is_library = type(value).__module__.startswith(("torch.", "pyro."))
         for name, part in vars(value).items():
             if look and name == "_mask":
                 continue  # which data count is no parameter
             # Some families keep a parameter a second time, as it was before it was broadcast.
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
+            if known is None and isinstance(part, Tensor) and constraints and is_library:
+                continue  # made of the parameters, and of any shape
             own = len(value.event_shape) if known is None else known.event_dim
             if known is None and isinstance(part, Tensor) and part.shape[:inner] == value.batch_shape:
                 own = part.ndim - inner
