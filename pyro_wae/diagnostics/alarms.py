@@ -27,12 +27,12 @@ MODE_SHIFT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Something to look at.
+    """A problem that a report found.
 
     Args:
         kind: ``"mismatch"``, ``"narrow"``, ``"wide"``, ``"hole"``, ``"stray"``, ``"outliers"``, ``"noise"``,
             ``"uninformative"`` or ``"batch_norm"``.
-        site: The latent site, ``"joint"`` for all of them together, or None where it is about none.
+        site: The latent site, ``"joint"`` for all of them together, or None where no site is concerned.
         message: What was found, in a sentence.
     """
 
