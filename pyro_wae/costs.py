@@ -129,7 +129,7 @@ class OutputCost(Cost):
 class SquaredError(OutputCost):
     """The sum of squares, ``c(x, g) = |x - g|^2``, the default.
 
-    It is the plain sum. The authors' code multiplies by 0.05, so that a penalty weight of 10 there is 200 here.
+    It is the plain sum. The authors' code multiplies by 0.05: a penalty weight of 10 there is 200 here.
 
     Args:
         decode: Gives G(z) from the site's distribution; None takes its mean.

@@ -1,4 +1,4 @@
-"""Several processes: averaging gradients, and talking to a process group of ``torch.distributed``."""
+"""Several processes: averaged gradients, and the exchange within a process group of ``torch.distributed``."""
 
 from __future__ import annotations
 

@@ -44,12 +44,13 @@ Program = Callable[..., Any]
 
 
 class WAELoss(CallRepr, ELBO):
-    """The Wasserstein auto-encoder's loss: E c(x, G(z)) + weight * D(Q_Z, P_Z).
+    """The loss of a Wasserstein auto-encoder, in place of ``Trace_ELBO()``: E c(x, G(z)) + weight * D(Q_Z, P_Z).
 
-    It takes the place of ``Trace_ELBO()``. The guide is the encoder Q(z|x), deterministic (``Delta``) or stochastic;
-    the model gives the prior P_Z, which needs only to be sampled, and the generator G. The penalty compares the codes
-    of all data in a batch *together* with draws of the prior. The loss is a mean per datum and does not
-    depend on the size of batch or data set. It may be negative when the penalty is an unbiased estimate.
+    The guide is the encoder Q(z|x), deterministic (``Delta``) or stochastic. The model holds the prior P_Z, which needs
+    only to be sampled, and the decoder G. The cost c compares a datum with its reconstruction, and the penalty D
+    compares the codes of all data in a batch *together*, draws of the aggregated posterior Q_Z, with prior draws. The
+    loss is a mean per datum; it does not depend on the size of batch or data set, and may be negative, because the
+    default penalty is unbiased. Make it once, before the training loop: it keeps the penalty weight that it finds.
 
     Args:
         penalty: A :class:`~pyro_wae.penalties.Penalty`, a function f(codes, prior), or a dict with one of them for
@@ -61,13 +62,13 @@ class WAELoss(CallRepr, ELBO):
             ``pyro_wae.weights``. Default: :class:`~pyro_wae.weights.Constraint`, which finds it while training, or
             100 where no penalty draws from the prior.
         data_plate: Name of the plate that holds the data. Default: the one plate around every latent and observed
-            site; of several, the subsampled one.
+            site; of several, the one that takes a subsample.
         num_particles: Number of codes for each datum.
         vectorize_particles: Whether to run them at once in an outermost plate.
         max_plate_nesting: Bound on nested plates, needed with ``vectorize_particles``; guessed by one more run
             of model and guide at the first step if not given.
         retain_graph: Passed to ``backward``.
-        prior_draws: Prior draws for each code; more lower the variance, and nothing is decoded for them.
+        prior_draws: Prior draws for each code; more of them lower the penalty's variance. They are not decoded.
         condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, one of
             its arguments, or a key of an argument that is a dict. The penalty then compares the joint of (z, y) with
             that of (z', y), z' ~ p(z | y), and not only the marginals. Whole numbers are labels, one for each datum;

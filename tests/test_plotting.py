@@ -79,7 +79,7 @@ def test_reconstructions_put_each_output_below_its_input():
     np.testing.assert_allclose(mosaic[:10, :10], inputs[0, 0], rtol=1e-6)
     np.testing.assert_allclose(mosaic[11:21, :10], outputs[0, 0], rtol=1e-6)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["input", "output", "input", "output"]
+    assert labels == ["data", "reconstruction", "data", "reconstruction"]
 
 
 def test_reconstructions_must_have_the_shape_of_the_inputs():

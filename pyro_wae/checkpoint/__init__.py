@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a training in one file, which is complete or not there."""
+"""Checkpoints: the whole state of a training in one file, from which it resumes exactly."""
 
 from pyro_wae.checkpoint.file import load_checkpoint, save_checkpoint
 

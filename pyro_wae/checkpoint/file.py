@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a training in one file, which is complete or not there."""
+"""Checkpoints: the whole state of a training in one file, from which it resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_LINES = 20
 
 
 def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any] | None = None, **parts: Any) -> None:
-    """Writes all that a training needs to go on as if it had never stopped.
+    """Saves the whole state of a training: resumed from it, the training continues as if it had not stopped.
 
     Of an :class:`~pyro.infer.svi.SVI` these are model and guide, if they are modules or methods of modules, the loss
     with its discriminator, penalty weight, bandwidths and counts of steps, and the optimiser with its schedulers. Of
@@ -44,8 +44,8 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
 
     Args:
         path: The file; one that exists is replaced. Of a symbolic link, the file that it points to.
-        extra: What :func:`load_checkpoint` is to return: numbers, texts, tensors, and lists and dicts of them.
-        **parts: What is to be saved, under names of your choice: SVIs, modules, optimisers, schedulers, generators,
+        extra: Returned by :func:`load_checkpoint`: numbers, texts, tensors, and lists and dicts of them.
+        **parts: The objects to save, under names of your choice: SVIs, modules, optimisers, schedulers, generators,
             and whatever has ``state_dict`` and ``load_state_dict``, such as a ``GradScaler``.
 
     Raises:
@@ -83,7 +83,7 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
 
 
 def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
-    """Brings a training back to where :func:`save_checkpoint` left it.
+    """Restores the state of a training that :func:`save_checkpoint` saved.
 
     The parts are made as they were for the training that is to go on, and given under the same names. Modules are
     loaded in place. What only the first step makes (a discriminator of unknown width, bandwidths, the optimiser's state

@@ -1,4 +1,4 @@
-"""How far codes are from the prior: tests on plain tensors, and a report on a model and its guide."""
+"""Do codes match the prior? Tests on plain tensors, a report on a model and its guide, and the quality of samples."""
 
 from pyro_wae.diagnostics.alarms import Alarm
 from pyro_wae.diagnostics.classifier import ClassifierTest, classifier_test

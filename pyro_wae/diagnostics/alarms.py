@@ -27,12 +27,12 @@ MODE_SHIFT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Something to look at.
+    """A problem that a report found.
 
     Args:
         kind: ``"mismatch"``, ``"narrow"``, ``"wide"``, ``"hole"``, ``"stray"``, ``"outliers"``, ``"noise"``,
             ``"uninformative"`` or ``"batch_norm"``.
-        site: The latent site, ``"joint"`` for all of them together, or None where it is about none.
+        site: The latent site, ``"joint"`` for all of them together, or None where no site is concerned.
         message: What was found, in a sentence.
     """
 
@@ -56,8 +56,8 @@ def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
     if rejecting:
         yield (
             "mismatch",
-            f"{' and '.join(rejecting)} can tell codes and prior apart; the direction of largest discrepancy is "
-            f"{found.loadings()}, with {found.direction.distance:.2g} prior standard deviations "
+            f"{' and '.join(rejecting)} can distinguish codes from prior draws; the direction of largest "
+            f"discrepancy is {found.loadings()}, with {found.direction.distance:.2g} prior standard deviations "
             f"({found.direction.distance_null:.2g} of sampling noise)",
         )
     shape = found.moments
@@ -88,13 +88,13 @@ def _batch_norm_alarms(modes: BatchNormComparison) -> Iterator[str]:
         )
     if modes.code_shift > MODE_SHIFT:
         yield (
-            f"codes in train and in eval mode differ by {modes.code_shift:.2g} prior standard deviations: what matched "
-            "the prior in training is not what eval mode gives"
+            f"codes in train and in eval mode differ by {modes.code_shift:.2g} prior standard deviations: codes "
+            "that match the prior in train mode may not match it in eval mode"
         )
     if modes.penalty_error is not None and modes.penalty_eval - modes.penalty_train > 3 * modes.penalty_error:
         yield (
             f"the penalty of a batch is {modes.penalty_train:+.2g} in train mode and {modes.penalty_eval:+.2g} in eval "
-            "mode: BatchNorm makes the codes of one batch match better than codes do"
+            "mode: BatchNorm makes the codes of one batch match the prior better than independent codes would"
         )
     if abs(modes.cost_eval - modes.cost_train) > MODE_SHIFT * abs(modes.cost_train):
         yield f"the cost is {modes.cost_train:.4g} in train mode and {modes.cost_eval:.4g} in eval mode"

@@ -1,4 +1,4 @@
-"""A classifier as a two-sample test: can a small net tell codes and prior draws apart that it has not seen?"""
+"""A classifier as a two-sample test: can a small net distinguish held-out codes from prior draws?"""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def classifier_test(
     level: float = 0.05,
     seed: int = 0,
 ) -> ClassifierTest:
-    """Tests whether codes are draws of the prior, by how well a small classifier tells held-out ones apart.
+    """Tests whether codes are draws of the prior, by the accuracy of a small classifier on held-out rows.
 
     A net of two hidden layers is trained on one half of the codes and as many prior draws, and evaluated on the other
     half. The result is easy to interpret, since 50 % is a guess, and needs no kernel. It has half the rows for each
     purpose, so :func:`two_sample_test` detects smaller differences.
 
-    The halves do not change places for a second fit. Each net would have learnt from the rows that judge the other,
-    and both would be right or wrong together: a binomial over all rows would reject too often.
+    The halves are not exchanged for a second fit. Each net would have learnt from the rows that test the other, their
+    errors would be correlated, and a binomial test over all rows would reject too often.
 
     Args:
         codes: Shape (n, d), an independent draw a row.
@@ -65,10 +65,10 @@ def classifier_test(
             n draws are taken. Of n != m rows only the smaller number of each is used: a guess is right half of
             the time.
         width: Width of the hidden layers.
-        steps: Steps of Adam, each on all rows of the training half. Few, because with more the net learns that half by
-            heart; where codes are many and their difference is intricate, more.
+        steps: Steps of Adam, each on all rows of the training half. More overfit, unless codes are many and
+            their difference is intricate.
         level: The probability of rejecting codes that are draws of the prior, at most.
-        seed: Seed of halves, net and draws. The global random state is put back as it was.
+        seed: Seed of halves, net and draws. The global random state is restored.
 
     Returns:
         The result. The p-value is binomial and one-sided; the interval is Wilson's.

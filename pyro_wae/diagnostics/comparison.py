@@ -96,7 +96,7 @@ class WorstDirection:
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Where there is prior and no code, or code and no prior.
+    """Regions that the prior covers and the codes do not, and the reverse.
 
     Args:
         radius: The 0.99 quantile of the distances from prior draws to the nearest of a second set of them, in

@@ -1,4 +1,4 @@
-"""One call that compares the codes of a Wasserstein auto-encoder with its prior, and says where they differ."""
+"""Codes compared with the prior, for a model and its guide: one call on held-out data."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Report:
     """The result of :func:`report`; ``str(report)`` is a table, ``report.plot()`` a figure.
 
     Args:
-        comparisons: One for each latent site, and with several one more, ``"joint"``, for all side by side.
+        comparisons: One for each latent site, and with several one more, ``"joint"``, for all joined.
         costs: The cost of each observed site, per datum.
         batch_norm: The codes in the two modes of BatchNorm layers; None without such layers.
-        alarms: What to look at; empty if all is well.
-        codes: Codes of all sites side by side, shape (n, d).
+        alarms: Problems that were found; empty if there are none.
+        codes: Codes of all sites joined, shape (n, d).
         prior: Prior draws, shape (n, d).
         in_hole: Which prior draws have no code nearby, shape (n,).
         columns: The columns of each latent site.
@@ -99,14 +99,14 @@ def report(
     seed: int = 0,
     **kwargs: Any,
 ) -> Report:
-    """Compares codes with the prior, by tests, moments, the direction of largest discrepancy and coverage.
+    """Tests whether codes match the prior, and shows where they do not.
 
-    Give it held-out data, and put modules in the mode that you will use, which is ``.eval()``: they run in the mode
-    they are in. BatchNorm's statistics, parameters and the random state stay as they are. Every figure of the codes
-    stands beside that of a second set of prior draws, which shows the sampling noise.
+    Pass held-out data, and call ``.eval()`` on modules first: they run in the mode they are in. Parameters, BatchNorm's
+    running statistics and the random state do not change. Every figure of the codes stands beside that of a second set
+    of prior draws, which shows the sampling noise.
 
-    Each datum gives one code, since the particles of one datum are not independent. Coordinates are measured by the
-    mean and the standard deviation of prior draws that the tests do not see. Masked data are left out.
+    One code of each datum is used, because the particles of one datum are not independent. Coordinates are in units of
+    the mean and the standard deviation of prior draws that are not tested. Masked data are left out.
 
     Args:
         model: The Pyro model.
@@ -123,7 +123,7 @@ def report(
         data_plate: Name of the plate that holds the data; found if not given.
         shape: Shape of an image, ``(h, w)`` or ``(channels, h, w)``, for one observed site or a dict by site. A
             site whose data have such a shape themselves is taken for images without it.
-        seed: Seed of all that is random here.
+        seed: Seed of the guide's draws, prior draws, permutations and classifier.
         kwargs: Keyword arguments of model and guide.
 
     Returns:

@@ -44,7 +44,7 @@ def report_lines(
 
 def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
     test, classifier, shape = found.two_sample, found.classifier, found.moments
-    yield f"{name}: {found.size} number{'s' if found.size > 1 else ''} a code"
+    yield f"{name}: latent dimension {found.size}"
     yield f"  two-sample test       p = {test.p_value:.3g} ({_verdict(test)})"
     yield f"  {'':22s}MMD^2 of {test.standardized:+.2f} standard deviations under the null"
     yield f"  classifier            p = {classifier.p_value:.3g} ({_verdict(classifier)})"

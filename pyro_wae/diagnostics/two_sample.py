@@ -77,7 +77,7 @@ def two_sample_test(
 ) -> TwoSampleTest:
     """Tests whether codes are draws of the prior, by the maximum mean discrepancy and its permutations.
 
-    If they are, codes and prior draws may change places: the statistic is one of ``permutations + 1`` values that are
+    If they are, codes and prior draws are exchangeable: the statistic is one of ``permutations + 1`` values that are
     equally likely to be the largest, and its rank among them is a p-value that is **exact at every n, d and kernel**,
     with no asymptotics: at most a share ``level`` of tests rejects. Where no two values tie, the p-value is uniform on
     1/(permutations + 1), ..., 1.
@@ -85,10 +85,10 @@ def two_sample_test(
     By default no bandwidth has to be chosen. Gaussian and Laplace kernels, each at ten lengths between half the 5 and
     twice the 95 percent quantile of the pooled rows' distances, are computed, each statistic is divided by its
     own deviation over all permutations (known in closed form), and the test's statistic is the largest. The
-    permutations see that same maximum, so the choice among twenty is paid for in the p-value.
+    permutations take the same maximum, and the p-value accounts for the choice among twenty.
 
-    The rows must be independent draws: one code of each datum. Codes on which an encoder was trained and codes of new
-    data answer two different questions; test both.
+    The rows must be independent draws: one code of each datum. Codes of training data show
+    whether training reached its goal, codes of held-out data whether the encoder generalises.
 
     Args:
         codes: Shape (n, d).

@@ -40,7 +40,7 @@ class SameLabel(Kernel):
 
 
 class UnitMean(FittedBuffers, Kernel):
-    """A kernel over its mean, so that a product with it keeps the other's size: ``(k(x, y) / E k + a) / (1 + a)``.
+    """A kernel divided by its mean; a product with it keeps the other's size: ``(k(x, y) / E k + a) / (1 + a)``.
 
     Args:
         kernel: Any kernel with a positive mean.

@@ -55,7 +55,7 @@ class JensenShannon(FittedBuffers, Penalty):
     Args:
         discriminator: A module that maps codes (n, d) to logits (n,) or (n, 1). Default: three hidden layers of 256
             with LeakyReLU, whose first layer takes the latent dimension d of the first codes.
-        prior_log_prob: Whether log p(z) is added to the logit, so that the module has only -log q(z) to learn.
+        prior_log_prob: Whether log p(z) is added to the logit; the module then learns only -log q(z).
         saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of
             -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
         gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior draws, half each, in the

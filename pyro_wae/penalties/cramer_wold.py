@@ -42,9 +42,9 @@ class CramerWold(Penalty):
 
     Args:
         gamma: Variance of the smoothing, in squared units of a code; None takes Silverman's rule
-            sigma^2 (4 / (3 n))^(2/5) with the first codes' number of data n and the prior's mean variance sigma^2
-            of a number of its code, from its distribution or else its first draws. It then stays, in ``state_dict``,
-            so that all batches measure one distance.
+            sigma^2 (4 / (3 n))^(2/5) with n the number of data of the first batch and sigma^2 the prior's
+            variance, averaged over dimensions, from its distribution or else its first draws. It is kept in
+            ``state_dict``: all batches measure the same distance.
         unbiased: The U-statistic if True; the V-statistic of the paper (all pairs, never negative, biased up) if False.
 
     Raises:

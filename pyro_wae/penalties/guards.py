@@ -1,7 +1,7 @@
 """Guards against a stochastic encoder whose variance collapses to 0, as in ``MMD() + LogVarianceL1(0.1)``.
 
-A penalty on the codes of all data together does not see what share of their spread lies within a datum, so that
-the encoder may give up its randomness altogether, and with it whatever the randomness was for.
+A penalty on the aggregated posterior does not distinguish the spread within a datum's posterior from that between data.
+A stochastic encoder may therefore lose its noise and become deterministic.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ class _VarianceGuard(Penalty):
 class LogVarianceL1(_VarianceGuard):
     """An L1 penalty on the encoder's log-variances, ``weight * E_x sum_j |log sigma_j^2(x)|``.
 
-    It is 0 where every variance is 1 and pulls towards it with a force that does not grow with the distance, so that
-    some numbers of a code may keep a variance of 1, pure noise, and others go their own way: superfluous dimensions are
-    found. It needs no prior draws and serves for any guide whose distribution has a variance.
+    It is 0 where every variance is 1, and pulls towards it with a constant force: superfluous dimensions keep a
+    variance of 1, pure noise, and the others do not. It needs no prior draws, and a guide with a variance.
 
     Args:
         weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.

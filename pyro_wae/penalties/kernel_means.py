@@ -21,7 +21,7 @@ from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, M
 
 
 class KernelMean(Protocol):
-    """What is known of a kernel k against a prior P in closed form."""
+    """The means of a kernel k under a prior P, in closed form."""
 
     def at(self, x: Tensor) -> Tensor:
         """E k(x, p) for p ~ P: maps shape (n, d) to (n,)."""
@@ -43,7 +43,7 @@ _REGISTRY: dict[tuple[type, type], Finder] = {}
 
 
 def register_kernel_mean(kernel_type: type[Kernel], prior_type: type) -> Callable[[F], F]:
-    """Registers a function that gives the :class:`KernelMean` of a kernel against a prior.
+    """Registers a function that returns the :class:`KernelMean` of a kernel under a prior.
 
     It works as :func:`torch.distributions.kl.register_kl` does: the most specific pair of types is taken.
 
@@ -77,7 +77,7 @@ def register_kernel_mean(kernel_type: type[Kernel], prior_type: type) -> Callabl
 
 
 def kernel_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
-    """Finds what is known of a kernel against a prior; None if nothing is registered.
+    """Looks up the :class:`KernelMean` of a kernel under a prior; None if nothing is registered.
 
     Args:
         kernel: A kernel whose lengths are set.

@@ -30,26 +30,25 @@ MOST_COMPONENTS = 32
 class MMD(Penalty):
     """The squared maximum mean discrepancy, E k(q, q') + E k(p, p') - 2 E k(q, p).
 
-    The estimate is **unbiased, and therefore sometimes negative**: it scatters around 0 when Q_Z = P_Z. That is
-    right, and clamping it would pull codes to where they need not be. It leaves out the pairs that are not
-    independent: a code with itself, and the codes of one datum's particles with each other. With more than one
-    particle and a known data set size N, pairs of different particles of one datum have the weight 1/N, which
-    is their share in a Q_Z that averages over N data.
+    q are codes and p prior draws. The estimate is **unbiased, and therefore sometimes negative**: it scatters around 0
+    when Q_Z = P_Z. Do not clamp it, which would make it biased. Pairs that are not independent are left out: a code
+    with itself, and the codes of one datum's particles with each other. With several particles and a known data set
+    size N, pairs of particles of one datum have the weight 1/N, their share in a Q_Z that averages over N data.
 
     Args:
         kernel: A :class:`~pyro_wae.kernels.Kernel`, a Pyro GP kernel (frozen) or a function k(x, y). Default:
             :meth:`Laplace.multiscale() <pyro_wae.kernels.Laplace.multiscale>`, whose short lengths detect gaps between
             codes; the source takes :meth:`~pyro_wae.kernels.InverseMultiquadratic.multiscale`.
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
-        standardize: Whether the estimate is divided by its standard deviation when Q_Z = P_Z, so that it has mean 0
-            and variance 1 there and a penalty weight carries over between sizes and kernels. The deviation is known in
-            closed form or estimated from the first prior draws, then kept in ``state_dict``. It counts data, not
-            particles.
+        standardize: Whether the estimate is divided by its standard deviation under the null Q_Z = P_Z, where it then
+            has mean 0 and variance 1. A penalty weight carries over between batch sizes and kernels. The standard
+            deviation has a closed form, or is estimated from the first prior draws and kept in ``state_dict``. It
+            counts data, not particles.
         closed_form: Whether means of the kernel against the prior are taken from
             :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian,
             inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
-            then adds no noise. Of more components, which cost more than draws, the draws are taken.
-        condition_kernel: What compares the conditions y where the context has them, k_y in the product
+            then adds no noise. For more components, whose closed form takes longer than draws, draws are used.
+        condition_kernel: Compares the conditions y where there are any, k_y in the product
             ``k(z, z') k_y(y, y')``: a kernel or a function of rows (n, c). It must be positive definite. Default, for
             labels: ``UnitMean(SameLabel())``, the mean over pairs of one label; for floats: a Gaussian of half the
             length that :class:`~pyro_wae.kernels.Gaussian` takes, over its mean.

@@ -24,9 +24,9 @@ class KernelStein(Penalty):
         h(x, y) = s(x).s(y) k(x, y) + s(x).grad_y k(x, y) + s(y).grad_x k(x, y) + trace grad_x grad_y k(x, y),
 
     whose mean over independent codes is 0 if Q_Z = P_Z. The score is taken by automatic differentiation, and gradients
-    reach the codes through it too. It does not change with a factor of p, so that the density need not be normalised.
+    reach the codes through it too. A factor of p has no effect: the density need not be normalised.
     It must be smooth and positive on all of R^d: on a bounded support, such as that of a Uniform, h has no zero mean.
-    The score sees a density from near by: weights of far-off modes of a mixture hardly show.
+    The score is local: a wrong weight of a distant mode has little effect.
 
     Where the prior depends on the data, each code enters with its own datum's density. The mean is then 0 if the codes
     of every datum follow their own prior, not already if all of them together do.

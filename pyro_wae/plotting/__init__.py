@@ -1,4 +1,4 @@
-"""Figures of what a Wasserstein auto-encoder learnt, in one style.
+"""Figures of images, codes and training curves, in one style.
 
 Every function takes tensors or arrays and returns a ``matplotlib.figure.Figure`` that belongs to no window
 and no pyplot state: save it with ``figure.savefig(path)``, or let a notebook show it. Matplotlib is imported

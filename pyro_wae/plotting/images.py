@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABEL_WIDTH = 0.75
+LABEL_WIDTH = 1.4
 
 
 def image_grid(images: Rows, *, columns: int | None = None, title: str | None = None, cmap: str = "gray") -> Figure:
@@ -59,7 +59,7 @@ def reconstructions(
         cmap: Matplotlib's colour map for images of one channel.
 
     Returns:
-        A figure with one axes, whose rows are labelled "input" and "output" in turn.
+        A figure with one axes, whose rows are labelled "data" and "reconstruction" in turn.
 
     Raises:
         ValueError: If the two differ in shape, are of a shape that is no image's or are empty, or ``columns``
@@ -85,7 +85,7 @@ def reconstructions(
     with styled_figure(mosaic_size(mosaic, title, margin=LABEL_WIDTH), title) as figure:
         axes = figure.add_subplot()
         show_mosaic(axes, mosaic, cmap)
-        axes.set_yticks(centres, ["input", "output"] * (len(rows) // 2))
+        axes.set_yticks(centres, ["data", "reconstruction"] * (len(rows) // 2))
         axes.tick_params(left=False, pad=2)
     return figure
 

@@ -1,8 +1,8 @@
-"""What a trained model and guide give: codes, reconstructions, new data and the way between two data.
+"""Codes, reconstructions, samples and latent interpolations of a trained model.
 
-Every function takes model and guide as ``SVI`` does, and what they are called with. Results are dicts by site name,
-as those of ``pyro.infer.Predictive``. Nothing has a graph, no log_prob is computed, and BatchNorm's statistics stay as
-they are. Modules run in the mode they are in: call ``.eval()`` on them first, if that is what you want.
+Every function takes model and guide as ``SVI`` does, and the arguments with which they are called. Results are dicts by
+site name, like those of ``pyro.infer.Predictive``. No gradient is recorded, no log_prob is computed, and the running
+statistics of BatchNorm do not change. Modules run in the mode they are in: call ``.eval()`` on a trained network first.
 """
 
 from pyro_wae.predict.encoding import code_rows, encode, interpolate

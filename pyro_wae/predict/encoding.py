@@ -21,10 +21,10 @@ Path = Literal["linear", "spherical"]
 def encode(
     model: Program, guide: Program, *args: Any, data_plate: str | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Gives the codes of data, one draw of the guide for each datum.
+    """Encodes data: the guide draws one latent code for each datum.
 
     Args:
-        model: The Pyro model; it says which of the guide's sites are codes.
+        model: The Pyro model; its latent sites are the code.
         guide: Its guide, the encoder.
         args: Arguments of both.
         data_plate: Name of the plate that holds the data; found as :class:`~pyro_wae.WAELoss` finds it if not given.
@@ -61,16 +61,16 @@ def code_rows(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Gives codes and prior draws as the rows that a penalty compares.
+    """Returns codes and prior draws as rows, the form that a penalty compares.
 
-    Masked data are left out, other masked elements are 0 in both. It is what two-sample tests and
-    :func:`~pyro_wae.plotting.codes_and_prior` take.
+    Two-sample tests and :func:`~pyro_wae.plotting.codes_and_prior` take these rows. Masked data are left out; other
+    masked elements are 0 in both.
 
     Args:
         model: The Pyro model.
         guide: Its guide.
         args: Arguments of both.
-        site: The latent site; None sets all of them side by side, in the order of the model.
+        site: The latent site; None joins all of them, in the order of the model.
         prior_draws: Prior draws for each code.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of both.
@@ -117,27 +117,27 @@ def interpolate(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    r"""Gives what lies between the codes of two batches of data, datum by datum.
+    r"""Decodes points on a path between the codes of two batches of data, datum by datum.
 
-    Along the ``"linear"`` path at t the code is ``(1 - t) a + t b``. Draws of a normal prior in many dimensions have
-    nearly one norm, below which a straight line sinks half-way: the ``"spherical"`` path turns from the direction of a
-    to that of b at an even pace, and its norm goes evenly from ``|a|`` to ``|b|``, at each site by itself. It stays on
-    a sphere that holds both.
+    On the ``"linear"`` path the code at t is ``(1 - t) a + t b``. Samples of a Normal prior in many dimensions have
+    nearly the same norm, and a straight line between two of them passes through smaller norms. On the ``"spherical"``
+    path the direction rotates from a to b at a constant rate, and the norm changes linearly from ``|a|`` to ``|b|``, at
+    each site separately.
 
     Args:
         model: The Pyro model.
         guide: Its guide.
-        x_a: Where to start: the data, or a tuple of all arguments of model and guide.
-        x_b: Where to end, likewise, for as many data.
-        steps: Number of outputs, the two ends included, >= 2.
+        x_a: The data at the start, or a tuple of all arguments of model and guide.
+        x_b: The data at the end, likewise; as many as at the start.
+        steps: Number of points on the path, both ends included, >= 2.
         path: ``"linear"`` or ``"spherical"``.
-        return_sites: Names of the sites to give; None takes the observed ones.
+        return_sites: Names of the sites to return; None returns the observed ones.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of model and guide.
 
     Returns:
-        For each observed site the outputs in the shape ``(steps, *shape of the site's data)``.
+        For each observed site the decoded points, of shape ``(steps, *shape of the site's data)``.
 
     Raises:
         ValueError: If ``steps`` is below 2, the path is unknown, the codes of the two batches differ in shape, or

@@ -1,4 +1,4 @@
-"""What the generator makes of codes, of data and of prior samples."""
+"""Decoded codes, reconstructions and samples."""
 
 from __future__ import annotations
 
@@ -35,19 +35,18 @@ def decode(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Gives what the generator makes of codes.
+    """Decodes codes: runs the model with its latent sites fixed to them.
 
-    The model runs with its latent sites held at the codes. A latent site that is not given is drawn from its prior,
-    given those before it: for ``z1`` then ``z2 | z1``, a ``z1`` alone gives variations on it.
+    A latent site that is not given is drawn from its prior, given those before it: with the prior ``z1``, ``z2 | z1``,
+    a ``z1`` alone returns variations on it.
 
     Args:
         model: The Pyro model.
-        codes: A value for each latent site in the site's own shape, as :func:`encode` gives them, for any number of
-            data; or the tensor alone, where the model has one latent site.
-        args: Arguments of the model. Of data, the number is used, and whatever the generator sees of them. With more
-            or fewer codes than data the model runs as often as it must, and takes the data from the first again.
-        return_sites: Names of the sites to give, those of ``pyro.deterministic`` among them; None takes the observed
-            ones.
+        codes: A value for each latent site in the site's own shape, as :func:`encode` returns them, for any number
+            of data; or the tensor alone, where the model has one latent site.
+        args: Arguments of the model. Data determine the number of codes in a run, and a conditional generator reads
+            them. With more codes than data the model runs repeatedly, and starts again from the first datum.
+        return_sites: Names of the sites to return, ``pyro.deterministic`` included; None returns the observed ones.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -119,16 +118,15 @@ def reconstruct(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Gives what the generator makes of the codes of data.
+    """Reconstructs data: encodes them, and decodes their codes.
 
-    Of a plate that takes a subsample, this is a subsample too: fix it in the model to know which data they are.
+    Where the data plate takes a subsample, only that subsample is reconstructed: pass its indices to the model.
 
     Args:
         model: The Pyro model.
         guide: Its guide.
         args: Arguments of both.
-        return_sites: Names of the sites to give, those of ``pyro.deterministic`` among them; None takes the observed
-            ones.
+        return_sites: Names of the sites to return, ``pyro.deterministic`` included; None returns the observed ones.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of both.
@@ -171,21 +169,20 @@ def sample(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Gives new data: what the generator makes of draws of the prior.
+    """Samples the model: decodes prior draws.
 
-    The model runs without its guide. One that is called with data, ``obs=x``, gives one new datum for each; what the
-    data hold does not matter, unless prior or generator depend on them. A model that can run without data,
-    ``obs=None``, may be run so: then ``return_sites`` says which of its sites are the data.
+    The model runs without its guide. Called with data, ``obs=x``, it returns as many samples as there are data; their
+    values have no effect, unless prior or generator are conditional on them. A model that can run without data,
+    ``obs=None``, may be called so: ``return_sites`` then names the sites that hold the data.
 
     Args:
         model: The Pyro model.
         args: Arguments of the model.
-        num_samples: Number of new data; the model runs as often as it must. None gives as many as one run does.
-        prior: Draws the codes in place of the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
+        num_samples: Number of samples; the model runs as often as needed. None returns those of one run.
+        prior: Replaces the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
-            :func:`code_rows`: the latent sites side by side, in the order of the model.
-        return_sites: Names of the sites to give, those of ``pyro.deterministic`` among them; None takes the observed
-            ones.
+            :func:`code_rows`: all latent sites, joined in the order of the model.
+        return_sites: Names of the sites to return, ``pyro.deterministic`` included; None returns the observed ones.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.

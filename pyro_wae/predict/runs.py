@@ -45,7 +45,7 @@ def output_nodes(
         return {name: known[name] for name in return_sites}
     if not observed:
         raise ValueError(
-            "The model has no observed site, so that nothing says which of its sites are the data. Call it with data, "
+            "The model has no observed site, and no other site is known to hold the data. Call it with data, "
             "or name them: return_sites=('x',)."
         )
     return observed

@@ -31,14 +31,14 @@ def fit(
 ) -> Prior:
     """Fits a prior to the codes of a trained model by maximum likelihood, and leaves model and guide as they are.
 
-    A model that was trained with a fixed prior, or none, samples better from the distribution that its codes have:
-    ex-post density estimation. Codes of training data are what is fitted; held-out ones then test the fit.
+    Samples of a model that was trained with a fixed prior, or without a penalty, improve when their codes come from the
+    distribution that the codes have: ex-post density estimation. Fit to training data, and test on held-out codes.
 
     Args:
         model: The Pyro model.
         guide: Its guide.
         args: Arguments of both, the data among them.
-        prior: What is fitted, in place: a module whose call returns the distribution of one code, such as
+        prior: Fitted in place: a module whose call returns the distribution of one code, such as
             :class:`MixturePrior` or a flow of zuko, or a distribution whose parameters require a gradient or are
             those of its transforms, such as a Pyro flow. A :class:`MixturePrior` starts at the codes, and takes their
             mean and scale: ``standardized`` is set to False.
@@ -52,7 +52,7 @@ def fit(
         The fitted prior.
 
     Raises:
-        ValueError: If an argument is out of range, or nothing in the prior is to be learnt.
+        ValueError: If an argument is out of range, or the prior has no learnable parameter.
         TypeError: If the prior is neither a module nor a distribution.
 
     Source: Ghosh, Sajjadi, Vergari, Black, Schoelkopf, "From Variational to Deterministic Autoencoders", 2020,

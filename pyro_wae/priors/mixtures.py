@@ -115,19 +115,17 @@ class NormalMixture(dist.MixtureSameFamily):
 class MixturePrior(nn.Module):
     """A mixture of Normals with learnable weights, locations and scales.
 
-    Only its shape is learnt, not its place: the mixture as a whole has mean 0 and variance 1 in every number of a code,
-    whatever its parameters are. Nothing is lost, because encoder and decoder make up for any shift or scale; without
-    it nothing would fix the unit of the codes, and prior and codes could shrink or run away together, out of the
-    penalty's reach (its kernel's length is taken once, from the first prior draws).
+    Only its shape is learnt: the mixture as a whole has mean 0 and variance 1 in every latent dimension, whatever its
+    parameters are. This is no restriction, because encoder and decoder absorb any shift and scale. Without it prior
+    and codes could shrink or drift together, while the penalty's kernel keeps the length of the first prior draws.
 
-    Learnt along with the nets, by ``WAELoss(MMD() + PriorLikelihood(), penalty_weight=100.0)``, its parameters have
-    farther to go than those of the nets: a learning rate of 0.03 for Adam, through a callable ``optim_args``, where the
-    nets have 0.001.
+    Train it with the nets by ``WAELoss(MMD() + PriorLikelihood(), penalty_weight=100.0)``, and give it a larger
+    learning rate, through a callable ``optim_args``: 0.03 for Adam, where the nets have 0.001.
 
     Args:
         components: Number of components K.
-        d: Numbers in a code.
-        full_covariance: Whether a component has a covariance matrix; by default each number has its own scale.
+        d: Latent dimension.
+        full_covariance: Whether a component has a covariance matrix; by default each dimension has its own scale.
         standardized: Whether the whole has mean 0 and variance 1.
 
     Raises:
@@ -149,7 +147,7 @@ class MixturePrior(nn.Module):
         d = whole("d", d, write="MixturePrior(50, 8)")
         full_covariance = flag("full_covariance", full_covariance)
         self.standardized = flag("standardized", standardized)
-        # Half of the variance between components, half within: neither a heap of points nor one Normal.
+        # Half of the variance between components, half within: neither points nor one Normal.
         self.logits = nn.Parameter(torch.zeros(components))
         self.locs = nn.Parameter(math.sqrt(0.5) * torch.randn(components, d))
         self.log_scales = nn.Parameter(torch.full((components, d), math.log(0.5) / 2))
@@ -164,7 +162,7 @@ class MixturePrior(nn.Module):
 
     @torch.no_grad()
     def initialise(self, codes: Tensor) -> None:
-        """Puts the components onto codes: k-means++ centres, with the scale that fills the space between them.
+        """Places the components on codes: k-means++ centres, with the scale that fills the space between them.
 
         :func:`~pyro_wae.priors.fit` starts from there. A mixture that is learnt along with the nets needs no such call.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Terms:
-    """The parts of the last loss, as detached scalars on the device: reading one as a number is what waits for it.
+    """Cost, penalty and weight of the last loss, as detached scalars on the device; reading a number waits for it.
 
     Args:
         cost: Mean cost per datum, all observed sites together.

@@ -41,29 +41,28 @@ LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
 
 
 class Constraint(FittedBuffers, SteppedWeight):
-    """The weight that holds the codes so close to the prior that a given number of them cannot be told from it.
+    """A penalty weight that is found while training: it rises until a test on so many codes could not reject the prior.
 
-    It is the Lagrange multiplier of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum mean
-    discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
+    It is the Lagrange multiplier lambda of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum
+    mean discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
     estimate between two sets of ``codes`` prior draws. While D is larger, log lambda rises; while it is smaller,
     log lambda falls. The kernel has long lengths and short ones, which detect gaps between codes.
 
-    Where a larger weight no longer lowers D, the slack is out of reach of these nets, this penalty or this training,
-    and a larger weight would only raise the cost. Each time that lambda has doubled, D must have fallen by a fifth, or
-    the cost as well, because the nets still learn; otherwise lambda returns to where it was, and rises no more.
-    :attr:`outcome` is which of the two has happened.
+    Where a larger weight no longer lowers D, these nets cannot reach the slack, and a larger weight would only raise
+    the cost. Each time that lambda has doubled, D must have fallen by a fifth, or the cost by three percent, because
+    the nets still learn; otherwise lambda returns to where it was, and rises no more. :attr:`outcome` says which case
+    it is.
 
-    D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. What a layer such as BatchNorm
-    lets the codes of one batch arrange among themselves has no influence on it, and it is unbiased for the
-    distribution that one code has over all batches. It compares the codes of all sites that have a penalty, joined,
-    without what they are conditional on. Sequences of different lengths count as filled up with zeros. A step whose
-    cost, codes or prior draws are not finite is left out.
+    D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. Dependence between the codes
+    of one batch, as BatchNorm causes it, has no influence, and D is unbiased for the distribution that a code has over
+    all batches. It compares the joined codes of all sites that have a penalty, without their conditions. Shorter
+    sequences are padded with zeros. A step whose cost, codes or prior draws are not finite is left out.
 
     Args:
-        codes: How many codes a test against the prior would need to tell them apart; more is stricter. It should not
-            exceed the number of data.
-        initial: The first weight; None takes a tenth of the first step's cost, so that a penalty that is near 1 for
-            codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is, first lets the auto-encoder learn.
+        codes: Number of codes with which a test could just distinguish them from prior draws; more is stricter. It
+            should not exceed the number of data.
+        initial: The first weight; None takes a tenth of the first step's cost. With a penalty that is near 1 for codes
+            far from the prior, as :class:`~pyro_wae.penalties.MMD` is, the auto-encoder then learns first.
         maximum: The largest weight; None takes 300 times the first. A weight that stays there is reported by a
             warning, because the training as it is cannot reach the slack.
         rate: The largest change of log lambda in a step.
