@@ -13,23 +13,12 @@ from pathlib import Path
 import numpy as np
 
 DIGITS = Path(__file__).parents[1] / "pyro_wae" / "demo" / "digits.npz"
+SIZES = {True: {"train": 10_000, "heldout": 3_000}, False: {"test": 2_000}}
+"""Digits to take from MNIST's training set, in parts without a common one, and from its test set."""
 
 
 def balanced_indices(labels: np.ndarray, size: int) -> np.ndarray:
-    """Indices of a subset in which every class has the share it has in ``labels``.
-
-    Args:
-        labels: Class of every datum, shape ``(n,)``, integers from 0.
-        size: How many data to take, at most ``n``.
-
-    Returns:
-        Ascending indices into ``labels``, shape ``(size,)``.
-
-    Raises:
-        ValueError: If ``size`` exceeds the number of labels.
-    """
-    if size > len(labels):
-        raise ValueError(f"size must be at most the number of labels, {len(labels)}, but is {size}")
+    """Ascending indices of a subset in which every class has the share that it has in the labels, 0, 1, ..."""
     exact = np.bincount(labels) * size / len(labels)
     quotas = np.floor(exact).astype(int)
     largest_remainders = np.argsort(quotas - exact, kind="stable")[: size - quotas.sum()]
@@ -41,25 +30,12 @@ def balanced_indices(labels: np.ndarray, size: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def make_digits(
-    root: str, *, train_size: int = 10_000, heldout_size: int = 3_000, test_size: int = 2_000
-) -> dict[str, np.ndarray]:
-    """Takes two balanced parts of MNIST's training set without a common digit, and one of its test set.
-
-    Args:
-        root: Folder of torchvision's MNIST, downloaded if it is not there.
-        train_size: Digits to take from the 60,000 training digits.
-        heldout_size: Digits to take from those that are left of them.
-        test_size: Digits to take from the 10,000 test digits.
-
-    Returns:
-        ``train_images``, ``heldout_images`` and ``test_images``, uint8 of shape ``(size, 28, 28)``, and
-        ``train_labels``, ``heldout_labels`` and ``test_labels``, uint8 of shape ``(size,)``.
-    """
+def make_digits(root: str) -> dict[str, np.ndarray]:
+    """Images (size, 28, 28) and labels (size,) of each part as uint8; MNIST is downloaded if it is not there."""
     from torchvision.datasets import MNIST
 
     arrays = {}
-    for is_train, sizes in ((True, {"train": train_size, "heldout": heldout_size}), (False, {"test": test_size})):
+    for is_train, sizes in SIZES.items():
         mnist = MNIST(root, train=is_train, download=True)
         images, labels = mnist.data.numpy(), mnist.targets.numpy()
         for part, size in sizes.items():

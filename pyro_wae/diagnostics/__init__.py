@@ -2,12 +2,11 @@
 
 from pyro_wae.diagnostics.alarms import Alarm
 from pyro_wae.diagnostics.classifier import ClassifierTest, classifier_test
-from pyro_wae.diagnostics.comparison import Coverage, Moments, WorstDirection
+from pyro_wae.diagnostics.comparison import Comparison, Coverage, Moments, Noise, WorstDirection
 from pyro_wae.diagnostics.example_images import Pictures
 from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary
 from pyro_wae.diagnostics.report import Report, report
 from pyro_wae.diagnostics.sample_quality import PrecisionRecall, precision_recall, sample_quality
-from pyro_wae.diagnostics.site_comparison import Comparison, Noise
 from pyro_wae.diagnostics.two_sample import TwoSampleTest, two_sample_test
 
 __all__ = [

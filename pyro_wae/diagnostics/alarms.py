@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from pyro_wae.diagnostics.comparison import Comparison
 from pyro_wae.diagnostics.gathering import BatchNormComparison
-from pyro_wae.diagnostics.site_comparison import Comparison
 
 NARROW = 0.25
 """Variance along a line, as a share of what prior draws show among themselves, below which codes are too narrow."""

@@ -104,7 +104,7 @@ def classifier_test(
         order = torch.randperm(len(sample), generator=generator, device="cpu")[:each]
         shuffled = sample[order.to(sample.device)].float()
         halves.append((shuffled[each // 2 :], shuffled[: each // 2]))
-    (learn_codes, judge_codes), (learn_draws, judge_draws) = halves
+    (learn_codes, judge_codes), (learn_draws, judge_draws) = _standardized(halves)
     with isolated_seed(draw_seed + 1, rows.device), torch.autocast(rows.device.type, enabled=False):
         net = _trained(learn_codes, learn_draws, width=width, steps=steps)
         right = int((net(judge_codes) > 0).sum() + (net(judge_draws) <= 0).sum())
@@ -120,16 +120,16 @@ def classifier_test(
 
 
 def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Module:
-    """A net that is positive on codes, from equally many rows of both, with its own scaling of the rows."""
+    """A net that is positive on codes, from equally many rows of both."""
     with torch.inference_mode(False), torch.enable_grad():
         rows = torch.cat([codes, draws])
         labels = torch.cat([rows.new_ones(len(codes)), rows.new_zeros(len(draws))])
         with torch.device("cpu"):  # another default device might hold no values
-            layers = nn.Sequential(
-                nn.Linear(rows.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
-            )
-        net = nn.Sequential(_Standardize(rows), layers.to(rows), nn.Flatten(0))
-        optimizer = torch.optim.Adam(layers.parameters(), lr=3e-3)
+            net = nn.Sequential(
+                nn.Linear(rows.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1),
+                nn.Flatten(0),
+            ).to(rows)  # fmt: skip
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
         for _ in range(steps):
             optimizer.zero_grad()
             binary_cross_entropy_with_logits(net(rows), labels).backward()
@@ -137,17 +137,12 @@ def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Modu
     return net.requires_grad_(False)
 
 
-class _Standardize(nn.Module):
-    """Rows in units of the training rows' deviations, because the net's start suits one scale only."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.mean = rows.mean(0)
-        deviation = rows.std(0)
-        self.deviation = torch.where(deviation > 0, deviation, 1)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return (rows - self.mean) / self.deviation
+def _standardized(halves: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """All rows in units of the training rows' deviations, because the net's start suits one scale only."""
+    learnt = torch.cat([learn for learn, _ in halves])
+    mean, deviation = learnt.mean(0), learnt.std(0)
+    deviation = torch.where(deviation > 0, deviation, 1)
+    return [((learn - mean) / deviation, (judge - mean) / deviation) for learn, judge in halves]
 
 
 def _binomial_tail(successes: int, trials: int) -> float:

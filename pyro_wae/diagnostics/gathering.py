@@ -118,7 +118,8 @@ def gather(
     layers: list[BatchNorm] = []
     first: tuple[tuple[Any, ...], Run] | None = None
     for index, args in enumerate(batches):
-        device = _device((args, kwargs))
+        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        device = next((x.device for x in tensors), torch.device("cpu"))
         with isolated_seed(seed + 2 * index, device):
             with batch_norm_layers() as ran:
                 step = _observe(observer, args, kwargs, None)
@@ -162,7 +163,7 @@ def gather(
         positions=_positions(seen)[chosen],
         noise=torch.cat(noise)[chosen].mean(0),
         paired=any(step.prior_varies or step.kept is not None for step in seen),
-        costs={name: _summary(torch.cat([_costs(step, name) for step in seen])) for name in seen[0].costs},
+        costs={name: _summary(_costs(seen, name)) for name in seen[0].costs},
         batch_norm=_compare_modes(layers, in_train, in_eval) if layers else None,
         first=first,
     )
@@ -177,15 +178,11 @@ def _observe(observer: Observer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return step
 
 
-def _costs(step: Step, name: str) -> Tensor:
-    """The costs of one site's data that are not masked, shape (number of them,)."""
-    kept = step.first.observed[name].kept
-    return step.costs[name][0] if kept is None else step.costs[name][0][kept[0]]
-
-
-def _device(arguments: Any) -> torch.device:
-    """The device of the first tensor."""
-    return next((x.device for x in tree_leaves(arguments) if isinstance(x, Tensor)), torch.device("cpu"))
+def _costs(steps: Sequence[Step], name: str) -> Tensor:
+    """The costs of one site's data that are not masked, shape (number of them,), in float64."""
+    kept = [step.first.observed[name].kept for step in steps]
+    costs = [step.costs[name][0] for step in steps]
+    return torch.cat([own if mask is None else own[mask[0]] for own, mask in zip(costs, kept, strict=True)]).double()
 
 
 def _positions(steps: Sequence[Step]) -> Tensor:
@@ -198,8 +195,8 @@ def _positions(steps: Sequence[Step]) -> Tensor:
 
 
 def _summary(costs: Tensor) -> CostSummary:
-    error = costs.double().std().item() / math.sqrt(len(costs)) if len(costs) > 1 else None
-    return CostSummary(mean=costs.double().mean().item(), standard_error=error)
+    error = costs.std().item() / math.sqrt(len(costs)) if len(costs) > 1 else None
+    return CostSummary(mean=costs.mean().item(), standard_error=error)
 
 
 @contextmanager
@@ -230,7 +227,7 @@ def _compare_modes(
     values = torch.stack(penalties)
     gap = values[:, 1] - values[:, 0]
     means = values.mean(0).tolist()
-    costs = [sum(_mean_of(steps, name) for name in steps[0].costs) for steps in (in_train, in_eval)]
+    costs = [sum(_costs(steps, name).mean().item() for name in steps[0].costs) for steps in (in_train, in_eval)]
     sizes = [step.data for step in in_train]
     return BatchNormComparison(
         layers=len(layers),
@@ -243,7 +240,3 @@ def _compare_modes(
         cost_eval=costs[1],
         batch_sizes=(min(sizes), max(sizes)),
     )
-
-
-def _mean_of(steps: Sequence[Step], name: str) -> float:
-    return torch.cat([_costs(step, name) for step in steps]).double().mean().item()

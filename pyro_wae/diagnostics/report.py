@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,18 @@ from torch import Tensor
 from pyro_wae._core.checks import number, text, whole
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
+from pyro_wae.diagnostics.comparison import Comparison, Moments, compare_site
 from pyro_wae.diagnostics.example_images import Pictures, check_shape, collect_pictures
 from pyro_wae.diagnostics.gathering import BatchNormComparison, CostSummary, gather
-from pyro_wae.diagnostics.hypothesis_test import new_generator
+from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, new_generator
 from pyro_wae.diagnostics.report_figure import draw_report
-from pyro_wae.diagnostics.report_text import report_lines
-from pyro_wae.diagnostics.site_comparison import Comparison, compare_site
 from pyro_wae.step.program import Program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TABLE_ROWS, TEXT_WIDTH = 10, 90
+"""Coordinates in a table, of more those least like the prior; and letters in a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,19 @@ class Report:
         return draw_report(self.joint, (self.codes, self.prior), self.in_hole, self.pictures, cmap=cmap)
 
     def __str__(self) -> str:
-        lines = report_lines(len(self.codes), self.comparisons, self.costs, self.batch_norm, self.alarms)
+        lines = [f"{len(self.codes)} codes against as many prior draws, one code for each datum"]
+        for name, comparison in self.comparisons.items():
+            lines += ["", *_comparison_lines(name, comparison)]
+        lines.append("")
+        for name, cost in self.costs.items():
+            error = "" if cost.standard_error is None else f" +- {cost.standard_error:.2g}"
+            lines.append(f"cost of {name}: {cost.mean:.5g}{error} per datum")
+        if self.batch_norm is not None:
+            lines += _batch_norm_lines(self.batch_norm)
+        lines += ["", "alarms:" if self.alarms else "alarms: none"]
+        for alarm in self.alarms:
+            text = f"[{alarm.kind}] {f'{alarm.site}: ' if alarm.site else ''}{alarm.message}"
+            lines += textwrap.wrap(text, TEXT_WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join(lines)
 
 
@@ -206,3 +221,59 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_json(item) for key, item in value.items()}
     return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
+    test, classifier, shape = found.two_sample, found.classifier, found.moments
+    yield f"{name}: latent dimension {found.size}"
+    yield f"  two-sample test       p = {test.p_value:.3g} ({_verdict(test)})"
+    yield f"  {'':22s}MMD^2 of {test.standardized:+.2f} standard deviations under the null"
+    yield f"  classifier            p = {classifier.p_value:.3g} ({_verdict(classifier)})"
+    yield f"  {'':22s}right on {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%})"
+    yield f"  {'':50s}{'codes':>9s}{'prior':>9s}"
+    rows = [
+        ("largest discrepancy on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
+        ("least variance on a line over the prior's", shape.narrowest, shape.narrowest_null),
+        ("largest variance on a line over the prior's", shape.widest, shape.widest_null),
+        ("largest over smallest eigenvalue of covariance", shape.eigenvalue_ratio, shape.prior_eigenvalue_ratio),
+        ("prior draws with no code nearby", found.coverage.holes, 0.01),
+        ("codes with no prior draw nearby", found.coverage.stray, 0.01),
+    ]
+    for label, value, null in rows:
+        yield f"  {label:50s}{_number(value):>9s}{_number(null):>9s}"
+    share = found.noise.share
+    yield f"  {'share of noise in the variance':50s}{'none' if share == 0 else f'{share:.3g}':>9s}"
+    yield f"  direction of largest discrepancy: {found.loadings()}"
+    yield f"  {'coordinate':>12s}{'mean':>9s}{'spread':>9s}{'noise':>9s}"
+    for index in _least_like(shape)[:TABLE_ROWS]:
+        noise = found.noise.by_coordinate[index]
+        yield f"  {found.coordinates[index]:>12s}{shape.mean[index]:>+9.2f}{shape.spread[index]:>9.2f}{noise:>9.2g}"
+    if found.size > TABLE_ROWS:
+        yield f"  {'...':>12s} and {found.size - TABLE_ROWS} more, closer to mean 0 and spread 1"
+
+
+def _batch_norm_lines(modes: BatchNormComparison) -> Iterator[str]:
+    low, high = modes.batch_sizes
+    sizes = f"{low}" if low == high else f"{low} to {high}"
+    error = "" if modes.penalty_error is None else f" (the difference +- {modes.penalty_error:.2g})"
+    layers = f"{modes.layers} layer{'s' * (modes.layers > 1)}"
+    yield f"BatchNorm: {layers}, {modes.training} in train mode, batches of {sizes}"
+    yield f"  codes in train and eval mode differ by {modes.code_shift:.2g} prior standard deviations"
+    yield f"  MMD^2 of a batch: {modes.penalty_train:+.3g} in train mode, {modes.penalty_eval:+.3g} in eval mode{error}"
+    yield f"  cost: {modes.cost_train:.4g} in train mode, {modes.cost_eval:.4g} in eval mode"
+
+
+def _least_like(shape: Moments) -> list[int]:
+    """The coordinates, all in order if they fit a table, else those first that differ most from the prior."""
+    indices = list(range(len(shape.mean)))
+    if len(indices) <= TABLE_ROWS:
+        return indices
+    return sorted(indices, key=lambda i: -(shape.mean[i] ** 2 + (shape.spread[i] - 1) ** 2))
+
+
+def _verdict(test: HypothesisTest) -> str:
+    return f"{'distinguishable' if test.rejected else 'not distinguishable'} at level {test.level:g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_wae.diagnostics.comparison import Yardstick
+from pyro_wae.diagnostics.comparison import Comparison, Yardstick
 from pyro_wae.diagnostics.example_images import Pictures
-from pyro_wae.diagnostics.site_comparison import Comparison
 from pyro_wae.plotting.codes import AXIS_NAMES, discrepant_directions, draw_clouds, draw_quantiles
 from pyro_wae.plotting.images import as_images, mosaic_of_rows, mosaic_size, show_mosaic
 from pyro_wae.plotting.style import WIDTH, styled_figure
@@ -37,11 +36,15 @@ def draw_report(
         *(torch.tensor(x, dtype=torch.float64, device="cpu") for x in (shape.prior_mean, shape.prior_spread))
     )
     codes, prior = (yardstick.measure(part.double().cpu()).numpy() for part in rows)
-    mosaics = [
-        (f"{name}: {title}" if len(pictures) > 1 else title, mosaic)
-        for name, own in pictures.items()
-        for title, mosaic in _mosaics(own)
-    ]
+    mosaics = []
+    for name, own in pictures.items():
+        for title, images, columns, group in (
+            ("Samples", own.samples, COLUMNS, 1),
+            ("Data and their reconstructions", torch.cat([own.inputs, own.outputs]), len(own.inputs), 2),
+            ("Latent interpolations", own.paths, own.steps, 1),
+        ):
+            mosaic, _ = mosaic_of_rows(as_images(images, "images"), columns, group=group)
+            mosaics.append((f"{name}: {title}" if len(pictures) > 1 else title, mosaic))
     has_plane = codes.shape[1] > 1
     heights = [CLOUDS_HEIGHT] * has_plane + [QUANTILES_HEIGHT]
     heights += [mosaic_size(mosaic, title)[1] + 0.1 for title, mosaic in mosaics]
@@ -73,13 +76,3 @@ def _plane(joint: Comparison, codes: np.ndarray, prior: np.ndarray) -> tuple[np.
     if np.linalg.norm(second) < 1e-6:
         second = across[:, np.diag(across).argmax()]
     return np.stack([first, second / np.linalg.norm(second)], 1), AXIS_NAMES
-
-
-def _mosaics(pictures: Pictures) -> list[tuple[str, np.ndarray]]:
-    images = [pictures.samples, torch.cat([pictures.inputs, pictures.outputs]), pictures.paths]
-    samples, pairs, paths = (as_images(own, "images") for own in images)
-    return [
-        ("Samples", mosaic_of_rows(samples, COLUMNS)[0]),
-        ("Data and their reconstructions", mosaic_of_rows(pairs, len(pictures.inputs), group=2)[0]),
-        ("Latent interpolations", mosaic_of_rows(paths, pictures.steps)[0]),
-    ]

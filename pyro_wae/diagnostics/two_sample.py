@@ -135,7 +135,8 @@ def two_sample_test(
     members = _memberships(len(rows), len(draws), permutations, generator)
     tested: list[Kernel]
     if kernel is None and aggregate:
-        tested = _kernels_at(_lengths(pooled, generator))
+        lengths = _lengths(pooled, generator)
+        tested = [kind(length) for kind in (Gaussian, Laplace) for length in lengths]
     else:
         tested = [as_kernel(InverseMultiquadratic() if kernel is None else copy.deepcopy(kernel))]
         # A length from the tested prior draws alone would tell which rows they are, and the rows could no longer
@@ -196,10 +197,6 @@ def _lengths(pooled: Tensor, generator: torch.Generator) -> list[float]:
     low, high = distances.quantile(distances.new_tensor([0.05, 0.95])).tolist()
     lengths = [low / 2 * (4 * high / low) ** (step / (LENGTHS - 1)) for step in range(LENGTHS)]
     return [float(f"{length:.3g}") for length in lengths]
-
-
-def _kernels_at(lengths: list[float]) -> list[Kernel]:
-    return [kind(length) for kind in (Gaussian, Laplace) for length in lengths]
 
 
 def _permuted_mmd(kernel: Kernel, pooled: Tensor, members: Tensor, n: int) -> tuple[Tensor, float]:

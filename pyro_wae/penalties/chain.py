@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,15 +94,12 @@ class Chain(Penalty):
             )
         if self.needs_prior_draws:
             # Lengths that are still unset are taken from all runs together, each about its own mean.
-            self.penalty.fit(torch.cat([run.prior.detach() - run.prior.detach().mean(0) for run in runs]))
+            self.penalty.fit(torch.cat([draws.detach() - draws.detach().mean(0) for _, draws, _ in runs]))
         if self.runs is not None:
             runs = [runs[index] for index in torch.randperm(len(runs), device="cpu")[: self.runs].tolist()]
-        weights = [run.codes.shape[1] for run in runs]
-        values = [
-            weight * self.penalty.estimate(run.codes, run.prior, run.context)
-            for weight, run in zip(weights, runs, strict=True)
-        ]
-        return torch.stack(values).sum() / sum(weights)
+        data = [codes.shape[1] for codes, _, _ in runs]
+        values = [weight * self.penalty.estimate(*run) for weight, run in zip(data, runs, strict=True)]
+        return torch.stack(values).sum() / sum(data)
 
     def _size(self, width: int, sites: Mapping[str, slice] | None) -> int:
         if self.step_size is not None:
@@ -129,7 +125,10 @@ class Chain(Penalty):
                 )
         return sizes[first]
 
-    def _runs(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Iterator[_Run]:
+    def _runs(
+        self, codes: Tensor, prior: Tensor, context: PenaltyContext
+    ) -> Iterator[tuple[Tensor, Tensor, PenaltyContext]]:
+        """Codes, prior draws and context of each run of steps."""
         size = self._size(codes.shape[-1], context.sites)
         kept = None if context.kept is None else context.kept()
         # Of fewer steps than a run has, the rest is 0 on both sides, as in every masked code.
@@ -141,7 +140,7 @@ class Chain(Penalty):
             stop = start + self.order
             columns = slice(start * size, stop * size)
             if reached is None:
-                yield _Run(codes[..., columns], prior[..., columns], _part_of(context, columns, None))
+                yield codes[..., columns], prior[..., columns], _part_of(context, columns, None)
                 continue
             # The first run is of all data, or those that are shorter than a run would never be seen.
             here = reached[:, :stop].any(1) if start == 0 else reached[:, stop - 1]
@@ -150,29 +149,19 @@ class Chain(Penalty):
                 draws = prior[:, columns]
                 if self.needs_prior_draws:
                     draws = draws.unflatten(0, (-1, codes.shape[1]))[:, rows].flatten(0, 1)
-                yield _Run(codes[:, rows][..., columns], draws, _part_of(context, columns, rows))
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Codes, prior draws and context of some consecutive steps."""
-
-    codes: Tensor
-    prior: Tensor
-    context: PenaltyContext
+                yield codes[:, rows][..., columns], draws, _part_of(context, columns, rows)
 
 
 def _part_of(context: PenaltyContext, columns: slice, rows: Tensor | None) -> PenaltyContext:
     """What is known of some columns and data of a code."""
-    variance = context.encoder_variance
-    return PenaltyContext(
-        data_size=context.data_size,
-        shared_data=context.shared_data,
-        encoder_variance=None if variance is None else functools.partial(_cut, variance, columns, rows),
-    )
+    part = PenaltyContext(data_size=context.data_size, shared_data=context.shared_data)
+    whole = context.encoder_variance
+    if whole is None:
+        return part
 
+    def variance() -> Tensor:
+        known = whole()
+        known = pad(known, (0, max(0, columns.stop - known.shape[-1])), value=1.0)[..., columns]
+        return known if rows is None else known[:, rows]
 
-def _cut(variance: Callable[[], Tensor], columns: slice, rows: Tensor | None) -> Tensor:
-    known = variance()
-    known = pad(known, (0, max(0, columns.stop - known.shape[-1])), value=1.0)[..., columns]
-    return known if rows is None else known[:, rows]
+    return dataclasses.replace(part, encoder_variance=variance)

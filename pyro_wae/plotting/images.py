@@ -111,12 +111,9 @@ def make_mosaic(rows: list[np.ndarray], *, group: int = 1) -> tuple[np.ndarray, 
     Rows stand close together within a ``group`` and further apart between groups.
     """
     _, height, width, *colour = rows[0].shape
-    gap = max(1, round(0.07 * height))
-    columns = len(rows[0])
-    tops, top = [], 0
-    for index in range(len(rows)):
-        tops.append(top)
-        top += height + (gap if group == 1 or index % group < group - 1 else 4 * gap)
+    gap, columns = max(1, round(0.07 * height)), len(rows[0])
+    between = 0 if group == 1 else 3 * gap
+    tops = [index * (height + gap) + index // group * between for index in range(len(rows))]
     mosaic = np.full((tops[-1] + height, columns * (width + gap) - gap, *colour), np.nan)
     for top, row in zip(tops, rows, strict=True):
         for column, image in enumerate(row):

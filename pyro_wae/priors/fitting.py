@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_wae._core.checks import number, whole
-from pyro_wae._core.distributions import distribution_of
+from pyro_wae._core.distributions import distribution_of, distribution_tensors
 from pyro_wae.predict import code_rows
 from pyro_wae.priors.mixtures import MixturePrior
 
@@ -99,16 +99,9 @@ def fit(
 
 
 def _parameters(prior: Any) -> list[Tensor]:
-    if isinstance(prior, nn.Module):
-        found: list[Tensor] = list(prior.parameters())
-    else:
-        parts = [distribution_of(prior, write=WRITE)]
-        while hasattr(parts[-1], "base_dist"):
-            parts += [*getattr(parts[-1], "transforms", ()), parts[-1].base_dist]
-        tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
-        modules = [part.parameters() for part in parts if isinstance(part, nn.Module)]
-        found = [*tensors, *(parameter for parameters in modules for parameter in parameters)]
-    found = [tensor for tensor in dict.fromkeys(found) if tensor.requires_grad and tensor.is_leaf]
+    is_module = isinstance(prior, nn.Module)
+    tensors = prior.parameters() if is_module else distribution_tensors(distribution_of(prior, write=WRITE))
+    found = [tensor for tensor in dict.fromkeys(tensors) if tensor.requires_grad and tensor.is_leaf]
     if not found:
         raise ValueError(
             f"prior has no parameter to be learnt, found {prior!r}. Write prior=MixturePrior(100, d), or a flow whose "

@@ -86,7 +86,9 @@ class NormalMixture(dist.MixtureSameFamily):
             return self._one.rsample(torch.Size(sample_shape) + self.batch_shape)
         with torch.no_grad():
             z = self.sample(torch.Size(sample_shape))
-        leaves = [self.mixture_distribution.logits, *_loc_and_tril(self.component_distribution)]
+        component = innermost(self.component_distribution)
+        tril = component.scale if isinstance(component, torch.distributions.Normal) else component.scale_tril
+        leaves = [self.mixture_distribution.logits, component.loc, tril]
         if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
             return z
         log_weights, loc, tril = leaves
@@ -283,10 +285,3 @@ def _mixture(logits: Tensor, locs: Tensor, tril: Tensor, standardized: bool) -> 
         locs, tril = (locs - mean) / unit, tril / (unit[:, None] if full else unit)
     component = dist.MultivariateNormal(locs, scale_tril=tril) if full else dist.Normal(locs, tril).to_event(1)
     return NormalMixture(dist.Categorical(logits=logits), component)
-
-
-def _loc_and_tril(component: Any) -> tuple[Tensor, Tensor]:
-    component = innermost(component)
-    if isinstance(component, torch.distributions.Normal):
-        return component.loc, component.scale
-    return component.loc, component.scale_tril
