@@ -12,11 +12,12 @@ import torch
 from pyro.distributions import transforms
 from pyro.infer import SVI
 from pyro.optim import Adam, ClippedAdam
+from references import Seen
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, Penalty
+from pyro_wae.penalties import MMD
 
 N = 400
 SEED = 11
@@ -252,18 +253,6 @@ def test_codes_that_equal_a_prior_given_the_data_have_no_penalty_and_no_bias(kin
     assert abs(values.mean()) < 4 * values.std() / 200**0.5 + 1e-9
 
 
-class Contexts(Penalty):
-    """A penalty that keeps the context it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def estimate(self, codes, prior, context):
-        self.seen.append(context)
-        return codes.sum() * 0
-
-
 @pytest.mark.parametrize(
     ("prior", "varies"),
     [
@@ -278,11 +267,11 @@ class Contexts(Penalty):
 @pytest.mark.filterwarnings("ignore:The prior of latent site")
 def test_a_root_prior_shares_data_with_the_codes_only_if_it_may_depend_on_them(prior, varies):
     fixed = prior()
-    net, penalty, x = Plain(fixed.event_shape[0]), Contexts(), torch.randn(N, 4)
+    net, penalty, x = Plain(fixed.event_shape[0]), Seen(), torch.randn(N, 4)
     loss = WAELoss(penalty)(net.model, net.guide)
     for _ in range(2):  # a flow caches its last draw, which must not count
         loss(x, lambda: fixed)
-    assert [context.shared_data for context in penalty.seen] == [varies] * 2
+    assert [context.shared_data for *_, context in penalty.calls] == [varies] * 2
 
 
 def test_a_learnable_location_gets_its_gradient_from_the_penalty():
