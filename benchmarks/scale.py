@@ -155,7 +155,7 @@ The second table follows from the constants. The third one is on paper, and has 
 """
 
 
-BENCH = Benchmark(__file__, page, smoke={"alone": [64, 128, 256], "ranks": [2], "codes": [64], "steps": 2})
+BENCH = Benchmark(__file__, page, smoke={"alone": [64, 128], "ranks": [2], "codes": [64], "steps": 2})
 BENCH.option("--alone", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="codes of one process")
 BENCH.option("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of processes")
 BENCH.option("--codes", type=int, nargs="+", default=[128, 512], help="codes of each of several processes")

@@ -41,7 +41,6 @@ LEARNING_RATE, WEIGHT = 1e-3, 100.0
 FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BASELINE = "plain torch"
 LEAST_ROUNDS = 10
-IMPORTS = 5
 CONSTRAINT = "SVI, WAELoss, shared Adam, Constraint"
 PERIOD = 8
 """After its first steps a Constraint moves its weight on every eighth step, and the mean of eight is what one costs."""
@@ -263,7 +262,7 @@ def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> li
     return results
 
 
-def import_seconds() -> float:
+def import_seconds(processes: int) -> float:
     """Seconds of the processor that ``import pyro_wae`` takes after torch and Pyro, in fresh processes.
 
     The first of them writes the bytecode, which an installation has, and does not count.
@@ -273,7 +272,7 @@ def import_seconds() -> float:
     with tempfile.TemporaryDirectory() as folder:
         kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         options = {"capture_output": True, "text": True, "env": kept | {"PYTHONPYCACHEPREFIX": folder}}
-        runs = [subprocess.run([sys.executable, "-c", program], **options) for _ in range(1 + IMPORTS)]
+        runs = [subprocess.run([sys.executable, "-c", program], **options) for _ in range(1 + processes)]
     return statistics.median(float(run.stdout) for run in runs[1:])
 
 
@@ -308,7 +307,7 @@ In the rows of *nn.Module* neither model nor guide calls `pyro.module`, since th
 pythae has nets of its own, with one hidden layer of 512 in place of 400.
 A `Constraint` is measured after its first {WARM_UP} steps, as the mean of {PERIOD} steps.
 `import pyro_wae` takes {1000 * report["import_seconds"]:.0f} ms of the processor after torch and Pyro, with its
-bytecode there (median of {IMPORTS} processes).
+bytecode there (median of {options["imports"]} processes).
 """
 
 
@@ -353,7 +352,7 @@ BENCH = Benchmark(
     picture=True,
     smoke={
         "nets": ["MLP"], "batch_sizes": [16], "devices": ["cpu"], "threads": 1, "rounds": 2, "warm_up": 3,
-        "no_compile": True,
+        "no_compile": True, "imports": 1,
     },
 )  # fmt: skip
 BENCH.option("--nets", nargs="*", choices=("MLP", "conv"), default=["MLP", "conv"])
@@ -362,6 +361,7 @@ BENCH.option("--zdim", type=int, default=8, help="numbers in a code")
 BENCH.option("--rounds", type=int, default=100, help="most timed steps of each")
 BENCH.option("--seconds", type=float, default=50.0, help=f"after which no round starts but the first {LEAST_ROUNDS}")
 BENCH.option("--warm-up", type=int, default=4, help="steps before them")
+BENCH.option("--imports", type=int, default=5, help="processes that import the package")
 BENCH.option("--no-compile", action="store_true", help="leave out what needs a C++ compiler")
 
 
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
         found = measure(contenders(nets, args.zdim, x.to(device), args), device, args)
         results += [{"nets": nets, "batch": batch, "device": device, **result} for result in found]
         print(f"{heading(nets, batch, device)}: {found[0]['rounds']} rounds", flush=True)
-    BENCH.finish(BENCH.report(args, results=results, import_seconds=import_seconds()), draw(results))
+    BENCH.finish(BENCH.report(args, results=results, import_seconds=import_seconds(args.imports)), draw(results))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pyro.infer import SVI, config_enumerate
 from pyro.infer.autoguide import AutoDelta, init_to_mean
 from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.infer.reparam import LocScaleReparam
+from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
@@ -112,6 +113,26 @@ def pair(prior=normal, code=delta, output=around, plate=all_data, guide_plate=No
 
 def with_guide(model):
     return model, pair()[1]
+
+
+class AutoEncoder(nn.Module):
+    """Nets where the programs have `encoded`: linear ones between x and d numbers, unless others are given."""
+
+    def __init__(self, x: int, d: int, *, encoder=None, prior=None, code=delta):
+        super().__init__()
+        self.encoder, self.decoder = encoder or nn.Linear(x, d), nn.Linear(d, x)
+        self.prior, self.code = prior or (lambda x: normal(x, d)), code
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample("x", around(self.decoder(z)), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.code(self.encoder(x)))
 
 
 def two_sites():
@@ -448,6 +469,9 @@ PROGRAMS = {
     "conditional prior": Program(lambda: pair(prior=around), warns="The prior of latent site 'z' differs between data"),
     "Delta decoder": Program(lambda: pair(output=lambda z: dist.Delta(z, event_dim=1))),
     "subsampled data": Program(lambda: pair(plate=part_of_the_data)),
+    "plate without a size": Program(
+        lambda: pair(prior=lambda x: normal(x).expand([len(x)]), plate=lambda x, index: pyro.plate("data"))
+    ),
     "masked data": Program(lambda: pair(seen_alone=True), cost=PART * D),
     # Other sites and plates
     "two sites": Program(two_sites),

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_wae.kernels import Energy, Gaussian, InverseMultiquadratic, Laplace, Matern, MultiScale, RationalQuadratic
+from pyro_wae.penalties import Penalty
 
 # Each kernel with every length left to the prior, beside its value at distance r where the prior draws have
 # half a mean squared distance of h. The formulas are written out here once more.
@@ -61,6 +62,17 @@ def half_mean_square(prior):
     return differences(prior, prior).square().sum().item() / (2 * m * (m - 1))
 
 
+def off_diagonal(n):
+    """Pairs of different rows."""
+    return ~torch.eye(n, dtype=torch.bool)
+
+
+def other_datum(row_repeats, column_repeats, n):
+    """Pairs of rows whose data differ, row i having the datum i modulo n."""
+    data = torch.arange(n)
+    return data.repeat(row_repeats)[:, None] != data.repeat(column_repeats)
+
+
 def mean_is_zero(values, *, standard_errors=3.5):
     """Whether the mean is 0 within so many of its own standard errors; 3.5 are missed once in 2000 by chance."""
     values = torch.as_tensor(values, dtype=torch.float64)
@@ -83,3 +95,19 @@ class LargestTensor(TorchDispatchMode):
 def rows(*shape, dtype=torch.float64):
     """Rows of N(0, I)."""
     return torch.randn(*shape, dtype=dtype)
+
+
+class Seen(Penalty):
+    """Keeps codes, prior draws and context of each call; its value is a number, or a function of the codes."""
+
+    codes = property(lambda self: self.calls[-1][0])
+    prior = property(lambda self: self.calls[-1][1])
+    context = property(lambda self: self.calls[-1][2])
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value, self.calls = value, []
+
+    def estimate(self, codes, prior, context):
+        self.calls.append((codes, prior, context))
+        return self.value(codes) if callable(self.value) else codes.sum() * 0 + self.value

@@ -212,7 +212,7 @@ CALLS = {
         net=[None, 3, "text", [nn.Linear(1, 1)]],
     ),
 }
-ADVICE = ("Write ", "write ", "Leave out ", "Take ", "Give ", "Join ", "Keep ", "Draw ")
+ADVICE = ("Write ", "write ", "Leave out ", "Take ", "Give ", "Join ", "Keep ", "Draw")
 CASES = [
     pytest.param(*case, id=f"{function}-{case[1]}-{number}")
     for function, cases in CALLS.items()
@@ -227,9 +227,7 @@ def test_a_bad_argument_is_named_with_what_to_write(call, name, value, tmp_path,
         call(**{name: value})
     message = str(error.value)
     assert name in message
-    assert any(
-        word in message for word in ("Write ", "write ", "Leave out ", "Take ", "Give ", "Join ", "Keep ", "Draw")
-    )
+    assert any(word in message for word in ADVICE)
     assert not list(tmp_path.iterdir())
 
 

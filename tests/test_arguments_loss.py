@@ -158,7 +158,7 @@ CALLS = {
             "model": ([model], [*NO_FUNCTION, None]),
             "num_samples": ([None, 3, np.int64(20)], [value for value in NO_COUNT if value is not None]),
             "prior": (
-                [None, dist.Normal(torch.zeros(3), 1).to_event(1)],
+                [None, PRIOR],
                 [*NO_FUNCTION, dist.Normal(torch.zeros(2), 1)],
             ),
             "return_sites": ([None, ("x",), ("z", "x")], NO_NAMES),

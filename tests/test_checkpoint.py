@@ -25,12 +25,10 @@ STEPS = 16
 
 
 @pytest.fixture(autouse=True)
-def fresh_process():
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pyro.clear_param_store()
     yield
-    pyro.clear_param_store()
     torch.set_num_threads(threads)
 
 

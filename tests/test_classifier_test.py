@@ -109,14 +109,6 @@ def test_interval_is_where_the_score_test_does_not_reject(right, trials):
     assert low <= right / trials <= high
 
 
-def test_binomial_and_interval_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    expected = stats.binomtest(540, 1000, alternative="greater")
-    assert classifier._binomial_tail(540, 1000) == pytest.approx(expected.pvalue, rel=1e-9)
-    interval = stats.binomtest(540, 1000).proportion_ci(0.95, method="wilson")
-    assert classifier._wilson(540, 1000, 0.05) == pytest.approx((interval.low, interval.high), rel=1e-9)
-
-
 def test_unequal_numbers_leave_a_guess_at_one_half():
     # A net that always says "prior" would be right on 91 percent of all rows.
     found = classifier_test(torch.zeros(100, 2), torch.zeros(1000, 2))

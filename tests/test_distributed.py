@@ -6,9 +6,9 @@ from pathlib import Path
 
 import distributed_steps as steps
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
+from programs import AutoEncoder, around
 from pyro.infer import SVI
 from test_docs import code
 from torch import distributed
@@ -279,25 +279,13 @@ def test_a_penalty_does_not_move_the_random_numbers_of_a_rank(one_rank):
 
 
 def test_all_ways_to_the_loss_draw_the_same_random_numbers(one_rank):
-    encoder, decoder = torch.nn.Linear(steps.X, 2), torch.nn.Linear(2, steps.X)
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(encoder(x), 1).to_event(1))
-
+    net = AutoEncoder(steps.X, 2, code=around)
     values = []
     for way in ("loss", "differentiable_loss", "loss_and_grads"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         loss = WAELoss(penalty_weight=1.0, process_group="world")
-        values.append(torch.as_tensor(getattr(loss, way)(model, guide, steps.DATA.float())).item())
+        values.append(torch.as_tensor(getattr(loss, way)(net.model, net.guide, steps.DATA.float())).item())
     assert len(set(values)) == 1
 
 

@@ -13,7 +13,6 @@ from pyro import poutine
 from pyro.infer import SVI
 from references import KERNELS, LargestTensor, distances, half_mean_square
 from scipy.spatial.distance import cdist
-from scipy.special import gamma, kv
 from sklearn.gaussian_process import kernels as sklearn_kernels
 
 from pyro_wae import WAELoss
@@ -88,15 +87,6 @@ def lengthscale(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("nu", [0.5, 1.5, 2.5])
-def test_matern_is_the_bessel_function_of_its_definition(nu):
-    x, y = rows(11), rows(7)
-    t = math.sqrt(2 * nu) * cdist(x, y) / 1.3
-    np.testing.assert_allclose(
-        Matern(nu, bandwidth=1.3)(x, y), 2 ** (1 - nu) / gamma(nu) * t**nu * kv(nu, t), rtol=1e-12
-    )
-
-
 @pytest.mark.parametrize("exponent", [0.3, 1, 1.0, 1.7])
 def test_energy_is_the_negative_power_of_scipys_distance(exponent):
     x, y = rows(11), rows(7)
@@ -108,18 +98,6 @@ def test_values_with_lengths_from_the_prior_follow_the_formula(name):
     x, y, prior = rows(11), rows(7), 2 * rows(50) + 1
     expected = KERNELS[name][1](distances(x, y), half_mean_square(prior))
     torch.testing.assert_close(fitted(name, prior)(x, y), expected, rtol=1e-12, atol=1e-14)
-
-
-def test_rational_quadratic_tends_to_gaussian():
-    x, y = rows(11), rows(7)
-    torch.testing.assert_close(RationalQuadratic(1e8, 1.3)(x, y), Gaussian(1.3)(x, y), rtol=1e-6, atol=0)
-
-
-def test_authors_multiscale_is_the_sum_over_seven_scales():
-    x, y = rows(11), rows(7)
-    squares = distances(x, y) ** 2
-    expected = sum(c / (c + squares) for c in (0.6, 1.2, 3.0, 6.0, 12.0, 30.0, 60.0))
-    torch.testing.assert_close(InverseMultiquadratic.multiscale(6.0**0.5)(x, y), expected)
 
 
 def test_sums_and_products_take_any_number_of_kernels():

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -32,7 +28,6 @@ from pyro_wae.penalties import (
 from pyro_wae.priors import MixturePrior
 from pyro_wae.weights import Constraint
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "large_batches.py"
 N, D, X, K = 22, 2, 5, 2
 ROWS = 6  # 22 = 6 + 6 + 6 + 4: the last micro-batch is smaller
 
@@ -658,28 +653,3 @@ def test_a_plate_of_a_fixed_size_says_which_data_it_met():
     with pytest.raises(ValueError, match="plate") as raised:
         WAELoss(micro_batch=ROWS).loss(net.model, guide, arguments()["x"])
     assert any("data 0 to 5" in note and "pyro.plate('data', len(x))" in note for note in raised.value.__notes__)
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.0, True], ids=str)
-def test_micro_batch_must_be_a_count(value):
-    with pytest.raises(
-        ValueError if type(value) is int else TypeError, match="micro_batch must be a whole number >= 1"
-    ):
-        WAELoss(micro_batch=value)
-
-
-@pytest.mark.slow
-def test_benchmark_shows_the_memory_of_a_micro_batch_and_the_gradient_of_all_data(tmp_path):
-    command = [sys.executable, str(BENCHMARK), "--smoke", "--out", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    report = json.loads((tmp_path / "large_batches.json").read_text())
-    assert (tmp_path / "large_batches.md").read_text() in finished.stdout
-    whole, split = report["results"]
-    # 16 micro-batches; pieces that do not scale with the data, and the memory that a process does not give back, add.
-    assert split["peak"] < whole["peak"] / 3
-    assert split["difference"] < 1e-10
-    # Noise falls as one over the root of the number of codes: by 2 from 64 to 256. Twenty repeats (seeds 64 and 256) of
-    # 8 numbers give each within about 8 percent.
-    noise = {row["n"]: row["noise"] for row in report["noise"]}
-    assert 1.5 < noise[64] / noise[256] < 2.7

@@ -12,7 +12,6 @@ import torch
 from pyro_wae.priors import NormalMixture
 
 SEED = 3
-N = 200
 
 
 LOGITS = [0.2, -0.3, 0.5]

@@ -19,6 +19,7 @@ from optim_trajectories import (
     trajectory,
     values,
 )
+from programs import AutoEncoder
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
@@ -31,11 +32,9 @@ from pyro_wae.penalties import JensenShannon
 
 
 @pytest.fixture(autouse=True)
-def fresh_store():
-    pyro.clear_param_store()
+def without_validation():
     with pyro.validation_enabled(False):
         yield
-    pyro.clear_param_store()
 
 
 CASES = {
@@ -194,20 +193,8 @@ def test_nets_learn_as_with_an_optimiser_for_each_parameter(make_loss, num_param
     def run(optim):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        encoder, decoder = torch.nn.Linear(3, 2).double(), torch.nn.Linear(2, 3).double()
-
-        def model(x):
-            pyro.module("decoder", decoder)
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-                pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
-
-        def guide(x):
-            pyro.module("encoder", encoder)
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(encoder(x), 0.5).to_event(1))
-
-        svi = SVI(model, guide, optim, loss=make_loss())
+        net = AutoEncoder(3, 2, code=lambda z: dist.Normal(z, 0.5).to_event(1)).double()
+        svi = SVI(net.model, net.guide, optim, loss=make_loss())
         for _ in range(STEPS):
             svi.step(torch.randn(20, 3, dtype=torch.float64))
         return values()

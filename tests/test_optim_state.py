@@ -23,11 +23,9 @@ from pyro_wae.optim import SGD, Adam, SharedOptim
 
 
 @pytest.fixture(autouse=True)
-def fresh_store():
-    pyro.clear_param_store()
+def without_validation():
     with pyro.validation_enabled(False):
         yield
-    pyro.clear_param_store()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pyro.contrib.gp.kernels as pyro_kernels
 import pyro.distributions as dist
 import pytest
 import torch
-from references import KERNELS, LargestTensor, distances, half_mean_square, rows
+from references import KERNELS, LargestTensor, distances, half_mean_square, off_diagonal, other_datum, rows
 
 from pyro_wae.kernels import (
     Energy,
@@ -41,15 +41,6 @@ def take_small_blocks(monkeypatch):
 def small_blocks(monkeypatch):
     """Sums by blocks of 7 x 10 pairs, however few rows there are."""
     take_small_blocks(monkeypatch)
-
-
-def off_diagonal(n):
-    return ~torch.eye(n, dtype=torch.bool)
-
-
-def other_datum(row_repeats, column_repeats, n):
-    data = torch.arange(n)
-    return data.repeat(row_repeats)[:, None] != data.repeat(column_repeats)
 
 
 def mean(name, x, y, h, pairs=None):

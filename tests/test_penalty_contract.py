@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import AutoEncoder, delta
 from pyro.infer import SVI
 from torch import nn
 from torch.nn.functional import normalize
@@ -419,28 +420,12 @@ def test_repr_is_the_call_that_makes_it(case):
 # Training
 
 
-class AutoEncoder(nn.Module):
-    """Linear, with a cost that does not hold the codes."""
-
-    def __init__(self, *, sphere=False):
-        super().__init__()
-        self.sphere = sphere
-        self.encoder, self.decoder = nn.Linear(10, D), nn.Linear(D, 10)
-        with torch.no_grad():
-            self.encoder.bias.fill_(1.5)
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            prior = dist.ProjectedNormal(x.new_zeros(D)) if self.sphere else dist.Normal(x.new_zeros(D), 1).to_event(1)
-            z = pyro.sample("z", prior)
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        z = self.encoder(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(normalize(z, dim=-1) if self.sphere else z, event_dim=1))
+def make_net(sphere):
+    """Linear nets, with codes off the prior's centre."""
+    prior = (lambda x: dist.ProjectedNormal(x.new_zeros(D))) if sphere else None
+    net = AutoEncoder(10, D, prior=prior, code=lambda z: delta(normalize(z, dim=-1) if sphere else z))
+    nn.init.constant_(net.encoder.bias, 1.5)
+    return net
 
 
 def trainable(case):
@@ -460,7 +445,7 @@ def distance(net, case):
 
 @every_case
 def test_svi_trains_the_encoder_with_it(case):
-    net = AutoEncoder(sphere=case.sphere)
+    net = make_net(case.sphere)
     loss = WAELoss(trainable(case), cost=lambda x, g: 0 * g.sum(-1), penalty_weight=100.0)
     svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 3e-2}), loss=loss)
     before = distance(net, case)
@@ -471,7 +456,7 @@ def test_svi_trains_the_encoder_with_it(case):
 
 @every_case
 def test_torch_optimisers_train_the_encoder_with_it(case):
-    net = AutoEncoder(sphere=case.sphere)
+    net = make_net(case.sphere)
     loss_fn = WAELoss(trainable(case), cost=lambda x, g: 0 * g.sum(-1), penalty_weight=100.0)(net.model, net.guide)
     optimiser = torch.optim.Adam(loss_fn.parameters(), lr=3e-2)
     before = distance(net, case)
@@ -500,7 +485,7 @@ def one_rank(tmp_path_factory):
 )
 def test_distributed_data_parallel_trains_as_the_module_alone(case, make, one_rank):
     penalty = make()
-    net = AutoEncoder(sphere=case.sphere)
+    net = make_net(case.sphere)
     losses = []
     for wrap in (nn.parallel.DistributedDataParallel, lambda module: module):
         own, own_penalty = copy.deepcopy(net), copy.deepcopy(penalty)

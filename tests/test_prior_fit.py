@@ -110,20 +110,7 @@ def test_model_and_guide_stay_as_they_are():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize(
-    ("prior", "error", "words"),
-    [
-        (dist.Normal(torch.zeros(D), 1.0).to_event(1), ValueError, "no parameter to be learnt.*MixturePrior"),
-        ("mixture", TypeError, "module whose call returns a distribution.*found 'mixture'"),
-    ],
-    ids=["fixed", "text"],
-)
-def test_a_prior_that_cannot_be_fitted_is_named(prior, error, words):
-    with pytest.raises(error, match=words):
+def test_a_prior_without_parameters_is_named():
+    prior = dist.Normal(torch.zeros(D), 1.0).to_event(1)
+    with pytest.raises(ValueError, match=r"no parameter to be learnt.*MixturePrior"):
         priors.fit(model, guide, torch.randn(50, D), prior=prior)
-
-
-@pytest.mark.parametrize("options", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}], ids=str)
-def test_options_out_of_range_are_named(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        priors.fit(model, guide, torch.randn(50, D), prior=MixturePrior(3, D), **options)

@@ -12,11 +12,12 @@ import torch
 from pyro.distributions import transforms
 from pyro.infer import SVI
 from pyro.optim import Adam, ClippedAdam
+from references import Seen
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, Penalty
+from pyro_wae.penalties import MMD
 
 N = 400
 SEED = 11
@@ -239,12 +240,7 @@ LARGE_AS_A_BATCH = {
 @pytest.mark.parametrize("kind", LARGE_AS_A_BATCH)
 @pytest.mark.parametrize("rows", [4, 5])
 def test_a_batch_as_large_as_a_code_has_a_prior_of_its_own_all_the_same(kind, rows):
-    class Look(Penalty):
-        def estimate(self, codes, prior, context):
-            self.shared_data = context.shared_data
-            return codes.sum() * 0
-
-    look = Look()
+    seen = Seen()
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -255,8 +251,8 @@ def test_a_batch_as_large_as_a_code_has_a_prior_of_its_own_all_the_same(kind, ro
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(x).to_event(1))
 
-    WAELoss(look, penalty_weight=1.0).loss(model, guide, torch.randn(rows, 4))
-    assert not look.shared_data
+    WAELoss(seen, penalty_weight=1.0).loss(model, guide, torch.randn(rows, 4))
+    assert not seen.context.shared_data
 
 
 DROPOUT = nn.Dropout(0.5)
@@ -340,18 +336,6 @@ def test_codes_that_equal_a_prior_given_the_data_have_no_penalty_and_no_bias(kin
     assert abs(values.mean()) < 4 * values.std() / 200**0.5 + 1e-9
 
 
-class Contexts(Penalty):
-    """A penalty that keeps the context it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def estimate(self, codes, prior, context):
-        self.seen.append(context)
-        return codes.sum() * 0
-
-
 @pytest.mark.parametrize(
     ("prior", "varies"),
     [
@@ -366,11 +350,11 @@ class Contexts(Penalty):
 @pytest.mark.filterwarnings("ignore:The prior of latent site")
 def test_a_root_prior_shares_data_with_the_codes_only_if_it_may_depend_on_them(prior, varies):
     fixed = prior()
-    net, penalty, x = Plain(fixed.event_shape[0]), Contexts(), torch.randn(N, 4)
+    net, penalty, x = Plain(fixed.event_shape[0]), Seen(), torch.randn(N, 4)
     loss = WAELoss(penalty)(net.model, net.guide)
     for _ in range(2):  # a flow caches its last draw, which must not count
         loss(x, lambda: fixed)
-    assert [context.shared_data for context in penalty.seen] == [varies] * 2
+    assert [context.shared_data for *_, context in penalty.calls] == [varies] * 2
 
 
 def test_a_learnable_location_gets_its_gradient_from_the_penalty():

@@ -32,13 +32,10 @@ every_prior = pytest.mark.parametrize("name", list(zoo.PRIORS))
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Leaves threads and parameters to the next test as it found them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pyro.clear_param_store()
     yield
     torch.set_num_threads(threads)
-    pyro.clear_param_store()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,87 @@
+"""What a WAELoss says once about its use: it has a state, which belongs to one training of one model."""
+
+import copy
+import warnings
+
+import pyro
+import pytest
+import torch
+from programs import AutoEncoder
+from pyro import poutine
+from pyro.infer import SVI
+
+from pyro_wae import WAELoss
+from pyro_wae.penalties import MMD, JensenShannon, SlicedWasserstein
+
+X = torch.linspace(-1, 1, 48).reshape(16, 3)
+
+ONCE = {
+    "loss": lambda loss, net: loss.loss(net.model, net.guide, X),
+    "SVI": lambda loss, net: SVI(net.model, net.guide, pyro.optim.Adam({}), loss=loss).evaluate_loss(X),
+    "module": lambda loss, net: loss(net.model, net.guide)(X),
+    "scaled": lambda loss, net: loss.loss(poutine.scale(net.model, 0.1), poutine.scale(net.guide, 0.1), X),
+}
+
+
+def train(loss, net, guide=None):
+    loss.loss_and_grads(net.model, guide or net.guide, X)
+
+
+def said(run, *args):
+    """The texts of the warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run(*args)
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("route", ONCE)
+def test_a_second_loss_for_evaluation_is_said_once(route):
+    trained, net = WAELoss(), AutoEncoder(3, 2)
+    train(trained, net)
+    train(trained, net)
+    second = WAELoss(num_particles=2)
+    with torch.no_grad():
+        (text,) = said(ONCE[route], second, net)
+        assert "has not been trained, and another one has been" in text
+        assert "penalty_weight=100" in text
+        assert said(ONCE[route], second, net) == []
+        for quiet in (trained, WAELoss(penalty_weight=1.0), copy.deepcopy(trained)):
+            assert said(ONCE[route], quiet, net) == []
+
+
+@pytest.mark.parametrize("route", ["loss_and_grads", "differentiable_loss", "scaled", "lambda"])
+@pytest.mark.parametrize("options", [{}, {"penalty_weight": 1.0}])
+def test_losses_made_anew_in_each_step_are_said(route, options):
+    net = AutoEncoder(3, 2)
+
+    def step():
+        model, guide = net.model, net.guide
+        if route == "scaled":
+            model, guide = poutine.scale(model, 0.1), poutine.scale(guide, 0.1)
+        elif route == "lambda":
+            model, guide = lambda x: net.model(x), lambda x: net.guide(x)
+        getattr(WAELoss(**options), route if hasattr(WAELoss, route) else "differentiable_loss")(model, guide, X)
+
+    found = [said(step) for _ in range(7)]
+    assert not any(found[:4])
+    texts = [text for texts in found for text in texts]
+    assert bool(texts) == (not options)
+    assert all("made anew for each step of one model" in text for text in texts)
+
+
+def test_losses_that_train_on_are_not_made_anew_for_each_step():
+    net = AutoEncoder(3, 2)
+    for _ in range(6):
+        loss = WAELoss()
+        assert said(train, loss, net) + said(train, loss, net) == []
+
+
+@pytest.mark.parametrize("penalty", [MMD, JensenShannon, SlicedWasserstein])
+def test_a_loss_that_goes_on_with_another_model_is_said_once(penalty):
+    loss, net, other = WAELoss(penalty(), penalty_weight=1.0), AutoEncoder(3, 2), AutoEncoder(3, 2)
+    assert said(train, loss, net) + said(train, loss, net, other.guide) == []  # a guide may be replaced
+    (text,) = said(train, loss, other)
+    assert "trained with another model and guide" in text
+    assert "Make a WAELoss for each model" in text
+    assert said(train, loss, other) == []
