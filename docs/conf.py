@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import isclass, isfunction
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ release = version = pyro_wae.__version__
 
 extensions = [
     "gallery",
-    "offline_mathjax",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -27,6 +27,9 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
+# Ships MathJax with the pages, for readers without a network; where it is not installed, pages load it from its server.
+if find_spec("sphinx-mathjax-offline"):
+    extensions.append("sphinx-mathjax-offline")
 exclude_patterns = ["_build", "_generated"]
 nitpicky = True
 
