@@ -1,9 +1,9 @@
-"""What the transport penalties say of finite samples, and how exact the function of Cramer-Wold is.
+"""What the transport penalties say of finite samples.
 
     python benchmarks/finite_samples.py
 
 The figures that docstrings and docs state of values at Q_Z = P_Z, of the scale of the codes that has the lowest mean
-penalty, of Sinkhorn's blur, of pooled particles and of ``projected_gaussian`` come from here.
+penalty, of Sinkhorn's blur and of pooled particles come from here.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import mpmath
 import torch
 from harness import Benchmark, Report, made_by, table_of
 from torch import Tensor
@@ -25,7 +24,6 @@ from pyro_wae.penalties import (
     SlicedWasserstein,
     SphericalSlicedWasserstein,
 )
-from pyro_wae.penalties.cramer_wold import projected_gaussian
 
 Make = Callable[[], Penalty]
 
@@ -131,25 +129,6 @@ def particle_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def kummer_row(d: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The largest errors of phi_d over s, against mpmath."""
-    s = torch.cat([torch.zeros(1), torch.logspace(-3, 8, args.points)]).double().requires_grad_()
-    value = projected_gaussian(s, d)
-    (slope,) = torch.autograd.grad(value.sum(), s)
-    with mpmath.workdps(30):
-        half, b = mpmath.mpf(1) / 2, mpmath.mpf(d) / 2
-        exact = [float(mpmath.hyp1f1(half, b, -mpmath.mpf(x))) for x in s.tolist()]
-        exact_slope = [float(-half / b * mpmath.hyp1f1(half + 1, b + 1, -mpmath.mpf(x))) for x in s.tolist()]
-    target, target_slope = s.new_tensor(exact), s.new_tensor(exact_slope)
-    paper = (1 + 4 * s.detach() / (2 * d - 3)).rsqrt()
-    return {
-        "d": d,
-        "value": f"{(value / target - 1).abs().max().item():.0e}",
-        "derivative": f"{(slope / target_slope - 1).abs().max().item():.0e}",
-        "paper's approximation": f"{(paper - target).abs().max().item():.2g}",
-    }
-
-
 def page(report: Report) -> str:
     """The tables, what is in them, and the command."""
     options, tables = report["options"], {name: table_of(rows) for name, rows in report["tables"].items()}
@@ -172,20 +151,14 @@ that of W_2^2 between the populations, for codes with one coordinate shifted by 
 `SlicedWasserstein` when Q_Z = P_Z, for 4 particles of 100 data, d = 8, and 400 prior draws:
 
 {tables["particles"]}
-
-`projected_gaussian` in float64: largest relative errors for s from 0 to 1e8, against mpmath, and the largest
-absolute error of (1 + 4 s / (2 d - 3))^(-1/2), the paper's approximation.
-
-{tables["kummer"]}
 """
 
 
-BENCH = Benchmark(__file__, page, smoke={"batches": 1, "large": 200, "large_batches": 1, "blurs": [0.5], "points": 10})
+BENCH = Benchmark(__file__, page, smoke={"batches": 1, "large": 200, "large_batches": 1, "blurs": [0.5]})
 BENCH.option("--batches", type=int, default=40)
 BENCH.option("--large", type=int, default=1000, help="codes in a large batch")
 BENCH.option("--large-batches", type=int, default=10)
 BENCH.option("--blurs", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="in spreads")
-BENCH.option("--points", type=int, default=200, help="values of s")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,7 +168,6 @@ def main(argv: list[str] | None = None) -> None:
         "transport": [transport_row(make, d, args) for make in TRANSPORT for d in DIMENSIONS],
         "blur": [blur_row(fraction, d, args) for d in DIMENSIONS for fraction in args.blurs],
         "particles": particle_rows(args),
-        "kummer": [kummer_row(d, args) for d in (2, 8, 64, 4096)],
     }
     BENCH.finish(BENCH.report(args, tables=tables))
 
