@@ -9,6 +9,7 @@ import ctypes
 import gc
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +82,22 @@ class Benchmark:
         return args
 
     def start(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Reads the command line, and sets up torch and the warnings of libraries that stand beside this one."""
+        """Reads the command line, and sets up this process by it."""
         args = self.parse(argv)
-        torch.set_num_threads(args.threads)
-        warnings.filterwarnings("ignore", module="torch|pyro|ot|pythae|pydantic")
-        if hasattr(args, "devices"):
-            args.devices = present(args.devices)
+        set_up(args.threads)
+        if "cuda" in getattr(args, "devices", []) and not torch.cuda.is_available():
+            print("No rows for CUDA: torch.cuda.is_available() is False.", flush=True)
+            args.devices = [device for device in args.devices if device != "cuda"]
         return args
 
     def report(self, args: argparse.Namespace, **parts: Any) -> Report:
         """What is written as JSON: how the numbers came about, and the numbers."""
         options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        cores = f"{os.cpu_count()} CPU cores, of which {args.threads} used"
+        gpu = f", and {torch.cuda.get_device_name()}" if "cuda" in getattr(args, "devices", []) else ""
         return {
             "command": shlex.join(["python", f"benchmarks/{self.name}.py", *options.pop("argv")]),
-            "machine": machine(getattr(args, "devices", ["cpu"]), args.threads),
+            "machine": cores + gpu,
             "torch": torch.__version__.partition("+")[0],
             "options": options,
             **parts,
@@ -113,6 +117,19 @@ class Benchmark:
         """Writes everything, and prints the page."""
         self.write(report, figure)
         print(self.page(report))
+
+
+def set_up(threads: int) -> None:
+    """Sets the threads of torch, and silences libraries that stand beside this one."""
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", module="torch|pyro|ot|pythae|pydantic")
+
+
+def in_processes(threads: int, function: Callable[..., Any], *calls: tuple[Any, ...]) -> list[Any]:
+    """What a function returns of each tuple of arguments, all at the same time, each in a fresh process."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(calls), fresh, initializer=set_up, initargs=(threads,)) as pool:
+        return list(pool.map(function, *zip(*calls, strict=True)))
 
 
 def made_by(report: Report) -> str:
@@ -135,14 +152,6 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     return table(rows[0], (row.values() for row in rows))
 
 
-def mean_and_spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation over seeds; a dash where there is no value."""
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
-
-
 def seeds_of(results: list[dict[str, Any]]) -> str:
     """Over how many seeds a table's numbers are means."""
     seeds = len({result["seed"] for result in results})
@@ -162,20 +171,6 @@ def save(figure: Any, path: Path) -> None:
     whole = io.BytesIO()
     figure.savefig(whole, format="png")
     Image.open(whole).convert("RGB").quantize(64).save(path, optimize=True)
-
-
-def machine(devices: list[str], threads: int) -> str:
-    """What the devices are."""
-    text = f"{os.cpu_count()} CPU cores, of which {threads} used"
-    return f"{text}, and {torch.cuda.get_device_name()}" if "cuda" in devices else text
-
-
-def present(devices: list[str]) -> list[str]:
-    """Those devices that are there; says which are not."""
-    if "cuda" in devices and not torch.cuda.is_available():
-        print("No rows for CUDA: torch.cuda.is_available() is False.", flush=True)
-        return [device for device in devices if device != "cuda"]
-    return devices
 
 
 def seconds(run: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:

@@ -9,17 +9,12 @@ turns with them: a product of matrices and a division for each pair. Where there
 """
 
 import argparse
-import json
-import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from harness import Benchmark, Report, in_turns, made_by, peak_mebibytes, table
+from harness import Benchmark, Report, in_processes, in_turns, made_by, peak_mebibytes, table
 from torch import Tensor
 from ways import PICTURE, WAYS, Loss
 
@@ -105,79 +100,37 @@ def measure(name: str, n: int, d: int, device: str, args: argparse.Namespace, lo
     }  # fmt: skip
 
 
-def measure_all(name: str, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_all(name: str, device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One way at all sizes, from the least on; what would take too much is skipped, with the reason."""
+    rows: list[dict[str, Any]] = []
     for d in args.dimensions:
+        place = {"way": name, "device": device, "d": d}
         try:
             loss = WAYS[name].make(d)
-        except ImportError as error:
-            yield {"way": name, "device": device, "d": d, "skipped": str(error)}
-            return
-        small = torch.randn(2, 300, d, device=device)
-        try:
-            gradient(loss, *small)  # what is compiled or read once
-        except RuntimeError as error:
-            if device == "cpu":
+            gradient(loss, *torch.randn(2, 300, d, device=device))  # what is compiled or read once
+        except (ImportError, RuntimeError) as error:
+            if device == "cpu" and isinstance(error, RuntimeError):
                 raise
-            yield {"way": name, "device": device, "d": d, "skipped": str(error).splitlines()[0]}
+            rows.append({**place, "skipped": str(error).splitlines()[0]})
             continue
         last: dict[str, Any] | None = None
         for n in sorted(args.sizes):
-            if last is not None:
-                # As the pairs at most: what grows with the codes alone is far from both limits.
-                growth = (n / last["n"]) ** 2
-                gibibytes, passing = growth * last["mebibytes"] / 1024, growth * last["seconds"]
-                reason = ""
-                if gibibytes > args.gibibytes and last["mebibytes"] > 64:
-                    reason = f"would take about {gibibytes:.0f} GiB"
-                elif passing > args.seconds and last["seconds"] > 0.5:
-                    reason = f"would take about {passing:.0f} s"
-                if reason:
-                    yield {"way": name, "device": device, "n": n, "d": d, "skipped": reason}
-                    break
+            # As the pairs at most: what grows with the codes alone is far from both limits.
+            reason = "" if last is None else too_much(last, (n / last["n"]) ** 2, args)
+            if reason:
+                rows.append({**place, "n": n, "skipped": reason})
+                break
             last = measure(name, n, d, device, args, loss)
-            yield last
+            rows.append(last)
+    return rows
 
 
-def exponent(results: list[dict[str, Any]], key: str, least: float) -> float | None:
-    """The exponent of a cost in n, by least squares on logarithms of what is not too small to measure."""
-    points = [(math.log(r["n"]), math.log(r[key])) for r in results if r[key] >= least]
-    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
-
-
-def costs(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """The a and b of seconds = a n + b n^2, neither negative, with the least squares of relative errors."""
-    n = torch.tensor([r["n"] for r in results], dtype=torch.float64)
-    t = torch.tensor([r["seconds"] for r in results], dtype=torch.float64)
-    columns, ones = torch.stack([n / t, n.square() / t], 1), torch.ones_like(n)[:, None]
-    best: tuple[float, tuple[float, float]] | None = None
-    for kept in ([0, 1], [0], [1]):
-        found = torch.zeros(2, dtype=torch.float64)
-        found[kept] = torch.linalg.lstsq(columns[:, kept], ones).solution[:, 0]
-        error = (columns @ found - 1).square().sum().item()
-        if found.min() >= 0 and (best is None or error < best[0]):
-            best = error, (found[0].item(), found[1].item())
-    assert best is not None  # one cost alone is never negative
-    return best[1]
-
-
-def growth(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How cost grows with n: for each way, device and d that has several sizes."""
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault((result["device"], result["way"], result["d"]), []).append(result)
-    found = []
-    for (device, way, d), group in groups.items():
-        if len(group) > 1:
-            per_code, per_pair = costs(group)
-            found.append(
-                {
-                    "device": device, "way": way, "d": d, "sizes": [r["n"] for r in group],
-                    "time": exponent(group, "seconds", 0), "memory": exponent(group, "mebibytes", 1),
-                    "seconds per code": per_code, "seconds per pair": per_pair,
-                }
-            )  # fmt: skip
-    return found
+def too_much(last: dict[str, Any], growth: float, args: argparse.Namespace) -> str:
+    """Why a row that costs so many times the last one is left out; nothing if it is not."""
+    gibibytes, seconds = growth * last["mebibytes"] / 1024, growth * last["seconds"]
+    if gibibytes > args.gibibytes and last["mebibytes"] > 64:
+        return f"would take about {gibibytes:.0f} GiB"
+    return f"would take about {seconds:.0f} s" if seconds > args.seconds and last["seconds"] > 0.5 else ""
 
 
 def number(value: float | None, factor: float = 1.0) -> str:
@@ -216,14 +169,6 @@ def page(report: Report) -> str:
             where = f"d = {d}" if device == "cpu" else f"CUDA, d = {d}"
             for title, key, factor in (("units", "units", 1), ("ms", "seconds", 1e3), ("MiB", "mebibytes", 1)):
                 parts.append(f"**{where}: {title}**\n\n{cost_table(some, key, factor)}")
-    grown = [
-        [
-            named(r), r["d"], f"{r['time']:.2f}",
-            "-" if r["memory"] is None else f"{r['memory']:.2f}",
-            number(r["seconds per code"], 1e6), number(r["seconds per pair"], 1e9),
-        ]
-        for r in report["growth"]
-    ]  # fmt: skip
     digits = [
         [
             named(r), r["d"],
@@ -247,10 +192,6 @@ def page(report: Report) -> str:
   Sinkhorn divergence sqrt(d / 2). `Sinkhorn()` calls geomloss, which lowers the blur in steps, and POT iterates to a
   tolerance of 1e-5. geomloss gives half the square of a distance, POT the root of the sliced one: all have the same
   scale here.
-
-**Growth.** Exponents of time and memory in n, and time as *a n + b n^2*:
-
-{table(["way", "d", "time", "memory", "a, microseconds per code", "b, nanoseconds per pair"], grown)}
 
 **Digits.** Errors at n = {options["exact"]} relative to float64 and direct differences. *near*: codes of
 0.02 + 1.02 N(0, I); *noise*: the prior draws themselves, with {NOISE:g} N(0, I) on top.
@@ -298,19 +239,6 @@ def draw(results: list[dict[str, Any]], d: int) -> Any:
     return figure
 
 
-def in_a_process(name: str, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measures one way at all sizes in a fresh process."""
-    command = [sys.executable, __file__, "--one", name, device, "--devices", device]
-    for key in ("sizes", "dimensions", "exact", "gibibytes", "seconds", "repeats"):
-        value = getattr(args, key)
-        command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            yield json.loads(line)
-    if process.returncode:
-        raise RuntimeError(f"{name} on {device} ended with {process.returncode}.")
-
-
 BENCH = Benchmark(
     __file__,
     page,
@@ -328,21 +256,18 @@ BENCH.option("--exact", type=int, default=512, help="most codes whose errors are
 BENCH.option("--gibibytes", type=float, default=8.0, help="skips what would take more")
 BENCH.option("--seconds", type=float, default=50.0, help="skips passes that would take more")
 BENCH.option("--repeats", type=int, default=3, help="least number of passes")
-BENCH.option("--one", nargs=2, metavar=("WAY", "DEVICE"), help=argparse.SUPPRESS)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
     args = BENCH.start(argv)
-    if args.one:
-        for result in measure_all(*args.one, args):
-            print(json.dumps(result), flush=True)
-        return
     results: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for device in args.devices:
         for name in (name for name in args.ways if device in WAYS[name].is_for):
-            for found in measure_all(name, device, args) if args.smoke else in_a_process(name, device, args):
+            task = (name, device, args)
+            rows = measure_all(*task) if args.smoke else in_processes(args.threads, measure_all, task)[0]
+            for found in rows:
                 if "skipped" in found:
                     skipped.append(found)
                     print(f"No row for {reason(found)}", flush=True)
@@ -350,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
                     results.append(found)
                     where = f"{name}, d = {found['d']}, n = {found['n']} ({device})"
                     print(f"{where}: {found['units']:.3g} units, {found['mebibytes']:.0f} MiB", flush=True)
-    parts = {"devices": args.devices, "results": results, "skipped": skipped, "growth": growth(results)}
+    parts = {"devices": args.devices, "results": results, "skipped": skipped}
     BENCH.finish(BENCH.report(args, **parts), draw(results, max(args.dimensions)))
 
 

@@ -8,20 +8,15 @@ noise of the penalty's gradient at each size.
 """
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from harness import MIB, AutoEncoder, Benchmark, Report, made_by, peak_mebibytes, seconds, table
+from harness import MIB, AutoEncoder, Benchmark, Report, in_processes, made_by, peak_mebibytes, seconds, table
 from pyro.infer import SVI
 from torch import Tensor, nn
 
@@ -64,43 +59,34 @@ def penalty() -> MMD:
     return MMD(InverseMultiquadratic(math.sqrt(2.0 * ZDIM)), closed_form=True)
 
 
-def run_case(micro_batch: int | None, gradient: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Takes steps in one way, and leaves its gradient in float64 in a file."""
+def run_case(micro_batch: int | None, device: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Takes steps in one way; its gradient in float64 is no tensor, which would end with the process."""
     pyro.set_rng_seed(0)
-    net = make_net(args.width).to(args.device)
-    x = torch.rand(args.data, 1, 28, 28, device=args.device)
+    net = make_net(args.width).to(device)
+    x = torch.rand(args.data, 1, 28, 28, device=device)
     loss = WAELoss(penalty(), penalty_weight=100.0, micro_batch=micro_batch)
     # A few data first, in both ways: what torch loads at its first step is no part of a batch.
     for rows in (None, 16):
         WAELoss(penalty(), micro_batch=rows).loss_and_grads(net.model, net.guide, x[:32])
     net.zero_grad()
     svi = SVI(net.model, net.guide, SGD({"lr": 0.0}), loss=loss)
-    mebibytes, _ = peak_mebibytes(lambda: svi.step(x), args.device)
+    mebibytes, _ = peak_mebibytes(lambda: svi.step(x), device)
     # On a CPU the processor's time, which other processes do not lengthen as they do the clock's.
-    times = [seconds(lambda: svi.step(x), args.device, time.process_time) for _ in range(args.steps)]
+    times = [seconds(lambda: svi.step(x), device, time.process_time) for _ in range(args.steps)]
     net.double()
     value = loss.loss_and_grads(net.model, net.guide, x.double())
-    torch.save(torch.cat([p.grad.flatten().cpu() for p in net.parameters() if p.grad is not None]), gradient)
-    return {"micro_batch": micro_batch, "peak": MIB * mebibytes, "seconds": statistics.median(times), "loss": value}
+    gradient = torch.cat([p.grad.flatten().cpu() for p in net.parameters() if p.grad is not None])
+    row = {"device": device, "micro_batch": micro_batch, "peak": MIB * mebibytes, "loss": value}
+    return {**row, "seconds": statistics.median(times), "gradient": gradient.numpy()}
 
 
 def compare(device: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs each case on one device in a process of its own."""
-    results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        whole: Tensor | None = None
-        for rows in [0, *args.micro_batch]:
-            path = Path(folder) / f"{rows}.pt"
-            options = {"case": rows, "gradient": path, "data": args.data, "steps": args.steps, "width": args.width}
-            options |= {"threads": args.threads, "device": device, "devices": device}
-            command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
-            print(f"micro_batch={rows or None} on {device}", file=sys.stderr)
-            finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            result = {"device": device, **json.loads(finished.stdout)}
-            gradient = torch.load(path)
-            whole = gradient if whole is None else whole
-            result["difference"] = ((gradient - whole).norm() / whole.norm()).item()
-            results.append(result)
+    """Runs each case on one device, one after the other."""
+    cases = [None, *args.micro_batch]
+    results = [in_processes(args.threads, run_case, (rows, device, args))[0] for rows in cases]
+    gradients = [torch.from_numpy(result.pop("gradient")) for result in results]
+    for result, gradient in zip(results, gradients, strict=True):
+        result["difference"] = ((gradient - gradients[0]).norm() / gradients[0].norm()).item()
     return results
 
 
@@ -168,17 +154,11 @@ BENCH.option("--steps", type=int, default=1, help="to take the time of")
 BENCH.option("--width", type=int, default=4, help="of the nets")
 BENCH.option("--sizes", type=int, nargs="+", default=[128, 512, 2048, 8192], help="of batches, for the noise")
 BENCH.option("--repeats", type=int, default=20, help="batches, for the noise")
-BENCH.option("--device", help=argparse.SUPPRESS)
-BENCH.option("--case", type=int, help=argparse.SUPPRESS)
-BENCH.option("--gradient", type=Path, help=argparse.SUPPRESS)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
     args = BENCH.start(argv)
-    if args.case is not None:
-        print(json.dumps(run_case(args.case or None, args.gradient, args)))
-        return
     results = [row for device in args.devices for row in compare(device, args)]
     BENCH.finish(BENCH.report(args, results=results, noise=measure_noise(args)))
 

@@ -9,10 +9,7 @@ constants c and b are taken from one process; runs with several, over gloo, show
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,9 +17,10 @@ from typing import Any
 
 import pyro
 import torch
-from harness import AutoEncoder, Benchmark, Report, made_by, table
+from harness import Benchmark, Report, in_processes, made_by, table
 from pyro.infer import SVI
-from torch import distributed, nn
+from step import make_nets
+from torch import distributed
 
 from pyro_wae import WAELoss
 from pyro_wae.optim import Adam
@@ -53,11 +51,8 @@ def bytes_received(ranks: int, codes: int, d: int) -> int:
 
 def take_steps(rank: int, ranks: int, codes: int, store: Path | None, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step on a rank, and the bytes that it receives."""
-    pyro.set_rng_seed(0)
     d, received = args.zdim, [0]
-    encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, d))
-    decoder = nn.Sequential(nn.Linear(d, 400), nn.ReLU(), nn.Linear(400, 784))
-    net = AutoEncoder(d, encoder, decoder)
+    net = make_nets("MLP", d, torch.device("cpu"))
     if store is not None:
         distributed.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=ranks)
         gather = distributed.all_gather
@@ -80,20 +75,12 @@ def take_steps(rank: int, ranks: int, codes: int, store: Path | None, args: argp
     return {"seconds": statistics.median(times), "bytes": received[0]}
 
 
-def in_processes(ranks: int, codes: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(ranks: int, codes: int, args: argparse.Namespace) -> dict[str, Any]:
     """A run with so many ranks: the mean of their seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        store = [] if ranks == 1 else ["--store", str(Path(folder) / "store")]
-        own = ["--zdim", str(args.zdim), "--steps", str(args.steps), "--threads", str(args.threads)]
-        commands = [
-            [sys.executable, __file__, "--one", str(rank), str(ranks), str(codes), *store, *own]
-            for rank in range(ranks)
-        ]  # fmt: skip
-        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-        printed = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            raise RuntimeError(f"A run with {ranks} ranks of {codes} codes has failed.")
-    found = [json.loads(text) for text in printed]
+        store = None if ranks == 1 else Path(folder) / "store"
+        calls = [(rank, ranks, codes, store, args) for rank in range(ranks)]
+        found = in_processes(args.threads, take_steps, *calls)
     seconds = statistics.fmean(one["seconds"] for one in found)
     return {"ranks": ranks, "codes": codes, "seconds": seconds, "bytes": found[0]["bytes"]}
 
@@ -161,19 +148,13 @@ BENCH.option("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of pr
 BENCH.option("--codes", type=int, nargs="+", default=[128, 512], help="codes of each of several processes")
 BENCH.option("--zdim", type=int, default=8, help="numbers in a code")
 BENCH.option("--steps", type=int, default=7, help="steps to take the time of")
-BENCH.option("--one", type=int, nargs=3, help=argparse.SUPPRESS)
-BENCH.option("--store", type=Path, help=argparse.SUPPRESS)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and reports."""
     args = BENCH.start(argv)
-    if args.one:
-        rank, ranks, codes = args.one
-        print(json.dumps(take_steps(rank, ranks, codes, args.store, args)))
-        return
-    alone = [in_processes(1, codes, args) for codes in args.alone]
-    several = [in_processes(ranks, codes, args) for ranks, codes in itertools.product(args.ranks, args.codes)]
+    alone = [measure(1, codes, args) for codes in args.alone]
+    several = [measure(ranks, codes, args) for ranks, codes in itertools.product(args.ranks, args.codes)]
     BENCH.finish(BENCH.report(args, results=[*alone, *several], constants=constants(alone)))
 
 

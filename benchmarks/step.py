@@ -170,16 +170,6 @@ def late_constraint(zdim: int, device: torch.device) -> Constraint:
     return weight
 
 
-def in_one(step: Step, count: int) -> Step:
-    """Several steps as one."""
-
-    def several() -> None:
-        for _ in range(count):
-            step()
-
-    return several
-
-
 def contenders(kind: str, zdim: int, x: Tensor, args: argparse.Namespace) -> dict[str, Step]:
     """A step of each."""
 
@@ -246,7 +236,7 @@ def measure(steps: dict[str, Step], device: str, args: argparse.Namespace) -> li
         return rounds == args.rounds or (rounds >= LEAST_ROUNDS and spent > args.seconds)
 
     periods = {name: PERIOD if name == CONSTRAINT else 1 for name in steps}
-    runs = {name: in_one(step, periods[name]) for name, step in steps.items()}
+    runs = {name: lambda name=name: [steps[name]() for _ in range(periods[name])] for name in steps}
     # On a CPU that other programs use too, only the time of the processor can be compared.
     times = in_turns(runs, device, time.process_time, enough)
     times = {name: [taken / periods[name] for taken in own] for name, own in times.items()}
