@@ -152,12 +152,6 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     return table(rows[0], (row.values() for row in rows))
 
 
-def seeds_of(results: list[dict[str, Any]]) -> str:
-    """Over how many seeds a table's numbers are means."""
-    seeds = len({result["seed"] for result in results})
-    return f"{seeds} seeds (mean ± standard deviation over them)" if seeds > 1 else "1 seed"
-
-
 def progress(items: Iterable[Any], label: str, **options: Any) -> Any:
     """A bar for what takes long."""
     return tqdm(items, desc=label, leave=False, mininterval=2, **options)

@@ -15,7 +15,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from harness import Benchmark, Report, made_by, progress, seeds_of, table
+from harness import Benchmark, Report, made_by, progress, table
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
@@ -188,11 +188,11 @@ def page(report: Report) -> str:
         own = [result for result in report["results"] if result["contender"] == name]
         means = (statistics.fmean(result[key] for result in own) for key in ("cost", "reconstructions", "samples"))
         rows.append([name, *(f"{mean:.1f}" for mean in means), " ".join(f"{result['p']:.3f}" for result in own)])
-    options, seeds = report["options"], seeds_of(report["results"]).partition(" (")[0]
+    options, seeds = report["options"], len(report["options"]["seeds"])
     return f"""{table(header, rows)}
 
 {made_by(report)}
-Means over {seeds}; {options["epochs"]} epochs of batches of {options["batch"]},
+Means over {seeds} seed{"s" * (seeds > 1)}; {options["epochs"]} epochs of batches of {options["batch"]},
 latent dimension {options["zdim"]}; 3000 held-out digits and as many samples, {TESTED} codes in each test.
 """
 

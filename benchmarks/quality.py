@@ -12,7 +12,6 @@ training set, because its test set is of other writers. All numbers of all seeds
 """
 
 import argparse
-import copy
 import dataclasses
 import functools
 import multiprocessing
@@ -26,7 +25,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from harness import Benchmark
+from harness import Benchmark, set_up
 from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO
 from quality_tables import TABLES, TESTED, Setting, chosen, page
@@ -100,21 +99,13 @@ def load_data(name: str, root: str, smoke: bool, classifier_file: Path | None = 
 # Nets
 
 
-def shallow_digits(zdim: int) -> tuple[nn.Module, nn.Module]:
-    """The deep nets with one hidden layer in the place of the residual blocks."""
-    encoder, decoder = digit_encoder(zdim), digit_decoder(zdim)
-
-    def without_blocks(layers: nn.Sequential) -> nn.Sequential:
-        return nn.Sequential(*(layer for layer in layers if not isinstance(layer, Residual)))
-
-    return without_blocks(encoder), without_blocks(decoder)
-
-
 def make_nets(setting: Setting, data: Data) -> tuple[nn.Module, nn.Module]:
     """The encoder and the decoder."""
     if data.train.ndim == 4:
-        deep = setting.nets == "deep"
-        return (digit_encoder(setting.zdim), digit_decoder(setting.zdim)) if deep else shallow_digits(setting.zdim)
+        nets = digit_encoder(setting.zdim), digit_decoder(setting.zdim)
+        if setting.nets == "shallow":  # one hidden layer in the place of the residual blocks
+            nets = tuple(nn.Sequential(*(part for part in net if not isinstance(part, Residual))) for net in nets)
+        return nets
     size = data.train.shape[1]
     if setting.nets == "deep":
         return nn.Sequential(*deep_head(size, setting.zdim)), nn.Sequential(*deep_head(setting.zdim, size))
@@ -182,19 +173,13 @@ class Net(nn.Module):
 # One training
 
 
-def steps_of(setting: Setting, data: Data, args: argparse.Namespace) -> int:
-    """The number of steps."""
-    if args.smoke:
-        return 3
-    return (setting.epochs or args.epochs or data.epochs) * (len(data.train) // setting.batch)
-
-
 def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Trains, and returns the judged nets and what the training showed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    net, steps = Net(setting, data).to(args.device), steps_of(setting, data, args)
-    net.train()
+    net = Net(setting, data).to(args.device).train()
+    epochs = setting.epochs or args.epochs or data.epochs
+    steps = 3 if args.smoke else epochs * (len(data.train) // setting.batch)
     if net.is_vae:
         loss: Any = Trace_ELBO()
     else:
@@ -249,13 +234,9 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
         "test_cost": (outputs - data.test).square().flatten(1).sum(1).mean().item(),
         "reconstructions": frechet(heldout_outputs, data.heldout),
         "samples": frechet(samples, data.heldout),
-        "reconstructions_of_test": frechet(outputs, data.test),
-        "samples_of_test": frechet(samples, data.test),
         "p_for_choosing": p_values[0],
         "p_values": p_values[1:],
     }
-    if isinstance(data.features, DigitClassifier):
-        found["read"] = (data.features.probabilities(samples[:1000]).amax(1) > 0.9).double().mean().item()
     if setting.fitted:
         with torch.enable_grad():
             steps = 3 if args.smoke else 1500
@@ -292,8 +273,13 @@ def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
 # Everything
 
 
-def as_row(table: str, setting: Setting, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures one setting with one seed."""
+WORKER = argparse.Namespace()
+"""The options of this process where it is a worker, its own device among them."""
+
+
+def as_row(job: tuple[str, Setting, int], args: argparse.Namespace = WORKER) -> dict[str, Any]:
+    """Trains and measures one setting of a table with one seed."""
+    table, setting, seed = job
     data = load_data(setting.data or args.data, args.root, args.smoke, args.classifier).to(args.device)
     row: dict[str, Any] = {"table": table, "seed": seed, **dataclasses.asdict(setting)}
     row |= {"data": setting.data or args.data, "epochs": setting.epochs or args.epochs or data.epochs}
@@ -305,39 +291,24 @@ def as_row(table: str, setting: Setting, seed: int, args: argparse.Namespace) ->
     return row
 
 
-def work(jobs: Any, rows: Any, args: argparse.Namespace) -> None:
-    """A worker: takes jobs until there are none."""
-    torch.set_num_threads(1)
-    while (job := jobs.get()) is not None:
-        rows.put(as_row(*job, args))
-    rows.put(None)
+def start_worker(devices: Any, args: argparse.Namespace) -> None:
+    """Gives a new process one of the devices for all of its work."""
+    set_up(args.threads)
+    vars(WORKER).update(vars(args), device=devices.get())
 
 
 def run(jobs: list[tuple[str, Setting, int]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of all jobs, from a process for each device named."""
     if len(args.devices) == 1:
         args.device = args.devices[0]
-        torch.set_num_threads(1)
-        for job in jobs:
-            yield as_row(*job, args)
+        yield from (as_row(job, args) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    waiting, rows = context.Queue(), context.Queue()
-    for job in [*jobs, *([None] * len(args.devices))]:
-        waiting.put(job)
-    workers = []
+    devices = context.SimpleQueue()
     for device in args.devices:
-        own = copy.copy(args)
-        own.device = device
-        workers.append(context.Process(target=work, args=(waiting, rows, own), daemon=True))
-        workers[-1].start()
-    running = len(workers)
-    while running:
-        row = rows.get()
-        if row is None:
-            running -= 1
-        else:
-            yield row
+        devices.put(device)
+    with context.Pool(len(args.devices), start_worker, (devices, args)) as pool:
+        yield from pool.imap_unordered(as_row, jobs)
 
 
 BENCH = Benchmark(__file__, page, smoke={"seeds": [0]})
