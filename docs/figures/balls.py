@@ -102,7 +102,7 @@ def main() -> None:
             axes[row, column].set(xticks=[], yticks=[])
             for edge in axes[row, column].spines.values():
                 edge.set_visible(False)
-    for row, label in ((1, "data"), (2, "rec.")):
+    for row, label in ((1, "data"), (2, "recon-\nstruction")):
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", color=INK, fontsize=13)
     axes[0, 0].plot([], [], color=RED, label="$Q(z|x)$")
     axes[0, 0].plot([], [], color=GREEN, linewidth=8, alpha=0.6, label="$Q_Z$")
