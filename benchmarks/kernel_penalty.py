@@ -232,8 +232,8 @@ def draw(results: list[dict[str, Any]], d: int) -> Any:
             axes.grid(color="#DDDDDD", linewidth=0.8)
         sizes = sorted({r["n"] for r in results})
         panels[0].set_title(f"Forward and backward, d = {d}")
-        panels[1].set_xlabel("number of codes")
-        panels[1].set_xticks(sizes, [f"{n:,}" for n in sizes])
+        panels[1].set_xlabel("number of codes (1k is 1,024)")
+        panels[1].set_xticks(sizes, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in sizes])
         panels[1].minorticks_off()
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
