@@ -163,6 +163,14 @@ def test_gradients_stay_finite_at_coinciding_points(name):
     assert all(g.isfinite().all() for g in gradients)
 
 
+@every_kernel
+def test_far_from_0_a_kernel_keeps_its_digits(name):
+    """Shifted by a power of 2, and of numbers that float64 then still holds exactly."""
+    x, y = ((256 * rows(n)).round() / 256 for n in (6, 5))
+    kernel, place = fitted(name, rows(50)), 2.0**30
+    torch.testing.assert_close(kernel(x + place, y + place), kernel(x, y), rtol=1e-10, atol=1e-12)
+
+
 @every_length
 def test_profiles_have_a_finite_slope_at_0(kernel):
     """Whether the clamp of the squared distances passes a gradient at its bound differs between versions of torch."""

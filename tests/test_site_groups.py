@@ -138,7 +138,7 @@ def test_a_star_stands_for_all_sites_of_that_name():
 
 
 def test_only_a_star_is_special_in_a_name():
-    names = ["z[0]", "z.0", "z_0", "z?"]
+    names = ["z[0]", "z.0", "z_0", "z?", "z_01"]
 
     def model(x):
         with pyro.plate("data", len(x)):

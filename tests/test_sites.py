@@ -478,7 +478,7 @@ def test_a_scale_of_everything_leaves_the_balance_of_cost_and_penalty(scale, wei
 
 
 @pytest.mark.parametrize("sizes", [(12, 3), (100, 10)])
-@pytest.mark.parametrize("kind", ["vectorised", "sequential", "nested", "likelihood"])
+@pytest.mark.parametrize("kind", ["vectorised", "sequential", "nested", "likelihood", "function"])
 def test_a_subsampled_plate_inside_a_datum_stands_for_the_whole(kind, sizes):
     """Each element costs (b + 1)^2 with b its place, squared error; in nats, half of that and a constant."""
     full, part = sizes
@@ -509,9 +509,8 @@ def test_a_subsampled_plate_inside_a_datum_stands_for_the_whole(kind, sizes):
         with pyro.plate("data", N, dim=-1):
             pyro.sample("z", delta(x[:, :1] + 1))
 
-    loss = WAELoss(
-        cost=NegativeLogLikelihood() if kind == "likelihood" else None, data_plate="data", penalty_weight=0.0
-    )
+    costs = {"likelihood": NegativeLogLikelihood(), "function": lambda x, g: (x - g).square().flatten(1).sum(1)}
+    loss = WAELoss(cost=costs.get(kind), data_plate="data", penalty_weight=0.0)
     found = loss.loss(model, guide, x)
     squares = (torch.arange(part) + 1.0).square().sum().item() * full / part
     expected = {

@@ -130,9 +130,11 @@ def test_training_reaches_the_prior(name):
     # Null: the codes of 1,000 new pictures are draws of the prior. Size of a test: 0.05, so that an encoder without
     # any fault fails two of three seeds with probability 0.007. Settings are those of `make zoo`, the same for all.
     args = zoo.BENCH.parse([])
+    table = json.loads((BENCHMARKS.parent / "docs" / "_generated" / "zoo.json").read_text())["results"]
+    in_table = {row["seed"]: row["p_value"] for row in table if row["prior"] == name}
     p_values: list[float] = []
-    for seed in (0, 1, 2):
-        # Of three seeds one may fail: two that pass have decided it.
+    # Of three seeds one may fail: two that pass have decided it, whatever the order. The likely ones come first.
+    for seed in sorted((0, 1, 2), key=in_table.__getitem__, reverse=True):
         if sum(p_value > 0.05 for p_value in p_values) < 2:
             p_values.append(zoo.run(name, seed, args)[0]["p_value"])
     assert sum(p_value <= 0.05 for p_value in p_values) <= 1, p_values
