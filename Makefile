@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging demo report scale zoo
 CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
-.PHONY: demo pictures report notebook notebooks test test-core test-float64 test-device test-oldest test-slow
+.PHONY: demo pictures report notebook notebooks test test-core test-float64 test-device test-defaults test-oldest test-slow
 .PHONY: bench bench-compare zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
@@ -40,12 +40,19 @@ test: $(VENV)/.test
 test-core: $(if $(INSTALLED),,$(VENV)/.test-core)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
 
-# The core tests where torch makes float64 by default, and where what the package makes without naming a device is lost.
+# The core tests where torch makes float64 by default, and where what the package makes without naming a device is lost;
+# FILES takes some of them.
+FILES = $(CORE)
 test-float64: $(VENV)/.test-core
-	PYRO_WAE_TEST_DTYPE=float64 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+	PYRO_WAE_TEST_DTYPE=float64 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(FILES) $(ARGS)
 
 test-device: $(VENV)/.test-core
-	PYRO_WAE_TEST_DEVICE=meta OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(CORE) $(ARGS)
+	PYRO_WAE_TEST_DEVICE=meta OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(FILES) $(ARGS)
+
+# A part of both, in some 90 seconds of one core each: every kind of program, every cost, the contract of every penalty.
+DEFAULTS := programs costs penalty_contract
+test-defaults:
+	$(MAKE) test-float64 test-device FILES="$(DEFAULTS:%=tests/test_%.py)"
 
 # The core tests with the oldest versions that pyproject.toml promises, in an environment of their own.
 test-oldest:

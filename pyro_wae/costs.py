@@ -157,9 +157,8 @@ class ExpectedSquaredError(SquaredError):
         super().__init__()
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        return super().forward(distribution, value) + _sum_event(
-            self._variance(distribution, value), distribution.event_dim
-        )
+        variance = _sum_event(self._variance(distribution, value), distribution.event_dim)
+        return super().forward(distribution, value) + variance
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         if distribution.event_dim and mask.shape[-distribution.event_dim :].numel() > 1:
@@ -185,17 +184,15 @@ class NegativeLogLikelihood(Cost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
-        value = (
-            value if value.is_floating_point() else value.float()
-        )  # families such as Bernoulli take no whole numbers
+        value = at_least_float32(value) if value.is_floating_point() else value.float()  # Bernoulli takes no integers
         with torch.autocast(value.device.type, enabled=False):
-            return -_widened(distribution).log_prob(at_least_float32(value))
+            return -_widened(distribution).log_prob(value)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         # A masked value may be NaN or outside the support; a draw never is, and its log density has a finite gradient.
         with restored_random_state(), torch.no_grad():
-            draw = distribution()
-        return torch.where(mask, value, draw.to(value))
+            draw = distribution().to(value)
+        return torch.where(mask, value, draw)
 
 
 class FunctionCost(OutputCost):

@@ -556,7 +556,7 @@ PROGRAMS = {
     "broadcast": Program(
         broadcast,
         error=("At site 'x', batch dimension -2 has size", "plates give 1", ".to_event("),
-        but={"vectorised particles": "broadcast"},
+        but={"vectorised particles": "Give the decoder's output the shape of the data"},
     ),
     "dimension without a plate": Program(
         undeclared_dimension,

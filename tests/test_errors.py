@@ -268,9 +268,9 @@ def test_a_joint_code_of_sites_with_different_scales(validation):
     [
         (x_of(), torch.zeros(N, 3), ("data of shape (6, 2)", "(Normal) is of shape (6, 3)", "the shape of the data")),
         (x_of(5), torch.zeros(N, 2), ("data of shape (5, 2)", "(Normal) is of shape (6, 2)", "the shape of the data")),
-        (x_of().tolist(), torch.zeros(N, 2), ("no tensor (list)", "obs=torch.as_tensor(x")),
-        (x_of().numpy(), torch.zeros(N, 2), ("no tensor (ndarray)", "obs=torch.as_tensor(x")),
-        (x_of() + 1j, torch.zeros(N, 2), ("complex (torch.complex64)", "real numbers", "dtype=torch.float32")),
+        (x_of().tolist(), torch.zeros(N, 2), ("are list", "obs=torch.as_tensor(x)")),
+        (x_of().numpy(), torch.zeros(N, 2), ("are ndarray", "obs=torch.as_tensor(x)")),
+        (x_of() + 1j, torch.zeros(N, 2), ("a tensor (torch.complex64, ", "dense tensors of real numbers")),
     ],
 )
 def test_data_that_do_not_fit_the_decoder(validation, x, output, parts):

@@ -397,7 +397,7 @@ def test_the_decoder_runs_once_a_step_and_its_batch_norm_counts_one(name, draws)
     model, guide = PROGRAMS[name]
     loss = WAELoss(prior_draws=draws)
     for step in (1, 2):
-        loss.loss_and_grads(lambda x: model(decoder, x), guide, data().float())
+        loss.loss_and_grads(lambda x: model(decoder, x), guide, data().to(torch.get_default_dtype()))
         assert decoder.runs == step
         assert decoder.norm.num_batches_tracked.item() == step
         assert runtime._PYRO_STACK == []
@@ -412,14 +412,14 @@ def test_guessing_the_plate_nesting_moves_no_batch_norm_counter():
 
     loss = WAELoss(num_particles=2, vectorize_particles=True)
     for step in (1, 2):
-        loss.loss(lambda x: single_root(flat, x), single_root_guide, data().float())
+        loss.loss(lambda x: single_root(flat, x), single_root_guide, data().to(torch.get_default_dtype()))
         assert decoder.norm.num_batches_tracked.item() == step
 
 
 def test_a_decoder_between_the_latents_moves_its_batch_norm_once_for_each_output():
     """It cannot but run again on the way to the later latents, and its statistics come from the codes alone."""
     decoder, alone = Counter(), Counter()
-    x = data().float()
+    x = data().to(torch.get_default_dtype())
     capture = Capture()
     WAELoss(capture, prior_draws=2).loss_and_grads(lambda x: interleaved(decoder, x), interleaved_guide, x)
     codes, _ = capture.calls[0]
@@ -439,7 +439,9 @@ def test_a_prior_drawn_inside_other_handlers_leaves_them_in_place(name):
     decoder = Counter()
     model, guide = PROGRAMS[name]
     with poutine.trace(param_only=True) as outer:
-        WAELoss().loss_and_grads(lambda x: (pyro.module("d", decoder), model(decoder, x)), guide, data().float())
+        WAELoss().loss_and_grads(
+            lambda x: (pyro.module("d", decoder), model(decoder, x)), guide, data().to(torch.get_default_dtype())
+        )
         assert [outer] == runtime._PYRO_STACK
     assert "d$$$out.weight" in outer.trace.nodes
 
@@ -461,9 +463,9 @@ def test_the_stack_is_clean_after_an_error_in_any_run(name, draw):
     runs_again = name != "single root"
     if draw <= 1 + 2 * runs_again:
         with pytest.raises(KeyError, match="broken"):
-            WAELoss(prior_draws=2).loss(broken, guide, data().float())
+            WAELoss(prior_draws=2).loss(broken, guide, data().to(torch.get_default_dtype()))
     else:
-        WAELoss(prior_draws=2).loss(broken, guide, data().float())
+        WAELoss(prior_draws=2).loss(broken, guide, data().to(torch.get_default_dtype()))
     assert runtime._PYRO_STACK == []
     assert runtime._DIM_ALLOCATOR._stack == []
 
@@ -477,7 +479,9 @@ def test_no_log_prob_is_computed(name, monkeypatch):
         monkeypatch.setattr(fn, "log_prob", refuse)
     model, guide = PROGRAMS[name]
     for options in ({}, {"num_particles": 2, "vectorize_particles": True}):
-        WAELoss(**options).loss_and_grads(lambda x: model(nn.Linear(D, X), x), guide, data().float())
+        WAELoss(**options).loss_and_grads(
+            lambda x: model(nn.Linear(D, X), x), guide, data().to(torch.get_default_dtype())
+        )
 
 
 # Particles
@@ -729,7 +733,7 @@ def local_model(x):
     "options", [{}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}], ids=str
 )
 def test_an_autoguide_over_local_latents_learns_the_codes(make, options):
-    x, capture = data().float(), Capture()
+    x, capture = data().to(torch.get_default_dtype()), Capture()
     guide = make(local_model)
     svi = SVI(local_model, guide, Adam({"lr": 0.1}), loss=WAELoss(capture, **options))
     first = svi.step(x)
@@ -740,7 +744,7 @@ def test_an_autoguide_over_local_latents_learns_the_codes(make, options):
 
 
 def test_a_messenger_guide_draws_the_prior_and_not_itself():
-    x, capture = data(2000).float() + 5, Capture()
+    x, capture = data(2000).to(torch.get_default_dtype()) + 5, Capture()
     guide = AutoNormalMessenger(local_model, init_scale=0.01)
     svi = SVI(local_model, guide, Adam({"lr": 0.5}), loss=WAELoss(capture))
     for _ in range(20):
@@ -754,7 +758,7 @@ def test_a_messenger_guide_draws_the_prior_and_not_itself():
 
 @pytest.mark.parametrize("make", [AutoNormal, AutoDelta, AutoNormalMessenger])
 def test_an_autoguide_serves_a_subsampled_plate(make):
-    x, capture = data(40).float(), Capture()
+    x, capture = data(40).to(torch.get_default_dtype()), Capture()
 
     def create_plates(x):
         return pyro.plate("data", len(x), subsample_size=8)

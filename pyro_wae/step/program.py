@@ -278,16 +278,11 @@ def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
 def _observed(name: str, node: Node, plate: str) -> Site:
     fn, value = node["fn"], node["value"]
     shape, data_dim, particle_dim = layout(node, plate)
-    if not isinstance(value, Tensor) or value.is_complex():
-        found = f"complex ({value.dtype})" if isinstance(value, Tensor) else f"no tensor ({type(value).__name__})"
+    if not isinstance(value, Tensor) or value.is_complex() or value.layout is not torch.strided:
+        found = f"a tensor ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
-            f"The data of observed site '{name}' are {found}, and costs take tensors of real numbers. Write "
-            f"pyro.sample('{name}', ..., obs=torch.as_tensor(x, dtype=torch.float32))."
-        )
-    if value.layout is not torch.strided:
-        raise TypeError(
-            f"The data of observed site '{name}' are a sparse tensor ({value.layout}), and costs take dense ones. "
-            f"Write pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time."
+            f"The data of observed site '{name}' are {found}, and costs take dense tensors of real numbers. Write "
+            f"pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time, or obs=torch.as_tensor(x)."
         )
     if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
         raise ValueError(
@@ -325,12 +320,10 @@ def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Nod
 
 def _raise_not_reparameterised(name: str, fn: Any) -> None:
     if getattr(getattr(fn, "support", None), "is_discrete", False):
-        one_hot = "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or "
         relaxation = {
             "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
-            "Categorical": one_hot,
-            "OneHotCategorical": one_hot,
-        }.get(family(fn), "")  # counts have none
+            "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or ",
+        }.get(family(fn).removeprefix("OneHot"), "")  # counts have none
         raise ValueError(
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
             f"the encoder, and WAELoss does not enumerate. Write {relaxation}a Delta on a continuous code, "
