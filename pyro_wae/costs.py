@@ -157,8 +157,8 @@ class ExpectedSquaredError(SquaredError):
         super().__init__()
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        variance = _sum_event(self._variance(distribution, value), distribution.event_dim)
-        return super().forward(distribution, value) + variance
+        squares = super().forward(distribution, value)
+        return squares + _sum_event(self._variance(distribution, value), distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         if distribution.event_dim and mask.shape[-distribution.event_dim :].numel() > 1:
