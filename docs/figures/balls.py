@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.demo.digits import load_digits
+from pyro_wae.kernels import InverseMultiquadratic
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD
 
@@ -79,7 +80,13 @@ def main() -> None:
     nets = {}
     for name, noise, loss in (
         ("VAE", None, TraceMeanField_ELBO()),
-        ("WAE", NOISE, WAELoss(MMD(), num_particles=4, vectorize_particles=True, penalty_weight=300.0)),
+        (
+            "WAE",
+            NOISE,
+            WAELoss(
+                MMD(InverseMultiquadratic.multiscale()), num_particles=4, penalty_weight=300.0, vectorize_particles=True
+            ),
+        ),
     ):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
