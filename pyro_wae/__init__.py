@@ -5,7 +5,7 @@ from typing import Any
 
 from pyro_wae.loss import WAELoss
 from pyro_wae.module import WAEModule
-from pyro_wae.step.terms import Terms
+from pyro_wae.step.records import Terms
 
 __version__ = "0.1.0"
 

@@ -102,8 +102,9 @@ class WAE(LightningModule):
             codes, prior = codes[:, 1::2], prior[:-1:2]
         self._codes.update(codes[0])
         self._prior.update(prior)
-        cost = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms().cost
-        self.log("val_cost", cost, sync_dist=True)
+        terms = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms
+        assert terms is not None  # the loss has been added up
+        self.log("val_cost", terms.cost, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         codes, prior = self._codes.compute(), self._prior.compute()  # those of all processes

@@ -35,8 +35,7 @@ from pyro_wae.step.condition import Condition
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import warn_of_lost_gradient
 from pyro_wae.step.program import trace_pair
-from pyro_wae.step.records import Step
-from pyro_wae.step.terms import Terms
+from pyro_wae.step.records import Step, Terms
 from pyro_wae.weights import Constant, Constraint, Weight, as_weight
 
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
@@ -88,7 +87,7 @@ class WAELoss(CallRepr, ELBO):
             have no effect, because nothing here is enumerated or traced by ``torch.jit`` that could be warned of.
 
     Attributes:
-        terms: The :class:`~pyro_wae.step.terms.Terms` of the last step, or None before the first.
+        terms: The :class:`~pyro_wae.step.records.Terms` of the last step, or None before the first.
 
     Raises:
         ValueError: If an argument is out of range, or, in a step, if model and guide do not fit; the message names
@@ -270,10 +269,9 @@ class WAELoss(CallRepr, ELBO):
         step = self._runner.observe(observer, args, kwargs)
         self.max_plate_nesting = observer.max_plate_nesting
         prepare(self.penalty, step, self._seen)
-        self._runner.share(self.named_children())
         if register:
             self._register()
-        with self._runner.comparing(step):
+        with self._runner.comparing(step, self.named_children()):
             try:
                 penalties = compare(self.penalty, step, self._condition)
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -284,7 +282,7 @@ class WAELoss(CallRepr, ELBO):
         step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
         if step.prior is not None:
             warn_of_lost_gradient(step.first, step.penalties.values())
-        self.terms = step.terms()
+        self.terms = step.terms
         return step
 
     def _register(self) -> None:

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from pyro_wae import predict
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import leaves
-from pyro_wae._core.programs import check_program, owners
+from pyro_wae._core.programs import owners
 from pyro_wae.step.program import Program
-from pyro_wae.step.terms import Terms
+from pyro_wae.step.records import Terms
 
 
 class WAEModule(ELBOModule):
@@ -57,7 +57,7 @@ class WAEModule(ELBOModule):
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._unheld: list[tuple[Tensor, int]] | None = None
         for role, program in (("model", model), ("guide", guide)):
-            check_program(role, program)
+            checks.program(role, program)
             setattr(self, role, program)
             if isinstance(program, nn.Module):
                 continue

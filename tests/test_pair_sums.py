@@ -25,7 +25,6 @@ from pyro_wae.kernels import (
 from pyro_wae.kernels.function import as_kernel
 from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, pair_sums
 from pyro_wae.penalties.null_variance import NullVariance, centred_square
-from pyro_wae.penalties.pair_weights import within
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -146,7 +145,7 @@ def test_few_rows_of_one_set_at_once_are_the_direct_sum(name, particles, size, m
     h, back = half_mean_square(prior), 1 / size if size and particles > 1 else 0
     kernel = KERNELS[name][0]()
     kernel.fit(prior)
-    term = pair_sums.PairTerm(0, 0, within(len(codes), particles, size))
+    term = pair_sums.within(len(codes), particles, size)
 
     def expected(q):
         other = other_datum(particles, particles, 9)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae.penalties.pair_weights import across, every, within
+from pyro_wae.penalties.pair_sums import across, every, within
 from pyro_wae.penalties.sliced import match_quantiles, transport_along
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)
@@ -24,10 +24,10 @@ data_sizes = st.one_of(st.none(), st.integers(7, 50))
 # Pair weights against dense matrices
 
 
-def dense(weights, rows, columns, *, symmetric):
+def dense(weights, rows, columns):
     """The weight of each pair, from the diagonals."""
     matrix = torch.full((rows, columns), weights.between, dtype=torch.float64)
-    for offset, ratio in weights.diagonals((rows, columns), symmetric=symmetric):
+    for offset, ratio in weights.diagonals((rows, columns)):
         matrix.diagonal(offset).mul_(ratio)
     return matrix
 
@@ -45,7 +45,7 @@ def test_weights_within_a_set_are_those_of_a_dense_mask(n, k, size):
     expected = (~same) / (~same).sum()
     if size is not None and k > 1:
         expected = (1 - 1 / size) * expected + (same & ~own) / (same & ~own).sum() / size
-    torch.testing.assert_close(dense(within(rows, k, size), rows, rows, symmetric=True), expected.double())
+    torch.testing.assert_close(dense(within(rows, k, size), rows, rows), expected.double())
 
 
 @quick
@@ -55,7 +55,7 @@ def test_weights_across_two_sets_are_those_of_a_dense_mask(n, k, j, size):
     expected = (~same) / (~same).sum()
     if size is not None:
         expected = (1 - 1 / size) * expected + same / same.sum() / size
-    torch.testing.assert_close(dense(across(n * k, n * j, n, size), n * k, n * j, symmetric=False), expected.double())
+    torch.testing.assert_close(dense(across(n * k, n * j, n, size), n * k, n * j), expected.double())
 
 
 @quick
@@ -68,15 +68,15 @@ def test_a_blocks_total_is_the_sum_of_its_weighted_values(n, k, size, cuts, symm
     if top == bottom or left == right:
         return
     values = torch.randn(rows, rows, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    expected = (dense(weights, rows, rows, symmetric=symmetric) * values)[top:bottom, left:right].sum()
+    expected = (dense(weights, rows, rows) * values)[top:bottom, left:right].sum()
     block = values[top:bottom, left:right]
-    torch.testing.assert_close(weights.total(block, symmetric=symmetric, corner=(top, left)), expected)
+    torch.testing.assert_close(weights.total(block, (top, left)), expected)
 
 
 @quick
 @given(n=sizes, m=sizes)
 def test_weights_of_every_pair_sum_to_1(n, m):
-    torch.testing.assert_close(every(n, m).total(torch.ones(n, m).double()), torch.ones(()).double())
+    torch.testing.assert_close(every(n, m, 0, 1).total(torch.ones(n, m).double()), torch.ones(()).double())
 
 
 # Quantile matching

@@ -698,7 +698,7 @@ def sites(draw):
 @settings(max_examples=60, deadline=None)
 @given(sites())
 def test_rows_are_the_values_of_each_datum_and_back(site):
-    rows = site.rows(site.value, site.event_dim)
+    rows = site.value_rows()
     batch, event = site.shape, site.distribution.event_shape
     particles = 1 if site.particle_dim is None else batch[site.particle_dim]
     assert rows.shape[:2] == (particles, batch[site.data_dim])

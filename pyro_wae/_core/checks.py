@@ -128,6 +128,15 @@ def function(name: str, value: Any, what: str, *, write: str) -> Callable[..., A
     return accepted(name, value, callable(value) and not isinstance(value, type), what, write=write)
 
 
+def program(role: str, value: Any) -> Callable[..., Any]:
+    """A model or a guide.
+
+    Raises:
+        TypeError: If it cannot be called, or is a class.
+    """
+    return function(f"The {role}", value, "a module or a function", write="WAELoss()(model, guide)")
+
+
 def tensor(name: str, value: Any, *, write: str) -> Tensor:
     """A dense tensor of real numbers or truth values, on a device where it has values.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,23 +11,9 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 
-from pyro_wae._core import checks
+from pyro_wae._core.numerics import at_least_float32
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
-
-
-def check_distribution(value: Any) -> None:
-    """Raises TypeError unless it is a distribution, torch's or Pyro's."""
-    kinds = (torch.distributions.Distribution, dist.Distribution)
-    checks.instance("distribution", value, kinds, "a distribution", write="dist.Normal(g, 1).to_event(1)")
-
-
-def layers(distribution: Any) -> Iterator[Any]:
-    """A distribution, what its wrapper (Independent, masked, expanded) holds, and so on to the innermost."""
-    yield distribution
-    while isinstance(distribution, WRAPPERS):
-        distribution = distribution.base_dist
-        yield distribution
 
 
 def innermost(distribution: Any) -> Any:
@@ -77,6 +64,21 @@ def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
             # A transform keeps its last draw, which is no parameter.
             if not name.startswith("_cache"):
                 yield from distribution_tensors(item, depth - 1)
+
+
+def widened(value: Any) -> Any:
+    """A distribution, or a part of one, with tensors of half precision cast up to float32."""
+    if isinstance(value, Tensor):
+        return at_least_float32(value)
+    if not isinstance(value, torch.distributions.Distribution):
+        return value
+    parts = vars(value)
+    wide = {name: widened(part) for name, part in parts.items()}
+    if all(wide[name] is part for name, part in parts.items()):
+        return value
+    changed = copy.copy(value)
+    vars(changed).update(wide)
+    return changed
 
 
 def leaves(value: Tensor) -> dict[Tensor, None]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from pyro_wae._core import checks
 
 LIBRARIES = ("torch", "pyro")
 """Packages whose functions refer to nothing of the user's by global names."""
@@ -123,22 +120,12 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def check_program(role: str, program: Any) -> None:
-    """Raises TypeError unless model or guide can be called."""
-    checks.function(f"The {role}", program, "a module or a function", write="WAELoss()(model, guide)")
-
-
-@contextmanager
-def called_with(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Adds a note to an error in a run of model or guide, if an argument is not what data usually are."""
-    try:
-        yield
-    except Exception as error:
-        named = [*((f"Argument {place}", value) for place, value in enumerate(args, 1)), *kwargs.items()]
-        notes = ((name, _what_is_wrong(value, is_first=not place)) for place, (name, value) in enumerate(named))
-        if found := next(((name, note) for name, note in notes if note), None):
-            error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
-        raise
+def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Adds a note to an error of a run of model or guide, if an argument is not what data usually are."""
+    named = [*((f"Argument {place}", value) for place, value in enumerate(args, 1)), *kwargs.items()]
+    notes = ((name, _what_is_wrong(value, is_first=not place)) for place, (name, value) in enumerate(named))
+    if found := next(((name, note) for name, note in notes if note), None):
+        error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
 
 
 def _what_is_wrong(value: Any, *, is_first: bool) -> str | None:

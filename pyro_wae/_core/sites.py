@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_wae._core.numerics import at_least_float32, joined
@@ -52,6 +51,10 @@ class Site:
     def value_dim(self) -> int:
         """The dimension of the data in the value, counted from its right (negative)."""
         return self.data_dim - self.event_dim
+
+    def value_rows(self) -> Tensor:
+        """The rows of its value, shape (K, n, *inner, *event)."""
+        return self.rows(self.value, self.distribution.event_dim)
 
     @property
     def kept(self) -> Tensor | None:
@@ -126,22 +129,23 @@ def side_by_side(
     Raises:
         ValueError: If the sites have different dtypes or devices.
     """
-    rows = {site: at_least_float32(value) for site, value in rows.items()}
-    first = next(iter(rows))
+    flat: list[Tensor] = []
+    columns: dict[str, slice] = {}
+    masks: list[Tensor] = []
+    start = 0
     for site, value in rows.items():
-        if value.dtype != rows[first].dtype or value.device != rows[first].device:
+        value = at_least_float32(value)
+        value = value.flatten(2) if value.ndim > 2 else value.unsqueeze(2)
+        if flat and (value.dtype != flat[0].dtype or value.device != flat[0].device):
+            first = next(iter(rows))
             raise ValueError(
                 f"Site '{site}' has values of {value.dtype} on {value.device}, site '{first}' of "
-                f"{rows[first].dtype} on {rows[first].device}. One code joins all sites: give them one dtype and "
+                f"{flat[0].dtype} on {flat[0].device}. One code joins all sites: give them one dtype and "
                 "device, or compare the sites apart with WAELoss({'" + site + "': MMD(), ...})."
             )
-    flat = {site: value.flatten(2) if value.ndim > 2 else value.unsqueeze(2) for site, value in rows.items()}
-    columns, start = {}, 0
-    for site, value in flat.items():
+        flat.append(value)
         columns[site] = slice(start, start + value.shape[2])
         start += value.shape[2]
-    masks = None
-    if kept:
-        parts = [kept[s].reshape(v.shape) if s in kept else v.new_ones(v.shape).bool() for s, v in flat.items()]
-        masks = torch.cat(parts, dim=2)
-    return joined(list(flat.values()), 2), columns, masks
+        if kept:
+            masks.append(kept[site].reshape(value.shape) if site in kept else value.new_ones(value.shape).bool())
+    return joined(flat, 2), columns, joined(masks, 2) if kept else None

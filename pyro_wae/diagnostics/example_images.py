@@ -63,7 +63,7 @@ def collect_pictures(
     shapes = _by_site(shape, list(run.observed))
     found: dict[str, Pictures] = {}
     for name, site in run.observed.items():
-        inputs = site.rows(site.value, site.event_dim)[0]
+        inputs = site.value_rows()[0]
         size = shapes[name] if name in shapes else _image_shape(tuple(inputs.shape[1:]))
         if size is None:
             continue

@@ -1,10 +1,13 @@
-"""What a penalty is, and how a plain function becomes one."""
+"""What a penalty is, what it is told beside codes and prior draws, and how a plain function becomes one."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +15,65 @@ from torch import Tensor, nn
 from pyro_wae._core import checks
 from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.repr import CallRepr
-from pyro_wae.penalties.condition_columns import beside, join, scaled_columns
-from pyro_wae.penalties.context import PenaltyContext
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "encoder_kl", "kept"), (Callable, "a function")),
+    "sites": (Mapping, "a dict of slices, the columns of each site,"),
+    **dict.fromkeys(("condition", "condition_scale"), (Tensor, "a tensor")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyContext:
+    """What is known of the codes and the prior beyond their draws. Everything has a default.
+
+    What takes time to find out is a function, called only by a penalty that needs it.
+
+    Args:
+        data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
+        shared_data: Whether row i of the codes and row i of the prior draws (counted modulo the number of data)
+            come from the same datum and so are not independent: with masks, or a prior that depends on the data.
+        prior: Gives the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
+            where it is not one distribution.
+        prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
+        encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
+        encoder_kl: Gives the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
+        sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
+        kept: Gives which numbers of the codes are not masked, shape (K, n, d), or None if all are.
+        condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
+            that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior draws then come in
+            multiples of the data, as with ``shared_data``.
+        condition_scale: Factor of the condition's floats where they stand beside a code as further columns, a scalar.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If ``data_size`` is no whole number >= 1.
+    """
+
+    data_size: int | None = None
+    shared_data: bool = False
+    prior: Callable[[], Any] | None = None
+    prior_log_prob: Callable[[Tensor], Tensor] | None = None
+    encoder_variance: Callable[[], Tensor] | None = None
+    encoder_kl: Callable[[], Tensor] | None = None
+    sites: Mapping[str, slice] | None = None
+    kept: Callable[[], Tensor | None] | None = None
+    condition: Tensor | None = None
+    condition_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.data_size is not None:
+            size = checks.whole("PenaltyContext's data_size", self.data_size, write="PenaltyContext(data_size=60000)")
+            object.__setattr__(self, "data_size", size)
+        if not isinstance(self.shared_data, bool):
+            shared = checks.flag(
+                "PenaltyContext's shared_data", self.shared_data, write="PenaltyContext(shared_data=True)"
+            )
+            object.__setattr__(self, "shared_data", shared)
+        for name, (kind, what) in _KINDS.items():
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                write = f"PenaltyContext({name}=None)"
+                checks.instance(f"PenaltyContext's {name}", getattr(self, name), kind, f"{what} or None", write=write)
 
 
 class Penalty(CallRepr, nn.Module):
@@ -212,6 +272,76 @@ class FunctionPenalty(Penalty):
                 "Reduce it over the codes: write ....mean()."
             )
         return value
+
+
+def beside(codes: Tensor, condition: Tensor) -> Tensor:
+    """Codes (K, n, d) with c more columns for a condition (n, c), for what depends on their number alone.
+
+    Raises:
+        ValueError: If the condition has another shape.
+    """
+    if condition.ndim != 2 or (not condition.is_floating_point() and condition.shape[1] != 1):
+        raise ValueError(
+            f"A condition has shape (n, c), and (n, 1) if it holds labels, found {tuple(condition.shape)} of "
+            f"{condition.dtype}. Write labels[:, None], or y.float().flatten(1) for what has a distance."
+        )
+    return torch.cat([codes, codes.new_zeros(*codes.shape[:-1], condition.shape[1])], dim=-1)
+
+
+def join(
+    codes: Tensor, prior: Tensor, context: PenaltyContext, columns: Tensor
+) -> tuple[Tensor, Tensor, PenaltyContext]:
+    """Sets a datum's condition beside each of its codes and of its prior draws.
+
+    Args:
+        codes: Shape (K, n, d).
+        prior: Shape (J n, d): J draws of each datum, one block after the other.
+        context: How they were drawn.
+        columns: Shape (n, c), the condition as numbers.
+
+    Returns:
+        Shapes (K, n, d + c) and (J n, d + c), and a context for them: without a condition, with shared data.
+
+    Raises:
+        ValueError: If the condition has not a row for each datum, or the prior draws are no multiple of the data.
+    """
+    n, d = codes.shape[1:]
+    repeats, rest = divmod(len(prior), n)
+    if len(columns) != n or rest or not repeats:
+        raise ValueError(
+            f"A condition has a row for each datum, and prior draw i has the datum of code i: with {n} data found "
+            f"{len(columns)} rows of the condition and {len(prior)} prior draws. Draw the prior once or several times "
+            "for each datum."
+        )
+    columns = columns.detach().to(codes)
+    joint = torch.cat([codes, columns.expand(len(codes), *columns.shape)], dim=2)
+    draws = torch.cat([prior, columns.repeat(repeats, 1)], dim=1)
+    # p(z, y) and p(z | y) differ by a factor that codes and prior draws of one datum share.
+    log_prob = None if context.prior_log_prob is None else _of_codes(context.prior_log_prob, d)
+    return joint, draws, dataclasses.replace(
+        context, condition=None, shared_data=True, prior=None, prior_log_prob=log_prob, kept=None
+    )  # fmt: skip
+
+
+def scaled_columns(penalty: object, context: PenaltyContext) -> Tensor:
+    """The condition in the units of a code, for a penalty that knows only rows of numbers.
+
+    Raises:
+        ValueError: If the condition is made of labels.
+    """
+    condition = context.condition
+    assert condition is not None
+    if not condition.is_floating_point():
+        raise ValueError(
+            f"{penalty!r} compares rows of numbers, and the condition holds labels ({condition.dtype}). Give it "
+            "torch.nn.functional.one_hot(labels, classes).float() as the condition, or write MMD(), which compares "
+            "labels by equality."
+        )
+    return condition if context.condition_scale is None else condition * context.condition_scale
+
+
+def _of_codes(log_prob: Callable[[Tensor], Tensor], d: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: log_prob(rows[..., :d])
 
 
 def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty:

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_wae._core import checks
-from pyro_wae.penalties.base import Penalty, as_penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext, as_penalty
 from pyro_wae.penalties.mmd import MMD
 
 

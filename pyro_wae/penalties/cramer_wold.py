@@ -14,8 +14,7 @@ from torch.nn.functional import logsigmoid
 from pyro_wae._core import checks
 from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import RadialKernel
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.kernel_means import register_kernel_mean
 from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 

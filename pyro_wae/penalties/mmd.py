@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
@@ -11,13 +12,10 @@ from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Conditional, Kernel, Laplace
 from pyro_wae.kernels.conditional import DefaultConditionKernels
 from pyro_wae.kernels.function import as_kernel
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.condition_columns import join, label_columns
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext, join
 from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, row_total
 from pyro_wae.penalties.null_variance import NullVariance, pair_variance
-from pyro_wae.penalties.pair_sums import PairTerm, pair_total
-from pyro_wae.penalties.pair_weights import PairWeights, across, every, within
+from pyro_wae.penalties.pair_sums import PairTerm, across, every, pair_total, within
 
 MOST_ROWS = 512
 """The largest number of codes whose means against the prior are taken at once: a mixture of Gaussians that stands for
@@ -124,7 +122,7 @@ class MMD(Penalty):
             )
         condition_kernel = self.condition_kernel or self.condition_defaults.of(condition)
         kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
-        columns = label_columns(condition)
+        columns = _label_columns(condition)
         joint, draws, context = join(codes, prior, context, columns)
         kernel.fit(draws)
         value = squared_discrepancy(kernel, joint, draws, context, unbiased=self.unbiased)
@@ -132,7 +130,7 @@ class MMD(Penalty):
             return value
         # Given the conditions, each pair enters with its own factor k_y, and codes that match are independent of it.
         rows = columns.to(value)
-        square = within(len(rows), 1).total(condition_kernel.gram(rows, rows).square(), symmetric=True)
+        square = within(len(rows), 1).total(condition_kernel.gram(rows, rows).square())
         return value / (square * self.null.of_draws(self.kernel, prior) * pair_variance(len(rows), len(prior))).sqrt()
 
 
@@ -171,24 +169,24 @@ def squared_discrepancy(
     """
     rows = codes.flatten(0, 1)
     if known is None:
-        qq, pp, qp = _weights(codes, prior, context, unbiased)
-        return pair_total(kernel, (rows, prior), (PairTerm(0, 0, qq), PairTerm(1, 1, pp), PairTerm(0, 1, -2 * qp)))
+        return pair_total(kernel, (rows, prior), _terms(codes, prior, context, unbiased))
     # Cast once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
     rows = rows if kernel.holds_function else working_precision(rows)
-    weights = within(len(rows), len(codes), context.data_size) if unbiased else every(len(rows), len(rows))
-    pairs = pair_total(kernel, (rows,), (PairTerm(0, 0, weights),))
+    term = within(len(rows), len(codes), context.data_size) if unbiased else every(len(rows), len(rows))
+    pairs = pair_total(kernel, (rows,), (term,))
     return pairs + known.norm() - 2 * row_total(known.at, rows, MOST_ROWS) / len(rows)
 
 
-def _weights(
+def _terms(
     codes: Tensor, prior: Tensor, context: PenaltyContext, unbiased: bool
-) -> tuple[PairWeights, PairWeights, PairWeights]:
-    """Those of the means over pairs of codes, of prior draws, and of both."""
+) -> tuple[PairTerm, PairTerm, PairTerm]:
+    """The means over pairs of codes and of prior draws, and less twice that over pairs of both."""
     (particles, n), m = codes.shape[:2], len(prior)
+    rows = particles * n
     if not unbiased:
-        return every(particles * n, particles * n), every(m, m), every(particles * n, m)
+        return every(rows, rows), every(m, m, 1, 1), -2 * every(rows, m, 0, 1)
     if not context.shared_data:
-        return within(particles * n, particles, context.data_size), within(m, 1), every(particles * n, m)
+        return within(rows, particles, context.data_size), within(m, 1, of=1), -2 * every(rows, m, 0, 1)
     repeats, rest = divmod(m, n)
     if rest or not repeats:
         raise ValueError(
@@ -197,4 +195,13 @@ def _weights(
         )
     # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.
     size = context.data_size if min(particles, repeats) > 1 else None
-    return within(particles * n, particles, size), within(m, repeats, size), across(particles * n, m, n, size)
+    return within(rows, particles, size), within(m, repeats, size, of=1), -2 * across(rows, m, n, size)
+
+
+def _label_columns(condition: Tensor) -> Tensor:
+    """The condition as numbers that are equal where it is: floats as they are, labels (n, 1) by their place."""
+    if condition.is_floating_point():
+        return condition
+    # Large labels differ by less than a float32 can tell; the place in their order is below n.
+    labels = condition[:, 0].contiguous().to(torch.int64)
+    return torch.searchsorted(labels.sort().values, labels)[:, None]

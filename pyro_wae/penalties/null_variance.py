@@ -12,6 +12,7 @@ from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Kernel
 from pyro_wae.penalties import pair_sums
 from pyro_wae.penalties.kernel_means import KernelMean
+from pyro_wae.penalties.pair_sums import Block, blocks, zeros
 
 
 def pair_variance(n: int, m: int | None) -> float:
@@ -59,7 +60,46 @@ def _centred_square_of(kernel: Kernel, prior: Tensor) -> Tensor:
     if m**2 <= pair_sums.MOST_PAIRS:
         return centred_square(kernel.gram(prior, prior))
     _check_draws(m)
-    return pair_sums.centred_squares(kernel, prior) / (m * (m - 3))
+    return _centred_squares(kernel, prior) / (m * (m - 3))
+
+
+def _centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
+    """Sums (k_ij - r_i - r_j + c)^2 over pairs i != j of m rows.
+
+    r is the sum of a row without the diagonal, over m - 2, and c the sum of all r, over m - 1. It takes two passes over
+    the pairs, because the square of a difference would lose its digits if it were taken apart.
+
+    Args:
+        kernel: Its lengths are set.
+        rows: Shape (m, d), m > 2.
+
+    Returns:
+        A scalar in the working precision, without a graph.
+    """
+    m, offsets = len(rows), zeros(rows, len(rows))
+    total, mean = zeros(rows), zeros(rows)
+    with torch.no_grad():
+        rows = rows if kernel.holds_function else working_precision(rows)
+        for block in blocks(m, m, symmetric=True, device=rows.device):
+            values = _gram(kernel, rows, block)
+            offsets[block.rows] += values.sum(1) / (m - 2)
+            if not block.is_own:
+                offsets[block.columns] += values.sum(0) / (m - 2)
+        mean += offsets.sum() / (m - 1)
+        for block in blocks(m, m, symmetric=True, device=rows.device):
+            values = _gram(kernel, rows, block) - offsets[block.rows, None] - offsets[block.columns] + mean
+            if block.is_own:
+                values.fill_diagonal_(0)
+            total += block.times * values.square().sum()
+    return total
+
+
+def _gram(kernel: Kernel, rows: Tensor, block: Block) -> Tensor:
+    """The values of a kernel on pairs of one set, with 0 on the diagonal."""
+    left = rows[block.rows]
+    if not block.is_own:
+        return kernel.gram(left, rows[block.columns])
+    return kernel.gram(left, left).clone().fill_diagonal_(0)
 
 
 def _check_draws(m: int) -> None:

@@ -9,8 +9,9 @@ All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,8 +20,6 @@ from torch import Tensor
 
 from pyro_wae._core.numerics import working_precision
 from pyro_wae.kernels import Kernel
-from pyro_wae.kernels.base import Scratch
-from pyro_wae.penalties.pair_weights import PairWeights
 
 MOST_PAIRS = 512**2
 """The largest number of pairs of rows whose matrix is made as a whole."""
@@ -40,22 +39,110 @@ OTHER_BLOCK = (1024, 4096)
 
 @dataclass(frozen=True)
 class PairTerm:
-    """One sum over pairs.
+    """A weighted sum over pairs of rows of one set or of two. Row i has the datum i modulo n.
 
     Args:
+        between: Weight of a pair of different data.
+        same: Weight of a pair of one datum.
+        own: Weight of a row with itself, where both rows come from one set.
+        data: n, or None where no two rows share a datum.
         left: Index of the set that is the rows of the matrix of pairs.
         right: Index of the set that is its columns.
-        weights: What each pair counts.
     """
 
-    left: int
-    right: int
-    weights: PairWeights
+    between: float
+    same: float
+    own: float
+    data: int | None
+    left: int = 0
+    right: int = 0
 
     @property
     def is_symmetric(self) -> bool:
         """Whether the pairs are those of one set, whose kernel values need to be taken once only."""
         return self.left == self.right
+
+    def __rmul__(self, factor: float) -> PairTerm:
+        weights = {name: factor * getattr(self, name) for name in ("between", "same", "own")}
+        return dataclasses.replace(self, **weights)
+
+    def diagonals(self, shape: Sequence[int], corner: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, float]]:
+        """The diagonals of a block of the matrix of pairs whose weight is not ``between``.
+
+        Args:
+            shape: The block's.
+            corner: The row and the column of the matrix where the block begins.
+
+        Yields:
+            The offset of a diagonal, as :func:`torch.diagonal` takes it, and its weight over ``between``.
+        """
+        rows, columns = shape
+        main = corner[0] - corner[1]
+        if self.data is None:
+            times = range(1) if self.is_symmetric and -rows < main < columns else range(0)
+        else:
+            times = range(-((rows - 1 + main) // self.data), (columns - 1 - main) // self.data + 1)
+        for time in times:
+            weight = self.own if self.is_symmetric and time == 0 else self.same
+            if weight != self.between:
+                yield main + time * (self.data or 0), weight / self.between
+
+    def total(self, values: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+        """The weighted sum of a block, by default of the whole matrix; its values must all be finite.
+
+        Args:
+            values: Shape (rows, columns).
+            corner: As in :meth:`diagonals`.
+
+        Returns:
+            A scalar.
+        """
+        total = values.sum()
+        for offset, ratio in self.diagonals(values.shape, corner):
+            total = total + (ratio - 1) * values.diagonal(offset).sum()
+        return self.between * total
+
+
+def every(rows: int, columns: int, left: int = 0, right: int = 0) -> PairTerm:
+    """The mean over all pairs of rows of two sets."""
+    weight = 1 / (rows * columns)
+    return PairTerm(weight, weight, weight, None, left, right)
+
+
+def within(rows: int, repeats: int, data_size: int | None = None, of: int = 0) -> PairTerm:
+    """The mean over pairs of rows of one set that have different data, E h(q, q').
+
+    Args:
+        rows: Number of rows, ``repeats`` draws of each of n data, one block after the other.
+        repeats: Number of draws of each datum.
+        data_size: Number N of data that the distribution averages over. Pairs of different draws of one datum then
+            have the weight 1/N, which is their share.
+        of: Index of the set.
+    """
+    n = rows // repeats
+    between = 1 / (repeats**2 * n * (n - 1))
+    if repeats == 1:
+        return PairTerm(between, 0.0, 0.0, None, of, of)
+    if data_size is None:
+        return PairTerm(between, 0.0, 0.0, n, of, of)
+    same = 1 / (repeats * (repeats - 1) * n * data_size)
+    return PairTerm(between * (1 - 1 / data_size), same, 0.0, n, of, of)
+
+
+def across(rows: int, columns: int, n: int, data_size: int | None = None) -> PairTerm:
+    """The mean over pairs of a row of the first set and a row of the second with different data, n in both.
+
+    Args:
+        rows: Number of rows, a multiple of n.
+        columns: The same of the other set.
+        n: Number of data.
+        data_size: As in :func:`within`.
+    """
+    pairs = rows * columns
+    between, same = 1 / (pairs - pairs // n), n / pairs
+    if data_size is None:
+        return PairTerm(between, 0.0, 0.0, n, 0, 1)
+    return PairTerm(between * (1 - 1 / data_size), same / data_size, 0.0, n, 0, 1)
 
 
 def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
@@ -76,47 +163,16 @@ def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, 
     if most <= (MOST_RADIAL_PAIRS if is_radial else MOST_PAIRS) or (not is_radial and _learns(kernel, sets)):
         return _dense(kernel, sets, terms)
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in sets):
-        return cast(Tensor, _PairTotal.apply(kernel, terms, *sets))
-    return _blockwise(kernel, sets, terms, (False,) * len(sets))[0]
-
-
-def centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
-    """Sums (k_ij - r_i - r_j + c)^2 over pairs i != j of m rows.
-
-    r is the sum of a row without the diagonal, over m - 2, and c the sum of all r, over m - 1. It takes two passes over
-    the pairs, because the square of a difference would lose its digits if it were taken apart.
-
-    Args:
-        kernel: Its lengths are set.
-        rows: Shape (m, d), m > 2.
-
-    Returns:
-        A scalar in the working precision, without a graph.
-    """
-    m, offsets = len(rows), _zeros(rows, len(rows))
-    total, mean = _zeros(rows), _zeros(rows)
-    with torch.no_grad():
-        rows = rows if kernel.holds_function else working_precision(rows)
-        for block in _blocks(m, m, symmetric=True, device=rows.device):
-            values = block.gram(kernel, rows)
-            offsets[block.rows] += values.sum(1) / (m - 2)
-            if not block.is_own:
-                offsets[block.columns] += values.sum(0) / (m - 2)
-        mean += offsets.sum() / (m - 1)
-        for block in _blocks(m, m, symmetric=True, device=rows.device):
-            values = block.gram(kernel, rows) - offsets[block.rows, None] - offsets[block.columns] + mean
-            if block.is_own:
-                values.fill_diagonal_(0)
-            total += block.times * values.square().sum()
-    return total
+        return cast(Tensor, _PairTotal.apply(kernel, is_radial, terms, *sets))
+    return _blockwise(kernel, is_radial, sets, terms, (False,) * len(sets))[0]
 
 
 class _PairTotal(torch.autograd.Function):
     """The sum, whose gradient is known as soon as its value is."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, terms: tuple[PairTerm, ...], *sets: Tensor) -> Tensor:
-        total, gradients = _blockwise(kernel, sets, terms, ctx.needs_input_grad[2:])
+    def forward(ctx: Any, kernel: Kernel, is_radial: bool, terms: tuple[PairTerm, ...], *sets: Tensor) -> Tensor:
+        total, gradients = _blockwise(kernel, is_radial, sets, terms, ctx.needs_input_grad[3:])
         ctx.kernel, ctx.terms = kernel, terms
         ctx.save_for_backward(*sets, *gradients)
         return total
@@ -126,45 +182,38 @@ class _PairTotal(torch.autograd.Function):
         count = len(ctx.saved_tensors) // 2
         sets, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if not torch.is_grad_enabled():
-            return None, None, *(None if known is None else (gradient * known).to(known) for known in gradients)
+            return None, None, None, *(None if known is None else (gradient * known).to(known) for known in gradients)
         # Someone wrote create_graph=True, and what is kept has no graph.
         wanted = [rows for rows, known in zip(sets, gradients, strict=True) if known is not None]
         found = iter(torch.autograd.grad(_dense(ctx.kernel, sets, ctx.terms), wanted, gradient, create_graph=True))
-        return None, None, *(None if known is None else next(found) for known in gradients)
+        return None, None, None, *(None if known is None else next(found) for known in gradients)
 
 
 def _dense(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
     if not kernel.holds_function:
         # Once and not for each term: their gradients nearly cancel, and have to meet before they are rounded.
         sets = tuple(working_precision(rows) for rows in sets)
-    totals = (
-        term.weights.total(kernel.gram(sets[term.left], sets[term.right]), symmetric=term.is_symmetric)
-        for term in terms
-    )
+    totals = (term.total(kernel.gram(sets[term.left], sets[term.right])) for term in terms)
     return functools.reduce(torch.add, totals)
 
 
 def _blockwise(
-    kernel: Kernel,
-    sets: tuple[Tensor, ...],
-    terms: tuple[PairTerm, ...],
-    wanted: tuple[bool, ...],
+    kernel: Kernel, is_radial: bool, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...], wanted: tuple[bool, ...]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sum, and its gradient by each set where that is wanted, in the set's precision and without a graph."""
     with torch.no_grad():
-        is_radial = kernel.is_radial
         if is_radial and len(sets) == len(terms) == 1 and len(sets[0]) <= MOST_ROWS_AT_ONCE:
-            return _at_once(kernel, sets[0], terms[0].weights, wanted[0])
+            return _at_once(kernel, sets[0], terms[0], wanted[0])
         pairs = (_RadialPairs if is_radial else _AnyPairs)(kernel, sets, wanted)
-        total = _zeros(sets[0])
+        total = zeros(sets[0])
         for term in terms:
             sizes = len(sets[term.left]), len(sets[term.right])
-            for block in _blocks(*sizes, symmetric=term.is_symmetric, device=sets[0].device):
+            for block in blocks(*sizes, symmetric=term.is_symmetric, device=sets[0].device):
                 total += pairs.add(term, block)
         return total, pairs.take_gradients()
 
 
-def _at_once(kernel: Kernel, rows: Tensor, weights: PairWeights, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
+def _at_once(kernel: Kernel, rows: Tensor, term: PairTerm, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
     """What _RadialPairs gives for pairs of few rows of one set, in as few operations as it takes."""
     x = working_precision(rows)
     x = x - x.mean(0)
@@ -173,17 +222,17 @@ def _at_once(kernel: Kernel, rows: Tensor, weights: PairWeights, wanted: bool) -
     squares = torch.linalg.vecdot(x, x)
     u = torch.addmm(squares, x, x.mT, alpha=-2).add_(squares[:, None]).clamp_(min=0).fill_diagonal_(0)
     values, slopes = kernel.profile_and_slope(u)
-    value = weights.total(values, symmetric=True)
+    value = term.total(values)
     if not wanted:
         return value, [None]
-    for offset, ratio in weights.diagonals(u.shape, symmetric=True):
+    for offset, ratio in term.diagonals(u.shape):
         slopes.diagonal(offset).mul_(ratio)
     gradient = torch.addmm(x * slopes.sum(1, keepdim=True), slopes, x, alpha=-1)
-    return value, [gradient.mul_(4 * weights.between).div_(unit).to(rows.dtype)]
+    return value, [gradient.mul_(4 * term.between).div_(unit).to(rows.dtype)]
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A rectangle of the matrix of pairs, which counts ``times`` times, also for its mirror image."""
 
     rows: slice
@@ -196,31 +245,21 @@ class _Block:
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
-    def total(self, term: PairTerm, values: Tensor) -> Tensor:
-        """The weighted sum of the block's values."""
-        return self.times * term.weights.total(values, symmetric=term.is_symmetric, corner=self.corner)
-
     @property
     def corner(self) -> tuple[int, int]:
         return self.rows.start, self.columns.start
 
-    def gram(self, kernel: Kernel, rows: Tensor) -> Tensor:
-        """The values of a kernel on pairs of one set, with 0 on the diagonal."""
-        left = rows[self.rows]
-        if not self.is_own:
-            return kernel.gram(left, rows[self.columns])
-        return kernel.gram(left, left).clone().fill_diagonal_(0)
 
-
-def _blocks(rows: int, columns: int, *, symmetric: bool, device: torch.device) -> Iterator[_Block]:
+def blocks(rows: int, columns: int, *, symmetric: bool, device: torch.device) -> Iterator[Block]:
+    """The rectangles that a matrix of pairs is made of; of a symmetric one those on and right of its diagonal."""
     height, width = _block_shape(max(rows, columns), device)
     for top in range(0, rows, height):
-        across, start = slice(top, min(top + height, rows)), 0
+        band, start = slice(top, min(top + height, rows)), 0
         if symmetric:
-            yield _Block(across, across, 1, True)
-            start = across.stop
+            yield Block(band, band, 1, True)
+            start = band.stop
         for left in range(start, columns, width):
-            yield _Block(across, slice(left, min(left + width, columns)), 2 if symmetric else 1, False)
+            yield Block(band, slice(left, min(left + width, columns)), 2 if symmetric else 1, False)
 
 
 def _block_shape(rows: int, device: torch.device) -> tuple[int, int]:
@@ -239,7 +278,7 @@ class _RadialPairs:
     def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self.kernel, self.dtypes, self.d = kernel, [rows.dtype for rows in sets], sets[0].shape[1]
         # |x|^2 + |y|^2 - 2 x.y loses the digits by which |x| exceeds |x - y|, and distances stay when all rows move.
-        centre = torch.stack([rows.mean(0, dtype=_zeros(rows).dtype) for rows in sets]).mean(0)
+        centre = torch.stack([rows.mean(0, dtype=zeros(rows).dtype) for rows in sets]).mean(0)
         self.unit = kernel.squared_unit(centre).sqrt()
         self.columns = [self._columns(rows, centre) for rows in sets]
         self.products = [
@@ -252,25 +291,26 @@ class _RadialPairs:
         height, width = _block_shape(most, centre.device)
         self.scratch = [centre.new_empty(min(height, most) * min(max(width, height), most)) for _ in range(5)]
 
-    def add(self, term: PairTerm, block: _Block) -> Tensor:
+    def add(self, term: PairTerm, block: Block) -> Tensor:
         """The sum over a block; its part of the gradients is added to them."""
         x, y = self.columns[term.left][:, block.rows], self.columns[term.right][:, block.columns]
         u, *scratch = (part[: block.shape[0] * block.shape[1]].view(block.shape) for part in self.scratch)
         u.addmm_(x.index_select(0, self.swapped).mT, y, beta=0, alpha=-2).clamp_(min=0)
         if block.is_own:
             u.fill_diagonal_(0)
-        values, slopes = self._profile_and_slope(u, tuple(scratch))
+        compiled = self.kernel.compiles
+        values, slopes = _compiled()(self.kernel, u) if compiled else self.kernel.profile_and_slope(u, tuple(scratch))
         by_x, by_y = self.products[term.left], None if block.is_own else self.products[term.right]
         if by_x is not None or by_y is not None:
-            for offset, ratio in term.weights.diagonals(block.shape, symmetric=term.is_symmetric, corner=block.corner):
+            for offset, ratio in term.diagonals(block.shape, block.corner):
                 slopes.diagonal(offset).mul_(ratio)
         # Of a row with itself both ends move.
-        weight = term.weights.between * (2 if block.is_own else block.times)
+        weight = term.between * (2 if block.is_own else block.times)
         if by_x is not None:
             by_x[:, block.rows].addmm_(y[:-1], slopes.mT, alpha=weight)
         if by_y is not None:
             by_y[:, block.columns].addmm_(x[:-1], slopes, alpha=weight)
-        return block.total(term, values)
+        return block.times * term.total(values, block.corner)
 
     def take_gradients(self) -> list[Tensor | None]:
         """The gradients by the sets; they are then used up."""
@@ -298,11 +338,6 @@ class _RadialPairs:
         torch.linalg.vecdot(x, x, dim=0, out=columns[-1]).mul_(-0.5)
         return columns
 
-    def _profile_and_slope(self, u: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        if self.kernel.compiles:
-            return _compiled()(self.kernel, u)
-        return self.kernel.profile_and_slope(u, scratch)
-
 
 class _AnyPairs:
     """Sums of any kernel, differentiated automatically, a block at a time."""
@@ -310,14 +345,14 @@ class _AnyPairs:
     def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self.kernel, self.sets = kernel, sets
         self.is_function = kernel.holds_function
-        self.gradients = [_zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)]
+        self.gradients = [zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)]
 
-    def add(self, term: PairTerm, block: _Block) -> Tensor:
+    def add(self, term: PairTerm, block: Block) -> Tensor:
         """The sum over a block; its part of the gradients is added to them."""
         x = self._rows(term.left, block.rows)
         y = x if block.is_own else self._rows(term.right, block.columns)
         with torch.set_grad_enabled(x.requires_grad or y.requires_grad):
-            total = block.total(term, self.kernel.gram(x, y))
+            total = block.times * term.total(self.kernel.gram(x, y), block.corner)
         if total.requires_grad:
             ends = [(term.left, block.rows, x)] + ([] if block.is_own else [(term.right, block.columns, y)])
             ends = [end for end in ends if end[2].requires_grad]
@@ -358,6 +393,6 @@ def _learns(kernel: Kernel, sets: tuple[Tensor, ...]) -> bool:
     return kernel.gram(row, row.clone()).requires_grad
 
 
-def _zeros(like: Tensor, *shape: int) -> Tensor:
+def zeros(like: Tensor, *shape: int) -> Tensor:
     """Zeros in the working precision."""
     return torch.zeros(shape, dtype=working_precision(like[:0]).dtype, device=like.device)

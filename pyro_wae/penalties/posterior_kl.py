@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 
 class PosteriorKL(Penalty):

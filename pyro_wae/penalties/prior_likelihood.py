@@ -7,8 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 
 class PriorLikelihood(Penalty):

@@ -11,8 +11,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.numerics import working_precision
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 BLUR_FRACTION = 0.5
 DIAMETER_MULTIPLE = 4.0

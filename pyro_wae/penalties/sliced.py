@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 FIRST_STRIDE = 0.5
 STRIDE_RATIO = 0.8

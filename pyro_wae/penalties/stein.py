@@ -10,10 +10,8 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.numerics import squared_distances, working_precision
 from pyro_wae.kernels import Kernel, RadialKernel, RationalQuadratic
-from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
-from pyro_wae.penalties.pair_sums import PairTerm, pair_total
-from pyro_wae.penalties.pair_weights import within
+from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.pair_sums import pair_total, within
 
 
 class KernelStein(Penalty):
@@ -100,7 +98,7 @@ class KernelStein(Penalty):
             rows = torch.cat([working_precision(z), working_precision(score)], dim=2).flatten(0, 1)
             rows = rows if differentiable else rows.detach()
             kernel = _SteinKernel(self.kernel, self._unit(rows))
-            value = pair_total(kernel, (rows,), (PairTerm(0, 0, within(len(rows), len(codes), context.data_size)),))
+            value = pair_total(kernel, (rows,), (within(len(rows), len(codes), context.data_size),))
         return value if differentiable else value.detach()
 
     def _fit_to(self, context: PenaltyContext) -> None:

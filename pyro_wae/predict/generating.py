@@ -245,7 +245,7 @@ def _codes_of(
         count = shape[dim]
     write = "sample(model, x, prior=priors.fit(model, guide, x, prior=MixturePrior(100, {d})))"
     draws = distribution_of(prior, write=write.format(d="d")).sample((count,)).reshape(count, -1)
-    sizes = {site.name: site.rows(site.value, site.event_dim)[0, 0].numel() for site in sites}
+    sizes = {site.name: site.value_rows()[0, 0].numel() for site in sites}
     d = sum(sizes.values())
     if draws.shape[1] != d:
         raise ValueError(

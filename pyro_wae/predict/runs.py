@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.programs import called_with, check_program
+from pyro_wae._core.programs import add_note
 from pyro_wae.costs import generator_output
-from pyro_wae.step.program import Program, Run, is_random, observed_nodes, run
+from pyro_wae.step.plates import samples_of
+from pyro_wae.step.program import Program, Run, is_random, observed_samples, run
 
 Node = Mapping[str, Any]
 
@@ -29,16 +30,22 @@ def encoded_run(
 
 def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The trace of a run of the model by itself."""
-    check_program("model", model)
-    with torch.no_grad(), batch_norm_at_rest(), called_with(args, kwargs):
-        return poutine.trace(model).get_trace(*args, **kwargs)
+    checks.program("model", model)
+    with torch.no_grad(), batch_norm_at_rest():
+        try:
+            return poutine.trace(model).get_trace(*args, **kwargs)
+        except Exception as error:
+            add_note(error, args, kwargs)
+            raise
 
 
 def output_nodes(
     trace: Any, return_sites: Sequence[str] | None = None, *, leave_out: Mapping[str, Any] | None = None
 ) -> dict[str, Node]:
     """The sites that hold data, by the names the user gave them."""
-    observed = {name: node for name, node in observed_nodes(trace) if name not in (leave_out or ())}
+    observed = {
+        name: sample.node for name, sample in observed_samples(samples_of(trace)) if name not in (leave_out or ())
+    }
     if return_sites is not None:
         known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed | computed_nodes(trace)
         check_return_sites(return_sites, known)

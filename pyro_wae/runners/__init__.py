@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pyro_wae.distributed import GroupLike, check_group
-from pyro_wae.runners.base import Runner
 from pyro_wae.runners.micro_batches import MicroBatches
 from pyro_wae.runners.ranks import Ranks
+from pyro_wae.step.observe import Runner
 
 
 def make_runner(micro_batch: int | None, process_group: GroupLike | None) -> Runner:

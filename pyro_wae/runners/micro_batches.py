@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import HANDLERS
-from pyro_wae._core.programs import called_with
+from pyro_wae._core.programs import add_note
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators, set_random_state
 from pyro_wae._core.splitting import part_of, tensors_of
-from pyro_wae.runners.base import Runner, check_guide, priors_differ
-from pyro_wae.step.observe import Observer
+from pyro_wae.runners.parts import check_guide, priors_differ
+from pyro_wae.step.observe import Observer, Runner
 from pyro_wae.step.records import Step
 
 
@@ -47,8 +47,11 @@ class MicroBatches(Runner):
         Raises:
             ValueError: If the arguments do not say what the data are, or the data plate does not follow them.
         """
-        with called_with(args, kwargs):
+        try:
             batches = list(_split(args, kwargs, self.rows))
+        except Exception as error:
+            add_note(error, args, kwargs)
+            raise
         if len(batches) == 1:
             return observer.observe(args, kwargs)
         is_training = torch.is_grad_enabled()

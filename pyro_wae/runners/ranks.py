@@ -26,8 +26,8 @@ from pyro_wae.distributed import (
     mark,
     small_device,
 )
-from pyro_wae.runners.base import Runner, check_guide, prior_values
-from pyro_wae.step.observe import Observer
+from pyro_wae.runners.parts import check_guide, prior_values
+from pyro_wae.step.observe import Observer, Runner
 from pyro_wae.step.records import Step
 
 
@@ -117,7 +117,7 @@ class Ranks(Runner):
         self._copy_of_first(parameters)
         self._has_one_start = True
 
-    def share(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    def _share(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """At the first step, gives modules, such as a discriminator, the parameters and buffers of the first rank.
 
         Raises:
@@ -138,8 +138,13 @@ class Ranks(Runner):
         self._has_one_state = len(made) == len(tensors)
 
     @contextmanager
-    def comparing(self, step: Step) -> Iterator[None]:
-        """Lets all ranks draw the same numbers, as a penalty's random directions, and then go on with their own."""
+    def comparing(self, step: Step, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Lets all ranks draw the same numbers, as a penalty's random directions, and then go on with their own.
+
+        Raises:
+            ValueError: At the first step, if the modules are not alike on all ranks.
+        """
+        self._share(modules)
         device = step.codes.device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_wae.penalties import MMD, Penalty, as_penalty
-from pyro_wae.penalties.condition_columns import beside
+from pyro_wae.penalties.base import beside
 from pyro_wae.step.condition import Condition, with_condition
 from pyro_wae.step.observe import check_names
 from pyro_wae.step.records import Step
@@ -91,7 +91,8 @@ def prepare(option: PenaltyOption, step: Step, seen: set[str]) -> None:
         seen.update(given)
     seen.update(step.columns)
     for _, _, own, penalty in _parts(option, step):
-        penalty.prepare_sites(beside(own.codes, own.condition), own.columns)
+        codes = own.codes if own.condition is None else beside(own.codes, own.condition)
+        penalty.prepare_sites(codes, own.columns)
 
 
 def compare(option: PenaltyOption, step: Step, condition: Condition | None) -> dict[str, Tensor]:
@@ -107,41 +108,23 @@ def compare(option: PenaltyOption, step: Step, condition: Condition | None) -> d
     """
     values = {}
     for entry, label, own, penalty in _parts(option, step):
-        codes, draws = own.rows()
-        context = own.context()
+        (codes, draws), scale, context = own.rows(), own.joint_scale(), own.context()
         if condition is not None:
             context = with_condition(context, own, condition, entry, penalty, draws)
-        values[label] = joint_scale(own) * penalty(codes, draws, context)
+        values[label] = scale * penalty(codes, draws, context)
     return values
 
 
-def joint_scale(step: Step) -> float | Tensor:
-    """The one ``poutine.scale`` of the latent sites.
-
-    Raises:
-        ValueError: If they have different ones.
-    """
-    scales = {site: step.first.latents[site].scale for site in step.columns}
-    if len(scales) > 1:
-        numbers = {site: scale.item() if isinstance(scale, Tensor) else scale for site, scale in scales.items()}
-        if len(set(numbers.values())) > 1:
-            found = ", ".join(f"'{site}': {number:g}" for site, number in numbers.items())
-            raise ValueError(
-                f"The latent sites have different scales ({found}), and one penalty compares their joint code. Give "
-                "them one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
-            )
-    return next(iter(scales.values()))
-
-
-def _parts(option: PenaltyOption, step: Step) -> Iterator[tuple[int, str, Step, Penalty]]:
+def _parts(option: PenaltyOption, step: Step) -> list[tuple[int, str, Step, Penalty]]:
     """The number and label of each penalty, the step with the codes of its sites, and the penalty."""
     if not isinstance(option, dict):
-        yield 0, "", step, option
-        return
+        return [(0, "", step, option)]
+    found = []
     for entry, (key, penalty) in enumerate(option.items()):
         sites = [site for site in _sites(key, step.columns) if site in step.columns]
         if penalty is not None and sites:
-            yield entry, site_label(key), step.part(sites), penalty
+            found.append((entry, site_label(key), step.part(sites), penalty))
+    return found
 
 
 def _check_keys(given: Mapping[Any, object]) -> None:

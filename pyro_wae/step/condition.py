@@ -88,7 +88,7 @@ def read_condition(
     """
     if name in run.observed:
         site = run.observed[name]
-        return _flat(name, site.rows(site.value, site.event_dim)[0]), site.mask is not None
+        return _flat(name, site.value_rows()[0]), site.mask is not None
     arguments = _arguments(*program)
     given = dict(arguments)
     for batch in arguments.values():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_wae._core.distributions import innermost, layers
+from pyro_wae._core.distributions import innermost
 from pyro_wae._core.numerics import at_least_float32
-from pyro_wae.step.plates import subsample_scales
+from pyro_wae.step.plates import layers, subsample_scales
 from pyro_wae.step.program import Run
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.numerics import at_least_float32
-from pyro_wae._core.programs import called_with
+from pyro_wae._core.programs import add_note
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.costs import Cost
@@ -124,11 +125,14 @@ class Observer:
 
     def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
         """Reads one run; what is the same for all particles is taken from the first."""
+        codes, columns, kept = _codes(found)
         # Before anything is drawn: a family may then keep derived parameters, which look as if they varied.
         varies = prior_varies(found) if first is None else first.prior_varies
-        codes, columns, kept = _codes(found)
-        with called_with(args, kwargs):
-            draws = [draw_prior(found) for _ in range(self.prior_draws)]
+        try:
+            draws = draw_prior(found, self.prior_draws)
+        except Exception as error:
+            add_note(error, args, kwargs)
+            raise
         condition, is_masked = (first and (first.condition, first.condition_is_masked)) or (None, False)
         if self.condition is not None and first is None:
             condition, is_masked = read_condition(self.condition, found, (self.model, args, kwargs))
@@ -142,7 +146,7 @@ class Observer:
             codes=codes,
             columns=columns,
             kept=kept,
-            prior=torch.cat(draws) if len(draws) > 1 else draws[0] if draws else None,
+            prior=draws,
             costs=costs | factors,
             factors=tuple(factors),
             once=once,
@@ -170,6 +174,25 @@ class Observer:
         return left
 
 
+class Runner:
+    """Runs a step as it is: all data of this process at once. A subclass is another way to run it."""
+
+    def observe(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+        """Observes model and guide on the data of a step."""
+        return observer.observe(args, kwargs)
+
+    def start(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """What is done before the gradients of a first step are taken."""
+
+    def comparing(self, step: Step, modules: Iterable[tuple[str, nn.Module]]) -> AbstractContextManager[None]:
+        """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
+        return nullcontext()
+
+    def gradients(self) -> AbstractContextManager[None]:
+        """Wraps a step whose gradients are added to those of Pyro's parameters."""
+        return nullcontext()
+
+
 def check_names(argument: str, options: Iterable[str], sites: list[str], kind: str, example: str) -> None:
     """Raises ValueError unless the options name just the sites there are."""
     unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
@@ -189,7 +212,7 @@ def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
     """The codes of one run, a row for each particle and datum, the columns of each site, and the mask."""
     rows, kept = {}, {}
     for name, site in found.latents.items():
-        rows[name] = site.rows(site.value, site.event_dim)
+        rows[name] = site.value_rows()
         if site.mask is not None:
             shape = torch.broadcast_shapes(site.shape + site.distribution.event_shape, site.mask.shape)
             kept[name] = site.rows(site.mask.expand(shape), site.event_dim).expand(rows[name].shape)
@@ -221,5 +244,5 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _seen(sites: Sequence[Site]) -> Tensor | None:
     """Shape (K, n): which data have anything observed; None if all have."""
-    known = [mask for mask in (site.kept for site in sites) if mask is not None]
+    known = [mask for site in sites if site.mask is not None and (mask := site.kept) is not None]
     return torch.stack(known).any(0) if len(known) == len(sites) else None

@@ -1,4 +1,4 @@
-"""Which plate holds the data, and how the dimensions of a site follow from its plates."""
+"""What a site of a trace is: its plates, masks and scale, and which of the plates holds the data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,56 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyro.distributions as dist
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
 from pyro_wae._core import checks
+from pyro_wae._core.distributions import WRAPPERS, family
+from pyro_wae._core.sites import Site
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name that ``pyro.infer.ELBO`` gives the plate of its vectorised particles."""
 
 Node = Mapping[str, Any]
+
+
+class Sample:
+    """A sample site of a trace, read once.
+
+    Attributes:
+        node: The site's node.
+        fn: Its distribution.
+        value: Its value.
+        innermost: Its distribution without wrappers.
+        masks: The masks of ``poutine.mask`` and ``fn.mask``, each with the number of value dimensions to its right.
+        is_masked_out: Whether a mask leaves out all of it.
+        is_own_point: Whether it is observed at the point of its own Delta.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.fn, self.value = node, node["fn"], node["value"]
+        *wrappers, self.innermost = layers(self.fn)
+        found = [(node["mask"], getattr(self.fn, "event_dim", 0))]
+        found += [(fn._mask, fn.event_dim) for fn in wrappers if isinstance(fn, dist.MaskedDistribution)]
+        self.masks = [(mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True]
+        self.is_masked_out = any(mask is False for mask, _ in found)
+        self.is_own_point = node["is_observed"] and _is_point(self.innermost, self.value)
+
+
+def samples_of(trace: Any) -> dict[str, Sample]:
+    """The sites of a trace that are no subsamples, each read once."""
+    nodes = ((name, node) for name, node in trace.nodes.items() if node["type"] == "sample")
+    return {name: Sample(node) for name, node in nodes if not site_is_subsample(node)}
+
+
+def layers(distribution: Any) -> list[Any]:
+    """A distribution, what its wrapper (Independent, masked, expanded) holds, and so on to the innermost."""
+    found = [distribution]
+    while isinstance(found[-1], WRAPPERS):
+        found.append(found[-1].base_dist)
+    return found
 
 
 def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested: str | None) -> str:
@@ -106,6 +150,122 @@ def subsample_scales(node: Node, data_plate: str) -> tuple[float, float]:
             scale = frame.full_size / frame.size
             outer, inner = (scale, inner) if frame.name == data_plate else (outer, inner * scale)
     return outer, inner
+
+
+def scales(node: Node, plate: str) -> tuple[float | Tensor, float]:
+    """The user's scale of a node, and the N/B of subsampled plates inside a datum."""
+    outer, inner = subsample_scales(node, plate)
+    scale = node["scale"] / (outer * inner)
+    if isinstance(scale, Tensor):
+        return scale.reshape(()) if scale.numel() == 1 else scale, inner
+    # N/B divided out again leaves a rounding error, which must not look like a scale of the user's.
+    return 1.0 if abs(scale - 1) < 1e-9 else scale, inner
+
+
+def mask_of(*samples: Sample) -> Tensor | None:
+    """Where all masks of the sites are true: a tensor that broadcasts to batch and event dimensions, or None."""
+    total: Tensor | None = None
+    for sample in samples:
+        for mask, event_dim in sample.masks:
+            mask = torch.as_tensor(mask, dtype=torch.bool, device=sample.value.device)
+            mask = mask.reshape(mask.shape + (1,) * event_dim)
+            _check_mask(sample, mask, event_dim)
+            total = mask if total is None else total & mask
+    return total
+
+
+def _check_mask(sample: Sample, mask: Tensor, event_dim: int) -> None:
+    shape = torch.broadcast_shapes(sample.value.shape, sample.fn.shape())
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.ndim > len(shape) or any(size not in (1, given) for size, given in sizes):
+        batch, found = tuple(shape[: len(shape) - event_dim]), tuple(mask.shape[: mask.ndim - event_dim])
+        raise ValueError(
+            f"The mask at site '{sample.node['name']}' has shape {found}, which does not fit its batch shape {batch}. "
+            "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
+        )
+
+
+def latent_site(name: str, sample: Sample, in_guide: Sample, plate: str) -> Site:
+    """The site of a part of a code.
+
+    Raises:
+        ValueError: If its scale or its plates are not those that the guide gives it.
+    """
+    shape, data_dim, particle_dim = layout(sample.node, plate)
+    value, fn = sample.value, sample.fn
+    batch = tuple(value.shape[: value.ndim - fn.event_dim])
+    aligned = (1,) * (len(shape) - len(batch)) + batch[max(0, len(batch) - len(shape)) :]
+    (scale, _), (guide_scale, _) = scales(sample.node, plate), scales(in_guide.node, plate)
+    if guide_scale is not scale and not _is_alike(scale, guide_scale):
+        raise ValueError(
+            f"Latent site '{name}' has a poutine.scale in the guide that it has not in the model. A penalty compares "
+            "codes with prior draws at once and has one scale: write poutine.scale around both, or around the model."
+        )
+    site = Site(name, fn, value, shape, data_dim, particle_dim, mask_of(sample, in_guide), scale)
+    if aligned != shape and not any(size not in (1, planned) for size, planned in zip(aligned, shape, strict=True)):
+        raise ValueError(
+            f"Latent site '{name}' has batch shape {batch} in the guide and {shape} in the model: several data or "
+            "particles would share one code. Write the guide's pyro.sample("
+            f"'{name}', ...) inside the same plates as the model's."
+        )
+    if isinstance(site.scale, Tensor) and site.scale.numel() != 1:
+        raise ValueError(
+            f"Latent site '{name}' has a poutine.scale of shape {tuple(site.scale.shape)}, and a penalty compares "
+            "all data at once: a latent site takes one number. Write poutine.scale(scale=0.5)."
+        )
+    return site
+
+
+def observed_site(name: str, sample: Sample, plate: str) -> Site:
+    """The site of data.
+
+    Raises:
+        TypeError: If they are no dense tensor of real numbers.
+        ValueError: If all data are one event, or their shape is not that of the distribution.
+    """
+    fn, value = sample.fn, sample.value
+    shape, data_dim, particle_dim = layout(sample.node, plate)
+    if not isinstance(value, Tensor) or value.is_complex() or value.layout is not torch.strided:
+        found = f"a tensor ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"The data of observed site '{name}' are {found}, and costs take dense tensors of real numbers. Write "
+            f"pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time, or obs=torch.as_tensor(x)."
+        )
+    if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
+        raise ValueError(
+            f"Observed site '{name}' has data of shape {tuple(value.shape)}, all of them one event: the whole batch "
+            f"would be the datum of each of {shape[data_dim]} data. Write .to_event({fn.event_dim - 1}), which leaves "
+            "the first dimension to the data plate."
+        )
+    if value.shape != fn.shape():
+        try:
+            value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
+        except RuntimeError as error:
+            raise ValueError(
+                f"Observed site '{name}' has data of shape {tuple(value.shape)}, and its distribution "
+                f"({family(fn)}) is of shape {tuple(fn.shape())}. Give the decoder's output the shape of the data."
+            ) from error
+    return Site(name, fn, value, shape, data_dim, particle_dim, mask_of(sample), *scales(sample.node, plate))
+
+
+def _is_alike(scale: float | Tensor, guide_scale: float | Tensor) -> bool:
+    """Whether the guide's scale is the model's, or none."""
+    if isinstance(guide_scale, Tensor) or isinstance(scale, Tensor):
+        # Looking at a value on an accelerator would wait for it.
+        tensors = [value for value in (scale, guide_scale) if isinstance(value, Tensor)]
+        return any(value.device.type != "cpu" for value in tensors) or bool(
+            torch.all((torch.as_tensor(guide_scale) == 1) | (torch.as_tensor(guide_scale) == torch.as_tensor(scale)))
+        )
+    return guide_scale in (1.0, scale) or abs(guide_scale - scale) <= 1e-9 * abs(scale)
+
+
+def _is_point(fn: Any, value: Tensor) -> bool:
+    """Whether a value is the very tensor that is the point of a Delta."""
+    if not isinstance(fn, dist.Delta) or not isinstance(value, Tensor) or fn.v.shape != value.shape:
+        return False
+    # A plate may have expanded the distribution, whose point is then a view. Values are not compared, which would wait.
+    base, its_base = (tensor if tensor._base is None else tensor._base for tensor in (fn.v, value))
+    return base is its_base and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
 
 
 def _vectorised(node: Node) -> dict[str, Any]:

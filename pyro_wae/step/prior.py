@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
+from pyro_wae._core.numerics import joined
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.sites import Site, side_by_side
-from pyro_wae.step.program import ReplaySubsamples, Run, is_random, mask_of
+from pyro_wae.step.plates import Sample, mask_of
+from pyro_wae.step.program import ReplaySubsamples, Run, is_random
 
 MOST_COMPONENTS = 10
 """Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
 and soon takes longer than drawing."""
 
 
-def draw_prior(run: Run) -> Tensor:
+def draw_prior(run: Run, times: int) -> Tensor | None:
     """Draws the latent sites afresh from the model; the decoder does not run.
 
     A single latent at the root comes from its own distribution. Anything else runs the model again on the same data
@@ -34,20 +36,23 @@ def draw_prior(run: Run) -> Tensor:
     have a graph only if the prior has learnable parameters.
 
     Returns:
-        Shape (K, n, d), laid out as the codes of the run.
+        Shape (times * K, n, d), one after the other, laid out as the codes of the run; None if ``times`` is 0.
 
     Raises:
         ValueError: If the model does not reach a latent site when it runs again.
     """
-    if run.is_root:
-        (site,) = run.latents.values()
-        drawn = {site.name: (site.distribution(), site.event_dim)}
-    else:
-        nodes = _rerun_to_last_latent(run)
-        _check_masks(run, nodes)
-        drawn = {name: (node["value"], node["fn"].event_dim) for name, node in nodes.items()}
-    rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
-    return side_by_side(rows, {})[0]
+    draws = []
+    for _ in range(times):
+        if run.is_root:
+            (site,) = run.latents.values()
+            drawn = {site.name: (site.distribution(), site.distribution.event_dim)}
+        else:
+            nodes = _rerun_to_last_latent(run)
+            _check_masks(run, nodes)
+            drawn = {name: (node["value"], node["fn"].event_dim) for name, node in nodes.items()}
+        rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
+        draws.append(side_by_side(rows, {})[0])
+    return joined(draws) if draws else None
 
 
 def warn_of_lost_gradient(run: Run, penalties: Iterable[Tensor]) -> None:
@@ -105,18 +110,15 @@ def prior_of_one_code(run: Run) -> Any | None:
         each number by itself, or is no mixture of up to :data:`MOST_COMPONENTS` such families.
     """
     (site,) = run.latents.values()
-    outer = site.event_dim
+    outer = site.distribution.event_dim
     fn = _same_family(innermost(site.distribution))
     if not isinstance(fn, dist.MixtureSameFamily):
-        return _elementwise(fn, lambda value: site.rows(value, outer)[0, 0].flatten())
+        return _elementwise(fn, site, outer)
     probs = fn.mixture_distribution.probs
     count = probs.shape[-1]
     if outer != fn.event_dim or site.rows(probs, 1)[0, 0].numel() != count or count > MOST_COMPONENTS:
         return None
-    component = _elementwise(
-        innermost(fn.component_distribution),
-        lambda value: site.rows(value, 1 + outer)[0, 0].reshape(count, -1),
-    )
+    component = _elementwise(innermost(fn.component_distribution), site, 1 + outer, count)
     if component is None:
         return None
     return dist.MixtureSameFamily(dist.Categorical(site.rows(probs, 1)[0, 0].flatten()), component)
@@ -130,9 +132,7 @@ def prior_varies(run: Run) -> bool:
     if not run.is_root:
         return True
     (site,) = run.latents.values()
-    batch = len(site.distribution.batch_shape)
-    place = batch + site.data_dim  # of the data among the batch dimensions, from the left
-    return place >= 0 and _varies(site.distribution, site.data, place, batch, site.event_dim)
+    return _differs(site, site.distribution)
 
 
 def depends_on_data(run: Run) -> str | None:
@@ -158,13 +158,15 @@ def depends_on_data(run: Run) -> str | None:
                 found = {}
             if same_generators(before, random_state()):
                 nodes |= found
-    return next((name for name, node in nodes.items() if _differs(run.latents[name], node["fn"])), None)
+    return next((name for name, node in nodes.items() if _differs(run.latents[name], node["fn"], look=True)), None)
 
 
-def _differs(site: Site, distribution: Any) -> bool:
+def _differs(site: Site, distribution: Any, *, look: bool = False) -> bool:
+    """Whether what the prior of a site is made of may differ between data; see :func:`_varies`."""
     batch = len(distribution.batch_shape)
-    place = batch + site.data_dim
-    return place >= 0 and _varies(distribution, site.data, place, batch, site.event_dim, look=True)
+    place = batch + site.data_dim  # of the data among the batch dimensions, from the left
+    size = site.shape[site.data_dim]
+    return place >= 0 and _varies(distribution, size, place, batch, distribution.event_dim, look=look)
 
 
 def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: int = 8, *, look: bool = False) -> bool:
@@ -287,7 +289,7 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
 def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:
     """Raises ValueError if a mask is another one with the prior's draws: it depends on a latent."""
     for name, node in nodes.items():
-        before, now = mask_of(run.model.nodes[name]), mask_of(node)
+        before, now = mask_of(Sample(run.model.nodes[name])), mask_of(Sample(node))
         if before is None and now is None:
             continue
         if before is None or now is None or not torch.equal(*torch.broadcast_tensors(before, now)):
@@ -319,9 +321,10 @@ def _same_family(fn: Any) -> Any:
     return dist.MixtureSameFamily(dist.Categorical(logits=fn.component_logits), components, validate_args=False)
 
 
-def _elementwise(fn: Any, take: Callable[[Tensor], Tensor]) -> Any | None:
-    """The same family with its parameters cut out by `take`, if it draws each number by itself."""
+def _elementwise(fn: Any, site: Site, event_dim: int, *batch: int) -> Any | None:
+    """The same family with the parameters of the first datum, shape (*batch, d), if it draws each number by itself."""
     if not isinstance(fn, dist.Normal | dist.Laplace | dist.Uniform | dist.StudentT):
         return None
-    parameters = {name: take(getattr(fn, name).expand(fn.batch_shape)) for name in fn.arg_constraints}
+    rows = {name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim) for name in fn.arg_constraints}
+    parameters = {name: value[0, 0].reshape(*batch, -1) for name, value in rows.items()}
     return type(fn)(**parameters, validate_args=False).to_event(1)

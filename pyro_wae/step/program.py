@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
-import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match
-from torch import Tensor
 
-from pyro_wae._core.distributions import family, innermost, layers
-from pyro_wae._core.programs import called_with, check_program
+from pyro_wae._core import checks
+from pyro_wae._core.distributions import family
+from pyro_wae._core.programs import add_note
 from pyro_wae._core.sites import Site
-from pyro_wae.step.plates import data_frame, data_size, find_data_plate, layout, subsample_scales
+from pyro_wae.step.plates import (
+    Node,
+    Sample,
+    data_frame,
+    data_size,
+    find_data_plate,
+    latent_site,
+    observed_site,
+    samples_of,
+)
 
 Program = Callable[..., Any]
-Node = Mapping[str, Any]
 
 
 class Factor(NamedTuple):
@@ -45,6 +53,7 @@ class Run:
         observed: The sites that may have a cost.
         factors: The ``pyro.factor`` sites of model and guide, which are terms of the loss.
         data_size: Number of data, where the data plate takes a part of them; else None.
+        is_root: Whether the code is one site that no other random choice precedes.
     """
 
     model: Any
@@ -55,17 +64,12 @@ class Run:
     observed: Mapping[str, Site]
     factors: Sequence[Factor]
     data_size: int | None
+    is_root: bool
 
     @property
     def data(self) -> int:
         """Number of data in this run."""
         return next(iter(self.latents.values())).data
-
-    @functools.cached_property
-    def is_root(self) -> bool:
-        """Whether the code is one site that no other random choice precedes."""
-        first = next(name for name, node in self.model.nodes.items() if is_random(node))
-        return len(self.latents) == 1 and first in self.latents
 
     def latents_alone(self) -> Run:
         """The same with traces of the latent sites alone: the rest, the decoder's output before all, fills memory."""
@@ -75,7 +79,7 @@ class Run:
             kept.nodes.update((name, node) for name, node in trace.nodes.items() if name in self.latents)
             traces.append(kept)
         model, guide = traces
-        return Run(model, guide, self.rerun, self.plate, self.latents, {}, (), self.data_size)
+        return dataclasses.replace(self, model=model, guide=guide, observed={}, factors=())
 
 
 def run(
@@ -103,7 +107,7 @@ def run(
         ValueError: If a latent cannot be part of a code, there is no code or no observed site, or the data plate is
             ambiguous.
     """
-    with ReplaySubsamples(subsample_of.model if subsample_of else None):
+    with ReplaySubsamples(subsample_of.model) if subsample_of else nullcontext():
         model_trace, guide_trace = trace_pair(model, guide, args, kwargs, max_plate_nesting)
     return read(model_trace, guide_trace, functools.partial(model, *args, **kwargs), data_plate)
 
@@ -112,16 +116,19 @@ def trace_pair(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], max_plate_nesting: float
 ) -> tuple[Any, Any]:
     """The traces of the model, replayed against the guide, and of the guide."""
-    check_program("model", model)
-    check_program("guide", guide)
+    checks.program("model", model)
+    checks.program("guide", guide)
     unwrapped = poutine.unwrap(guide)
-    with called_with(args, kwargs):
+    try:
         if isinstance(unwrapped, Messenger):
             guide(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    except Exception as error:
+        add_note(error, args, kwargs)
+        raise
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
@@ -130,12 +137,14 @@ def trace_pair(
 
 def read(model_trace: Any, guide_trace: Any, rerun: Callable[[], Any], data_plate: str | None) -> Run:
     """Reads from traces which sites are codes, which have costs, and which plate is the data; see :func:`run`."""
-    _check_guide(guide_trace)
-    _check_points(model_trace)
-    latents = dict(_latent_nodes(model_trace, guide_trace))
-    observed = dict(observed_nodes(model_trace))
+    samples, in_guide = samples_of(model_trace), samples_of(guide_trace)
+    _check_guide(in_guide)
+    for sample in samples.values():
+        _check_point(sample)
+    latents = dict(_latents(samples, in_guide))
+    observed = dict(observed_samples(samples))
     if not latents:
-        own = [[name for name, node in trace.nodes.items() if is_random(node)] for trace in (model_trace, guide_trace)]
+        own = [[name for name, s in found.items() if not s.node["is_observed"]] for found in (samples, in_guide)]
         raise ValueError(
             f"Model and guide share no latent site, and so there are no codes: those of the model are {own[0]}, those "
             f"of the guide {own[1]}. Sample one under the same name in both, inside the data plate: "
@@ -146,29 +155,32 @@ def read(model_trace: Any, guide_trace: Any, rerun: Callable[[], Any], data_plat
             "The model has no observed site, and so nothing is reconstructed. Write pyro.sample('x', ..., obs=x); "
             "pyro.factor and pyro.deterministic are not reconstructions."
         )
-    plate = find_data_plate(list(latents.values()), list(observed.values()), data_plate)
-    sites = {name: _latent(name, node, guide_trace.nodes[name], plate) for name, node in latents.items()}
+    nodes = [sample.node for sample in latents.values()]
+    plate = find_data_plate(nodes, [sample.node for sample in observed.values()], data_plate)
+    size = data_size(data_frame(nodes[0], plate))
+    sites = {name: latent_site(name, sample, in_guide[name], plate) for name, sample in latents.items()}
     return Run(
         model=model_trace,
         guide=guide_trace,
         rerun=rerun,
         plate=plate,
         latents=sites,
-        observed={name: _observed(name, node, plate) for name, node in observed.items()},
+        observed={name: observed_site(name, sample, plate) for name, sample in observed.items()},
         factors=[*_factors(model_trace, -1.0), *_factors(guide_trace, 1.0)],
-        data_size=data_size(data_frame(next(iter(latents.values())), plate)),
+        data_size=size,
+        is_root=len(sites) == 1 and next(name for name, s in samples.items() if not s.node["is_observed"]) in sites,
     )
 
 
 class ReplaySubsamples(Messenger):
     """Gives every plate the subsample that it had in a trace."""
 
-    def __init__(self, trace: Any | None) -> None:
+    def __init__(self, trace: Any) -> None:
         super().__init__()
         self.trace = trace
 
     def _pyro_sample(self, msg: Any) -> None:
-        if self.trace is not None and site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
             msg["value"] = self.trace.nodes[msg["name"]]["value"]
 
 
@@ -177,20 +189,20 @@ def is_random(node: Node) -> bool:
     return node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
 
 
-def is_code(name: str, model_trace: Any) -> bool:
+def is_code(name: str, trace: Any) -> bool:
     """Whether a site of a model's trace is a latent site whose value is a part of a code."""
-    return is_random(model_trace.nodes[name]) and not _is_imputed(name, model_trace)
+    return is_random(trace.nodes[name]) and not _is_imputed(name, trace.nodes)
 
 
-def observed_nodes(model_trace: Any) -> Iterator[tuple[str, Node]]:
-    """The nodes of a model's trace that may have a cost, by the names that the user gave them."""
-    for name, node in model_trace.nodes.items():
-        if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node):
+def observed_samples(samples: Mapping[str, Sample]) -> Iterator[tuple[str, Sample]]:
+    """The sites of a model that may have a cost, by the names that the user gave them."""
+    for name, sample in samples.items():
+        if not sample.node["is_observed"] or site_is_factor(sample.node):
             continue
-        is_computed = node["infer"].get("_deterministic") or _is_reparametrised(name, model_trace)
+        is_computed = sample.node["infer"].get("_deterministic") or _is_reparametrised(name, samples)
         # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
-        if not is_computed and not _is_masked_out(node):
-            yield _user_name(name, model_trace), node
+        if not is_computed and not sample.is_masked_out:
+            yield _user_name(name, samples), sample
 
 
 def _factors(trace: Any, sign: float) -> Iterator[Factor]:
@@ -199,12 +211,13 @@ def _factors(trace: Any, sign: float) -> Iterator[Factor]:
             yield Factor(node, sign)
 
 
-def _check_guide(guide_trace: Any) -> None:
+def _check_guide(samples: Mapping[str, Sample]) -> None:
     """Raises ValueError if the guide observes a site: a term of an ELBO that has no place here."""
-    for name, node in guide_trace.nodes.items():
-        if node["type"] != "sample" or not node["is_observed"] or site_is_factor(node) or site_is_subsample(node):
+    for name, sample in samples.items():
+        node = sample.node
+        if not node["is_observed"] or site_is_factor(node):
             continue
-        if not node["infer"].get("_deterministic") and not _is_masked_out(node):
+        if not node["infer"].get("_deterministic") and not sample.is_masked_out:
             raise ValueError(
                 f"The guide observes site '{name}' ({family(node['fn'])}), whose density is a term of Pyro's ELBO and "
                 "would be left out here: what it depends on would not be trained. Write in the guide "
@@ -213,109 +226,42 @@ def _check_guide(guide_trace: Any) -> None:
             )
 
 
-def _is_reparametrised(name: str, model_trace: Any) -> bool:
+def _is_reparametrised(name: str, samples: Mapping[str, Sample]) -> bool:
     """Whether a reparametrisation has computed a site, which is then observed at the point of its own Delta."""
     # A user's own site may be given its own value, as a condition that is no random choice: nothing is drawn for it.
-    return _is_own_point(model_trace.nodes[name]) and any(
-        other.startswith(f"{name}_") and is_random(node) for other, node in model_trace.nodes.items()
+    return samples[name].is_own_point and any(
+        other.startswith(f"{name}_") and not sample.node["is_observed"] for other, sample in samples.items()
     )
 
 
-def _is_own_point(node: Node) -> bool:
-    """Whether a site is observed at the point of its own Delta."""
-    fn, value = innermost(node["fn"]), node["value"]
-    if not node["is_observed"] or not isinstance(fn, dist.Delta) or fn.v.shape != value.shape:
-        return False
-    # A plate may have expanded the distribution, whose point is then a view. Values are not compared, which would wait.
-    base, its_base = (tensor if tensor._base is None else tensor._base for tensor in (fn.v, value))
-    return base is its_base and fn.v.stride() == value.stride() and fn.v.storage_offset() == value.storage_offset()
-
-
-def _check_points(model_trace: Any) -> None:
+def _check_point(sample: Sample) -> None:
     """Raises ValueError if a site that was computed has a density, as some reparametrisations give it."""
-    for name, node in model_trace.nodes.items():
-        if node["type"] != "sample" or not _is_own_point(node) or _is_masked_out(node):
+    if not sample.is_own_point or sample.is_masked_out:
+        return
+    if bool((sample.innermost.log_density != 0).any()):  # waits for an accelerator, at such a site alone
+        name = sample.node["name"]
+        raise ValueError(
+            f"Site '{name}' is observed at the point of its own Delta, whose log_density is a term of Pyro's ELBO "
+            "and would be left out here. ConjugateReparam, NeuTraReparam, SplitReparam and StructuredReparam make "
+            f"such a site: leave '{name}' out of the config of poutine.reparam, or write the density as a term of "
+            f"the loss: pyro.factor('{name}_density', log_density)."
+        )
+
+
+def _latents(samples: Mapping[str, Sample], guide: Mapping[str, Sample]) -> Iterator[tuple[str, Sample]]:
+    for name, sample in samples.items():
+        if sample.node["is_observed"] or _is_imputed(name, samples):
             continue
-        if bool((innermost(node["fn"]).log_density != 0).any()):  # waits for an accelerator, at such a site alone
-            raise ValueError(
-                f"Site '{name}' is observed at the point of its own Delta, whose log_density is a term of Pyro's ELBO "
-                "and would be left out here. ConjugateReparam, NeuTraReparam, SplitReparam and StructuredReparam make "
-                f"such a site: leave '{name}' out of the config of poutine.reparam, or write the density as a term of "
-                f"the loss: pyro.factor('{name}_density', log_density)."
-            )
-
-
-def _is_masked_out(node: Node) -> bool:
-    return any(mask is False for mask, _ in _masks(node))
-
-
-def _latent(name: str, node: Node, guide_node: Node, plate: str) -> Site:
-    shape, data_dim, particle_dim = layout(node, plate)
-    value, fn = node["value"], node["fn"]
-    batch = tuple(value.shape[: value.ndim - fn.event_dim])
-    aligned = (1,) * (len(shape) - len(batch)) + batch[max(0, len(batch) - len(shape)) :]
-    scale, _ = _scales(node, plate)
-    if _scales(guide_node, plate)[0] is not scale and not _is_alike(scale, _scales(guide_node, plate)[0]):
-        raise ValueError(
-            f"Latent site '{name}' has a poutine.scale in the guide that it has not in the model. A penalty compares "
-            "codes with prior draws at once and has one scale: write poutine.scale around both, or around the model."
-        )
-    site = Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node, guide_node), scale)
-    if aligned != shape and not any(size not in (1, planned) for size, planned in zip(aligned, shape, strict=True)):
-        raise ValueError(
-            f"Latent site '{name}' has batch shape {batch} in the guide and {shape} in the model: several data or "
-            "particles would share one code. Write the guide's pyro.sample("
-            f"'{name}', ...) inside the same plates as the model's."
-        )
-    if isinstance(site.scale, Tensor) and site.scale.numel() != 1:
-        raise ValueError(
-            f"Latent site '{name}' has a poutine.scale of shape {tuple(site.scale.shape)}, and a penalty compares "
-            "all data at once: a latent site takes one number. Write poutine.scale(scale=0.5)."
-        )
-    return site
-
-
-def _observed(name: str, node: Node, plate: str) -> Site:
-    fn, value = node["fn"], node["value"]
-    shape, data_dim, particle_dim = layout(node, plate)
-    if not isinstance(value, Tensor) or value.is_complex() or value.layout is not torch.strided:
-        found = f"a tensor ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(
-            f"The data of observed site '{name}' are {found}, and costs take dense tensors of real numbers. Write "
-            f"pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time, or obs=torch.as_tensor(x)."
-        )
-    if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
-        raise ValueError(
-            f"Observed site '{name}' has data of shape {tuple(value.shape)}, all of them one event: the whole batch "
-            f"would be the datum of each of {shape[data_dim]} data. Write .to_event({fn.event_dim - 1}), which leaves "
-            "the first dimension to the data plate."
-        )
-    if value.shape != fn.shape():
-        try:
-            value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-        except RuntimeError as error:
-            raise ValueError(
-                f"Observed site '{name}' has data of shape {tuple(value.shape)}, and its distribution "
-                f"({family(fn)}) is of shape {tuple(fn.shape())}. Give the decoder's output the shape of the data."
-            ) from error
-    return Site(name, fn, value, shape, data_dim, particle_dim, mask_of(node), *_scales(node, plate))
-
-
-def _latent_nodes(model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Node]]:
-    for name, node in model_trace.nodes.items():
-        if not is_code(name, model_trace):
-            continue
-        in_guide = name in guide_trace.nodes
-        fn = guide_trace.nodes[name]["fn"] if in_guide else node["fn"]
-        if in_guide and not getattr(fn, "has_rsample", False):
-            _raise_not_reparameterised(name, fn)
-        if not in_guide and node["infer"].get("enumerate"):
+        in_guide = name in guide
+        if in_guide and not getattr(guide[name].fn, "has_rsample", False):
+            _raise_not_reparameterised(name, guide[name].fn)
+        if not in_guide and sample.node["infer"].get("enumerate"):
             raise ValueError(
                 f"Latent site '{name}' of the model is to be enumerated, and WAELoss does not enumerate. Sum it out "
                 "in the likelihood (dist.MixtureSameFamily), or sample it in the guide through a relaxation."
             )
-        if in_guide and not _is_masked_out(node):
-            yield name, node
+        if in_guide and not sample.is_masked_out:
+            yield name, sample
 
 
 def _raise_not_reparameterised(name: str, fn: Any) -> None:
@@ -336,64 +282,13 @@ def _raise_not_reparameterised(name: str, fn: Any) -> None:
     )
 
 
-def _is_imputed(name: str, model_trace: Any) -> bool:
+def _is_imputed(name: str, sites: Container[str]) -> bool:
     """Whether the site holds the part of an observed value that ``obs_mask`` left to be imputed."""
     stem = name.removesuffix("_unobserved")
-    return stem != name and f"{stem}_observed" in model_trace.nodes and stem in model_trace.nodes
+    return stem != name and f"{stem}_observed" in sites and stem in sites
 
 
-def _user_name(name: str, model_trace: Any) -> str:
+def _user_name(name: str, sites: Container[str]) -> str:
     """The name that the user gave an observed site, whose part that ``obs_mask`` leaves has another."""
     stem = name.removesuffix("_observed")
-    return stem if stem != name and f"{stem}_unobserved" in model_trace.nodes else name
-
-
-def _scales(node: Node, plate: str) -> tuple[float | Tensor, float]:
-    """The user's scale of a node, and the N/B of subsampled plates inside a datum."""
-    outer, inner = subsample_scales(node, plate)
-    scale = node["scale"] / (outer * inner)
-    if isinstance(scale, Tensor):
-        return scale.reshape(()) if scale.numel() == 1 else scale, inner
-    # N/B divided out again leaves a rounding error, which must not look like a scale of the user's.
-    return 1.0 if abs(scale - 1) < 1e-9 else scale, inner
-
-
-def _is_alike(scale: float | Tensor, guide_scale: float | Tensor) -> bool:
-    """Whether the guide's scale is the model's, or none."""
-    if isinstance(guide_scale, Tensor) or isinstance(scale, Tensor):
-        # Looking at a value on an accelerator would wait for it.
-        tensors = [value for value in (scale, guide_scale) if isinstance(value, Tensor)]
-        return any(value.device.type != "cpu" for value in tensors) or bool(
-            torch.all((torch.as_tensor(guide_scale) == 1) | (torch.as_tensor(guide_scale) == torch.as_tensor(scale)))
-        )
-    return guide_scale in (1.0, scale) or abs(guide_scale - scale) <= 1e-9 * abs(scale)
-
-
-def mask_of(*nodes: Node) -> Tensor | None:
-    """Where all masks of the nodes are true: a tensor that broadcasts to batch and event dimensions, or None."""
-    total: Tensor | None = None
-    for node in nodes:
-        for mask, event_dim in _masks(node):
-            mask = torch.as_tensor(mask, dtype=torch.bool, device=node["value"].device)
-            mask = mask.reshape(mask.shape + (1,) * event_dim)
-            _check_mask(node, mask, event_dim)
-            total = mask if total is None else total & mask
-    return total
-
-
-def _check_mask(node: Node, mask: Tensor, event_dim: int) -> None:
-    shape = torch.broadcast_shapes(node["value"].shape, node["fn"].shape())
-    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
-    if mask.ndim > len(shape) or any(size not in (1, given) for size, given in sizes):
-        batch, found = tuple(shape[: len(shape) - event_dim]), tuple(mask.shape[: mask.ndim - event_dim])
-        raise ValueError(
-            f"The mask at site '{node['name']}' has shape {found}, which does not fit its batch shape {batch}. "
-            "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
-        )
-
-
-def _masks(node: Node) -> Iterator[tuple[Tensor | bool, int]]:
-    """The masks of ``poutine.mask`` and ``fn.mask``, each with the number of value dimensions to its right."""
-    found = [(node["mask"], node["fn"].event_dim)]
-    found += [(fn._mask, fn.event_dim) for fn in layers(node["fn"]) if isinstance(fn, dist.MaskedDistribution)]
-    yield from ((mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True)
+    return stem if stem != name and f"{stem}_unobserved" in sites else name

@@ -1,4 +1,4 @@
-"""The record of one step: a row for each datum of codes, prior draws, costs and conditions."""
+"""The record of one step: a row for each datum of codes, prior draws, costs and conditions; the parts of the loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,34 @@ from pyro_wae.penalties import PenaltyContext
 from pyro_wae.step.divergence import divergence
 from pyro_wae.step.prior import prior_log_prob, prior_of_one_code
 from pyro_wae.step.program import Run
-from pyro_wae.step.terms import Terms
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Cost, penalty and weight of the last loss, as detached scalars on the device; reading a number waits for it.
+
+    Args:
+        cost: Mean cost per datum, all observed sites together.
+        penalty: The penalty, before its weight; with one penalty for each site, their sum.
+        weight: The penalty weight. The loss is ``cost + weight * penalty``.
+        costs: The same cost by observed site.
+        penalties: The same penalty by latent site; empty where one penalty compares the joint code.
+    """
+
+    cost: Tensor
+    penalty: Tensor
+    weight: float | Tensor
+    costs: Mapping[str, Tensor] = field(default_factory=dict)
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, float]:
+        """All parts as numbers, for a logger: ``cost``, ``penalty``, ``weight``, ``cost/x``, ``penalty/z`` ..."""
+        numbers = {"cost": float(self.cost), "penalty": float(self.penalty), "weight": float(self.weight)}
+        numbers |= {f"cost/{site}": float(value) for site, value in self.costs.items()}
+        return numbers | {f"penalty/{site}": float(value) for site, value in self.penalties.items()}
+
+    def __repr__(self) -> str:
+        return f"Terms({', '.join(f'{name}={value:.6g}' for name, value in self.as_dict().items())})"
 
 
 @dataclass(frozen=True)
@@ -42,9 +69,8 @@ class Step:
         condition_is_masked: Whether a mask leaves some of the conditions out.
         data_size: Number of data that the data plate takes a part of; None where it takes all.
         prior_varies: Whether the prior of a datum's code may depend on the datum, as far as can be seen.
-        mean_costs: The mean of each cost over particles and data that are not masked, once it has been taken.
         penalties: The scaled penalty of each latent site or group, "" that of the joint code, once it has been taken.
-        weight: The penalty weight.
+        terms: The parts of the loss, detached, once it has been taken.
         loss: The sum of costs and weighted penalties, once it has been taken.
     """
 
@@ -62,9 +88,8 @@ class Step:
     condition_is_masked: bool
     data_size: int | None
     prior_varies: bool
-    mean_costs: Mapping[str, Tensor] = field(default_factory=dict)
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
-    weight: float | Tensor = 0.0
+    terms: Terms | None = None
     loss: Tensor | None = None
 
     @property
@@ -135,18 +160,20 @@ class Step:
         masked codes where a gradient is taken, because 0 times NaN is NaN.
         """
         means = self._mean_costs()
-        cost = total(means.values())
+        cost, penalty = total(means.values()), total(penalties.values())
         # A scale of the whole model is one of the whole loss, and none of the balance between cost and penalty.
-        scale = self.common_scale()
-        factor = weight(cost.detach() / scale)
-        loss = cost + factor * total(penalties.values()).to(cost.device)
+        factor = weight(cost.detach() / self.common_scale())
+        loss = cost + factor * penalty.to(cost.device)
         if not per_datum:
             loss = loss * self._number_of_data()
         codes, draws = self.rows()
         for rows in (self.codes if self.codes.requires_grad else codes, draws):
             if rows is not None:
                 loss = loss.where(rows.detach().isfinite().all().to(loss.device), math.nan)
-        return dataclasses.replace(self, mean_costs=means, penalties=penalties, weight=factor, loss=loss)
+        costs = {site: value.detach() for site, value in means.items()}
+        apart = {site: value.detach() for site, value in penalties.items() if site}
+        terms = Terms(cost.detach(), penalty.detach(), factor, costs, apart)
+        return dataclasses.replace(self, penalties=penalties, terms=terms, loss=loss)
 
     def _mean_costs(self) -> dict[str, Tensor]:
         if self.seen is None:
@@ -177,21 +204,29 @@ class Step:
         found = torch.stack([torch.as_tensor(scale, device=self.codes.device).detach() for scale in scales])
         return torch.where((found == found[0]).all() & (found[0] > 0), found[0], 1.0)
 
-    def terms(self) -> Terms:
-        """The parts of the loss, detached."""
-        return Terms(
-            cost=total(self.mean_costs.values()).detach(),
-            penalty=total(self.penalties.values()).detach(),
-            weight=self.weight,
-            costs={site: value.detach() for site, value in self.mean_costs.items()},
-            penalties={site: value.detach() for site, value in self.penalties.items() if site},
-        )
+    def joint_scale(self) -> float | Tensor:
+        """The one ``poutine.scale`` of the latent sites.
+
+        Raises:
+            ValueError: If they have different ones.
+        """
+        scales = {site: self.first.latents[site].scale for site in self.columns}
+        if len(scales) > 1:
+            numbers = {site: scale.item() if isinstance(scale, Tensor) else scale for site, scale in scales.items()}
+            if len(set(numbers.values())) > 1:
+                found = ", ".join(f"'{site}': {number:g}" for site, number in numbers.items())
+                raise ValueError(
+                    f"The latent sites have different scales ({found}), and one penalty compares their joint code. "
+                    "Give them one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
+                )
+        return next(iter(scales.values()))
 
     def what_is_not_finite(self) -> str:
         """Why the loss is not finite, in a sentence that names the part."""
         if found := self.what_is_not_finite_before():
             return found
-        for site, value in self.mean_costs.items():
+        assert self.terms is not None  # the loss has been added up
+        for site, value in self.terms.costs.items():
             if found := _not_finite(value):
                 return f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
         for site, value in self.penalties.items():
@@ -199,8 +234,8 @@ class Step:
                 where = f" of latent site '{site}'" if site else ""
                 return f"The penalty{where} is {found}, though the codes are finite."
         return (
-            f"The loss is not finite, though its parts are: the penalty weight ({float(self.weight):g}) times the "
-            "penalty overflows."
+            f"The loss is not finite, though its parts are: the penalty weight ({float(self.terms.weight):g}) times "
+            "the penalty overflows."
         )
 
     def what_is_not_finite_before(self) -> str | None:

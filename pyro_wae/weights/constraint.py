@@ -110,6 +110,7 @@ class Constraint(FittedBuffers, SteppedWeight):
     ) -> None:
         super().__init__()
         self.codes = checks.whole("Constraint's codes", codes, least=2, write="codes=1000")
+        self._variance = pair_variance(self.codes, self.codes)
         self.pool = checks.whole("Constraint's pool", pool, least=2, write="pool=32")
         self.rate = checks.number("Constraint's rate", rate, above=0, below=1, write="rate=0.002")
         if initial is not None:
@@ -221,7 +222,7 @@ class Constraint(FittedBuffers, SteppedWeight):
         across = self.differences.sum(0).square().sum() - norms.sum()
         # Prior draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
         tiny = torch.finfo(self.trace.dtype).tiny
-        slack = (self.trace * pair_variance(self.codes, self.codes)).clamp(min=tiny).sqrt()
+        slack = (self.trace * self._variance).clamp(min=tiny).sqrt()
         discrepancy = across / (steps * (steps - 1)).clamp(min=1) / slack
         self.discrepancy = discrepancy.where(steps >= 2, self.discrepancy.to(discrepancy))
         change = (self.discrepancy - 1).nan_to_num().clamp(-1, 1).mul(self.rate * stride).exp()

@@ -1,42 +1,18 @@
-"""How a step is run: one small interface, and what several runs on parts of the data have to agree on."""
+"""What several runs on parts of the data of one step have to agree on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.effect import AutoMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_wae._core.distributions import distribution_tensors
-from pyro_wae.step.observe import Observer
 from pyro_wae.step.records import Step
-
-
-class Runner:
-    """Runs a step as it is: all data of this process at once. A subclass is another way to run it."""
-
-    def observe(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
-        """Observes model and guide on the data of a step."""
-        return observer.observe(args, kwargs)
-
-    def start(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """What is done before the gradients of a first step are taken."""
-
-    def share(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """What is done with penalties, costs and weights once they know the size of a code."""
-
-    def comparing(self, step: Step) -> AbstractContextManager[None]:
-        """Wraps the comparison of codes with prior draws."""
-        return nullcontext()
-
-    def gradients(self) -> AbstractContextManager[None]:
-        """Wraps a step whose gradients are added to those of Pyro's parameters."""
-        return nullcontext()
 
 
 def check_guide(guide: Callable[..., Any], step: Step, who: str) -> None:
