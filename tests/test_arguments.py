@@ -74,7 +74,7 @@ ARGUMENTS = {
         "kernel": ([Gaussian(1.0)], [*KERNEL[1], Energy()]),
         "factors": (
             [[1.0, 2], (np.float32(2),), torch.ones(2), np.ones(2)],
-            [3, "no", [], [0.0], [-1], ["1"], [math.nan]],
+            [3, "no", b"12", torch.tensor(2.0), [], [0.0], [-1], ["1"], [math.nan]],
         ),
     },
     "Scaled": {"kernel": KERNEL, "factor": POSITIVE},
