@@ -171,7 +171,7 @@ class _Kummer(torch.autograd.Function):
 def _chebyshev(a: float, b: float, nodes: int = 64) -> tuple[float, list[float]]:
     """A centre c and the Chebyshev coefficients of (1 + s/c)^a 1F1(a; b; -s) in y = (s - c) / (s + c), -1 <= y < 1.
 
-    The factor takes off the decay s^-a, so that the error is relative and s may be as large as it likes.
+    The factor takes off the decay s^-a. The error is therefore relative, and s may be of any size.
     """
     # With c some way above d/2, where the function bends, about 35 coefficients do for every d.
     centre = b + 16

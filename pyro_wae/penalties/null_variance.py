@@ -32,7 +32,7 @@ def centred_square(gram: Tensor) -> Tensor:
     """Estimates E h(p, p')^2 of the centred kernel h without bias, from the kernel's values on m >= 4 prior draws.
 
     h(x, y) = k(x, y) - E k(x, p) - E k(p, y) + E k(p, p'). The matrix is centred to zero row sums without its diagonal,
-    which is left out, and the squares are averaged with the weight 1 / (m (m - 3)), so that the mean is E h^2 exactly.
+    which is left out, and the squares are averaged with the weight 1 / (m (m - 3)): the mean is E h^2 exactly.
 
     Args:
         gram: Shape (m, m).

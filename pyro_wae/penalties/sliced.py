@@ -146,7 +146,7 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
             values.append(value.detach())
             directions = directions.detach()
             tangent = slope - (slope * directions).sum(-1, keepdim=True) * directions
-            # Every exchange in the matching is a kink, so that a slope tells the way and not how far to go.
+            # Every exchange in the matching is a kink: a slope tells the direction and not how far to go.
             stride = FIRST_STRIDE * STRIDE_RATIO**step
             directions = nn.functional.normalize(directions + stride * nn.functional.normalize(tangent, dim=-1), dim=-1)
             met.append(directions)

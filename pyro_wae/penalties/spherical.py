@@ -77,7 +77,7 @@ class SphericalSlicedWasserstein(Penalty):
     def _check_norms(self, codes: Tensor, prior: Tensor) -> Tensor:
         """Whether all norms are 1, as a scalar tensor; raises where reading it costs no synchronisation, and once."""
         norms = [rows.detach().norm(dim=-1) for rows in (codes, prior)]
-        # NaN passes here, so that the loss can name the site that it comes from.
+        # NaN passes here: the loss names the site that it comes from.
         off = [(norm - 1).abs() > _tolerance(rows.detach()) for norm, rows in zip(norms, (codes, prior), strict=True)]
         on_sphere = ~(off[0].any() | off[1].any())
         if codes.device.type == "cpu" or not self._was_read_back:
