@@ -333,9 +333,9 @@ def scaled_columns(penalty: object, context: PenaltyContext) -> Tensor:
     assert condition is not None
     if not condition.is_floating_point():
         raise ValueError(
-            f"{type(penalty).__name__} compares rows of numbers, and the condition holds labels ({condition.dtype}). Give it "
-            "torch.nn.functional.one_hot(labels, classes).float() as the condition, or write MMD(), which compares "
-            "labels by equality."
+            f"{type(penalty).__name__} compares rows of numbers, and the condition holds labels ({condition.dtype}). "
+            "Give it torch.nn.functional.one_hot(labels, classes).float() as the condition, or write MMD(), which "
+            "compares labels by equality."
         )
     return condition if context.condition_scale is None else condition * context.condition_scale
 
