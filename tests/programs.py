@@ -638,7 +638,9 @@ def check(name: str, found: dict[str, Any], *, route: str = "", tolerance: float
     assert abs(found["cost"] / program.cost - 1) <= tolerance, found
     assert abs(found["slope"] / (2 * program.cost) - 1) <= tolerance, found
     assert abs(found["penalty"]) < 10
-    texts = [text for text in found["warnings"] if not text.startswith("Found vars in model but not guide")]
+    # The second is of torch 2.4, about its own checkpoints of activations.
+    others = ("Found vars in model but not guide", "`torch.cpu.amp.autocast(args...)` is deprecated")
+    texts = [text for text in found["warnings"] if not text.startswith(others)]
     assert [program.warns in text for text in texts] == [True] * bool(program.warns), texts
 
 

@@ -131,7 +131,7 @@ def _warm_up(observer: Observer, batch: _Batch) -> None:
 
 def _without_activations(observer: Observer, batch: _Batch) -> Step:
     before = random_state()
-    handlers, device = list(HANDLERS), torch.get_default_device()
+    handlers, device = list(HANDLERS), _default_device()
     after: list[dict[str, Any]] = []
 
     def run_or_repeat() -> Step:
@@ -164,7 +164,12 @@ def _as_then(state: dict[str, Any], handlers: list[Any], device: torch.device) -
             set_random_state(state)
             HANDLERS[:] = handlers
             # A backward pass on an accelerator has a thread of its own, which knows no default device.
-            with nullcontext() if device == torch.get_default_device() else device:
+            with nullcontext() if device == _default_device() else device:
                 yield
         finally:
             HANDLERS[:] = handlers_now
+
+
+def _default_device() -> torch.device:
+    # torch.get_default_device() of torch 2.4 does not know `with torch.device(...)`.
+    return torch.empty(0).device
