@@ -53,7 +53,7 @@ class Site:
         return self.data_dim - self.event_dim
 
     def value_rows(self) -> Tensor:
-        """The rows of its value, shape (K, n, *inner, *event)."""
+        """The rows of its value, shape ``(K, n, *inner, *event)``."""
         return self.rows(self.value, self.distribution.event_dim)
 
     @property
