@@ -536,3 +536,11 @@ def test_reprs_name_functions():
 def test_a_pickled_cost_is_the_same(cost):
     site = observation(normal())
     assert torch.equal(pickle.loads(pickle.dumps(cost)).per_datum(site), cost.per_datum(site))
+
+
+def test_a_function_computes_with_bytes_as_with_numbers():
+    # In bytes 2 * 200 would be 144.
+    x = torch.tensor([[0, 1], [200, 255]], dtype=torch.uint8)
+    distribution = dist.Normal(torch.ones(2, 2), 1.0).to_event(1)
+    cost = FunctionCost(lambda x, g: (2 * x - g).abs().sum(1))
+    torch.testing.assert_close(cost(distribution, x), torch.tensor([2.0, 908.0]))
