@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,10 +40,12 @@ def distribution_of(prior: Any, *, write: str) -> Any:
         TypeError: If it is neither.
     """
     problem = f"prior must be a module whose call returns a distribution, or a distribution, found {prior!r}. "
-    try:
-        found = prior() if isinstance(prior, nn.Module) else prior
-    except TypeError as error:  # a module that takes an argument
-        raise TypeError(f"{problem}Write {write}.") from error
+    if isinstance(prior, nn.Module):
+        try:
+            inspect.signature(prior.forward).bind()
+        except TypeError as error:
+            raise TypeError(f"{problem}Write {write}.") from error
+    found = prior() if isinstance(prior, nn.Module) else prior
     if not hasattr(found, "sample"):
         raise TypeError(f"{problem}Write {write}.")
     if hasattr(found, "clear_cache"):
