@@ -28,8 +28,8 @@ MAKERS = {
     )
 }
 
-STATE = ("__init__", "register_fitted")
-"""Where the state of a module is made."""
+LEFT_ALONE = ("__init__", "register_fitted", "_default_device")
+"""Functions that make the state of a module, and the one that asks what the default device is."""
 
 if DTYPE:
     torch.set_default_dtype(getattr(torch, DTYPE))
@@ -42,7 +42,7 @@ class OtherDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         is_silent = function in MAKERS and kwargs.get("device") is None
         line = sys._getframe(1).f_code
-        if is_silent and line.co_filename.startswith(PACKAGE) and line.co_name not in STATE:
+        if is_silent and line.co_filename.startswith(PACKAGE) and line.co_name not in LEFT_ALONE:
             kwargs = {**kwargs, "device": DEVICE}
         return function(*args, **kwargs)
 
