@@ -334,6 +334,36 @@ def test_masked_data_are_left_out_of_codes_prior_and_mean_cost(where, options):
     assert loss.terms.cost.item() == pytest.approx(2, rel=1e-5)
 
 
+SELECTIONS = {
+    "its own code": lambda code, noise: code[:, 0] > 0,
+    "an element of the code": lambda code, noise: code > 0,
+    "another draw of the guide": lambda code, noise: noise > 0,
+    "nothing left": lambda code, noise: False,
+}
+
+
+@pytest.mark.parametrize("by", SELECTIONS)
+def test_a_mask_that_the_guide_alone_has_is_an_error_unless_the_model_masks_as_much(by):
+    """Codes that follow the prior and are selected by their values would have a penalty, whose right value is 0."""
+    x, data_mask = torch.randn(200, 2), torch.arange(200) % 3 != 0
+
+    def guide(x, mask, *args):
+        with pyro.plate("data", len(x)):
+            noise = pyro.sample("noise", dist.Normal(0.0, 1), infer={"is_auxiliary": True})
+            kept = SELECTIONS[by](x, noise) if mask is None else mask
+            fn = dist.Delta(x).mask(kept).to_event(1) if getattr(kept, "ndim", 1) == 2 else delta(x, 1).mask(kept)
+            pyro.sample("z", fn)
+
+    def model(x, _, mask=None):
+        masked(x, torch.ones(200).bool() if mask is None else mask, "poutine")
+
+    with pytest.raises(ValueError, match=r"'z' has a mask in the guide that leaves out.*around site 'z' in model"):
+        WAELoss().loss(model, guide, x, None)
+    for own in (data_mask, data_mask.clone(), torch.ones(200).bool()):
+        codes, _, _ = rows(model, guide, x, own, data_mask)
+        torch.testing.assert_close(codes, x[data_mask])
+
+
 def test_two_observed_sites_share_the_count_of_data_with_anything_observed():
     x = torch.randn(4)
     a, b = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([0, 1, 1, 0]).bool()

@@ -72,6 +72,9 @@ CASES = {
         pair(prior=learnt_mixture), penalty=MMD(closed_form=False)
     ),
     "The mask at site '...' has shape": lambda: step((poutine.mask(pair()[0], mask=torch.ones(7).bool()), pair()[1])),
+    "has a mask in the guide that leaves out what the model keeps": lambda: step(
+        pair(code=lambda loc: delta(loc).mask(loc[..., 0] > 0))
+    ),
 }
 
 

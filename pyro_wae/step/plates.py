@@ -162,16 +162,32 @@ def scales(node: Node, plate: str) -> tuple[float | Tensor, float]:
     return 1.0 if abs(scale - 1) < 1e-9 else scale, inner
 
 
-def mask_of(*samples: Sample) -> Tensor | None:
-    """Where all masks of the sites are true: a tensor that broadcasts to batch and event dimensions, or None."""
+def mask_of(sample: Sample) -> Tensor | None:
+    """Where all masks of a site are true: a tensor that broadcasts to batch and event dimensions, or None."""
     total: Tensor | None = None
-    for sample in samples:
-        for mask, event_dim in sample.masks:
-            mask = torch.as_tensor(mask, dtype=torch.bool, device=sample.value.device)
-            mask = mask.reshape(mask.shape + (1,) * event_dim)
-            _check_mask(sample, mask, event_dim)
-            total = mask if total is None else total & mask
+    for mask, event_dim in sample.masks:
+        mask = torch.as_tensor(mask, dtype=torch.bool, device=sample.value.device)
+        mask = mask.reshape(mask.shape + (1,) * event_dim)
+        _check_mask(sample, mask, event_dim)
+        total = mask if total is None else total & mask
     return total
+
+
+def _check_guide_mask(name: str, mask: Tensor | None, in_guide: Tensor | None) -> None:
+    """Raises ValueError if the guide masks what the model keeps: its mask may depend on the code."""
+    if in_guide is None:
+        return
+    if mask is not None:
+        places = [(found.data_ptr(), found.shape, found.stride()) for found in (mask, in_guide)]
+        if places[0] == places[1]:
+            return  # the same values, without a wait for an accelerator
+        in_guide = in_guide | ~mask
+    if not bool(in_guide.all()):
+        raise ValueError(
+            f"Latent site '{name}' has a mask in the guide that leaves out what the model keeps: codes that the guide "
+            "selects would be compared with prior draws that nothing selects. Write poutine.mask(mask=...) with a mask "
+            f"that is computed from the data, around site '{name}' in model and guide."
+        )
 
 
 def _check_mask(sample: Sample, mask: Tensor, event_dim: int) -> None:
@@ -189,7 +205,7 @@ def latent_site(name: str, sample: Sample, in_guide: Sample, plate: str) -> Site
     """The site of a part of a code.
 
     Raises:
-        ValueError: If its scale or its plates are not those that the guide gives it.
+        ValueError: If its scale, its mask or its plates are not those that the guide gives it.
     """
     shape, data_dim, particle_dim = layout(sample.node, plate)
     value, fn = sample.value, sample.fn
@@ -201,7 +217,9 @@ def latent_site(name: str, sample: Sample, in_guide: Sample, plate: str) -> Site
             f"Latent site '{name}' has a poutine.scale in the guide that it has not in the model. A penalty compares "
             "codes with prior draws at once and has one scale: write poutine.scale around both, or around the model."
         )
-    site = Site(name, fn, value, shape, data_dim, particle_dim, mask_of(sample, in_guide), scale)
+    mask = mask_of(sample)
+    _check_guide_mask(name, mask, mask_of(in_guide))
+    site = Site(name, fn, value, shape, data_dim, particle_dim, mask, scale)
     if aligned != shape and not any(size not in (1, planned) for size, planned in zip(aligned, shape, strict=True)):
         raise ValueError(
             f"Latent site '{name}' has batch shape {batch} in the guide and {shape} in the model: several data or "
