@@ -16,6 +16,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
+from pyro_wae._core.numerics import finite_slopes
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.distributed import GroupLike
@@ -222,7 +223,8 @@ class WAELoss(CallRepr, ELBO):
 
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite; no gradient is then
-                added.
+                added. Also if a slope of a finite loss is not finite at the codes; the encoder then has no gradient
+                added, and on an accelerator it is not looked for.
         """
         observer = self._observer(model, guide)
         self._runner.start(observer, args, kwargs)
@@ -231,8 +233,9 @@ class WAELoss(CallRepr, ELBO):
             value = self._value(step)
             assert step.loss is not None  # it has been added up
             if step.loss.requires_grad:
+                codes = [(site.name, site.value) for part in step.runs for run in part for site in run.latents.values()]
                 # Autocast around the whole step would round the slopes of what was computed in full precision.
-                with torch.autocast(step.loss.device.type, enabled=False):
+                with torch.autocast(step.loss.device.type, enabled=False), finite_slopes(codes):
                     step.loss.backward(retain_graph=self.retain_graph)
         self._hints.trained(observer, step)
         self._show_weight(step)

@@ -681,6 +681,47 @@ def test_masked_codes_that_are_none_stop_before_their_gradient(part):
     assert np.isfinite(loss.loss_and_grads(model, guide, x.nan_to_num()) if part == "datum" else 0)
 
 
+def root(x, g):
+    return (x - g).square().flatten(1).sum(1).sqrt()
+
+
+INFINITE_SLOPES = {
+    "cost": ({"cost": root}, lambda z: z),
+    "penalty": (
+        {"penalty": lambda codes, prior: (codes[:1] - codes[:1].detach()).norm(dim=1).sqrt().mean()},
+        lambda z: z + 1,
+    ),
+    "decoder": ({}, lambda z: 1 + (z - z.detach()).abs().sqrt()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_particles": 2}, {"micro_batch": 4}], ids=str)
+@pytest.mark.parametrize("part", INFINITE_SLOPES)
+def test_a_finite_loss_with_an_infinite_slope_stops_before_it_reaches_the_encoder(part, options):
+    """An optimiser would make all parameters NaN, and the next step would name the codes."""
+    shift = nn.Parameter(torch.zeros(()))
+    own, decoder = INFINITE_SLOPES[part]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", around(decoder(pyro.sample("z", normal(x, D)))), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(x + shift))
+
+    message = r"finite, and its gradient at the codes of latent site 'z' is not.*cost=(lambda .*\(\))\."
+    with pytest.raises(ValueError, match=message) as raised:
+        WAELoss(**{"penalty": MMD(Gaussian(1.0)), "penalty_weight": 1.0, **own, **options}).loss_and_grads(
+            model, guide, X
+        )
+    assert shift.grad is None
+    if part == "cost":  # the line that the message says to write
+        cost = eval(re.search(message, str(raised.value))[1])
+        WAELoss(MMD(Gaussian(1.0)), cost=cost, penalty_weight=1.0, **options).loss_and_grads(model, guide, X)
+        assert shift.grad.isfinite()
+
+
 # The rows of a site
 
 
