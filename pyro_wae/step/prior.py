@@ -216,7 +216,9 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
             if known is None and isinstance(part, Tensor) and constraints and is_library:
                 continue  # made of the parameters, and of any shape
-            own = len(value.event_shape) if known is None else known.event_dim
+            # The constraint of a Delta's point does not know the number of its dimensions.
+            is_point = name == "v" and isinstance(value, dist.Delta)
+            own = len(value.event_shape) if known is None or is_point else known.event_dim
             if known is None and isinstance(part, Tensor) and part.shape[:inner] == value.batch_shape:
                 own = part.ndim - inner
             if _varies(part, n, place, inner, own, depth - 1, look=look):
