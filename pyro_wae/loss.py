@@ -224,7 +224,7 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite; no gradient is then
                 added. Also if a slope of a finite loss is not finite at the codes; the encoder then has no gradient
-                added, and on an accelerator it is not looked for.
+                added; on an accelerator and over a process group it is not looked for.
         """
         observer = self._observer(model, guide)
         self._runner.start(observer, args, kwargs)
@@ -234,6 +234,8 @@ class WAELoss(CallRepr, ELBO):
             assert step.loss is not None  # it has been added up
             if step.loss.requires_grad:
                 codes = [(site.name, site.value) for part in step.runs for run in part for site in run.latents.values()]
+                if self.process_group is not None:
+                    codes = []  # an error on one rank alone would leave the others waiting for its gradients
                 # Autocast around the whole step would round the slopes of what was computed in full precision.
                 with torch.autocast(step.loss.device.type, enabled=False), finite_slopes(codes):
                     step.loss.backward(retain_graph=self.retain_graph)
