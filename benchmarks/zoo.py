@@ -3,8 +3,8 @@
     python benchmarks/zoo.py
 
 Data, nets, guide, penalty, its weight and the optimiser's settings are the same for all; only the prior of the model
-is another. The data are small pictures of two blurred bars, each of random place, direction, length, width and
-brightness, drawn afresh for every batch, so that no code is learnt by heart and new pictures are held-out data.
+is another. The data are small images of two blurred bars, each of random place, direction, length, width and
+brightness, drawn afresh for every batch: no code is learnt by heart, and every new image is held-out data.
 After each training the table is written to ``--out`` with all its numbers.
 """
 
@@ -249,7 +249,7 @@ def train(prior: Prior, seed: int, args: argparse.Namespace) -> ZooWAE:
 
 
 def measure(wae: ZooWAE, args: argparse.Namespace) -> dict[str, Any]:
-    """Tests the codes of new pictures against as many prior draws, and gives the cost per picture."""
+    """Tests the codes of held-out images against as many prior samples, and returns the cost per image."""
     x = draw_pictures(args.held_out)
     codes, draws = code_rows(wae.model, wae.guide, x)
     test = two_sample_test(codes, draws, permutations=args.permutations, level=LEVEL)
@@ -267,39 +267,40 @@ def run(name: str, seed: int, args: argparse.Namespace) -> tuple[dict[str, Any],
     return {"prior": name, "seed": seed, **measure(wae, args), "seconds": seconds}, wae
 
 
-def plane(name: str, wae: ZooWAE, n: int) -> tuple[Tensor, Tensor]:
-    """Codes of new pictures and prior draws in the two coordinates of the picture."""
-    codes, draws = code_rows(wae.model, wae.guide, draw_pictures(n))
+def plane(name: str, rows: Tensor) -> Tensor:
+    """Codes or prior samples in the two coordinates of the figure."""
+    if name == "von Mises torus":  # its surface in space, seen obliquely from above
+        around, tube = rows.T
+        radius = 2 + tube.cos()
+        return torch.stack([radius * around.sin(), 0.8 * tube.sin() - 0.6 * radius * around.cos()], -1)
     if name == "Dirichlet":  # the triangle as it is, seen from in front
-        corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
-        return codes @ corners, draws @ corners
-    if name == "one-hot and Normal":  # the three classes side by side
-        shift = torch.tensor([-7.0, 0.0, 7.0])
-        codes, draws = (torch.stack([rows[:, :3] @ shift + rows[:, 3], rows[:, 4]], -1) for rows in (codes, draws))
-    return codes[:, :2], draws[:, :2]
+        return rows @ torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
+    if name == "one-hot and Normal":  # the three classes as corners of a triangle
+        return rows[:, :3] @ torch.tensor([[-4.0, 0.0], [4.0, 0.0], [0.0, 7.0]]) + rows[:, 3:]
+    return rows[:, :2]
 
 
 def draw_zoo(pairs: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    """One panel a prior: codes over prior draws."""
+    """One panel a prior: codes over prior samples; the legend stands in a panel of its own."""
     from pyro_wae.plotting import BLUE, GREY, styled_figure
 
     columns = 3
-    rows = math.ceil(len(pairs) / columns)
-    with styled_figure((6.0, 2.1 * rows + 0.4)) as figure:
+    rows = math.ceil((len(pairs) + 1) / columns)
+    with styled_figure((6.0, 2.1 * rows)) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes in grid:
             axes.set_axis_off()
         for axes, (name, pair) in zip(grid, pairs.items(), strict=False):
             codes, draws = (rows.numpy() for rows in pair)
-            axes.scatter(*draws.T, s=3, c=GREY, alpha=0.5, linewidths=0, label="prior draws")
-            axes.scatter(*codes.T, s=3, c=BLUE, alpha=0.5, linewidths=0, label="codes of new pictures")
+            axes.scatter(*draws.T, s=6, c=GREY, alpha=0.7, linewidths=0, label="prior samples")
+            axes.scatter(*codes.T, s=3, c=BLUE, alpha=0.6, linewidths=0, label="codes of\nheld-out\nimages")
             low, high = np.quantile(draws, (0.002, 0.998), axis=0)
             middle, half = (low + high) / 2, 0.6 * (high - low).max()
             axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
             axes.set_aspect("equal")
-            axes.set_title(name, fontsize=12, pad=3)
+            axes.set_title(name, fontsize=13, pad=3)
         handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, markerscale=4)
+        grid[-1].legend(handles, labels, loc="center", frameon=False, fontsize=13, markerscale=4, handletextpad=0)
     return figure
 
 
@@ -316,11 +317,11 @@ def page(report: Report) -> str:
     return f"""{table(header, rows)}
 
 {made_by(report)}
-{options["steps"]} steps of {options["batch_size"]} pictures.
+{options["steps"]} steps with batches of {options["batch_size"]} images.
 
-- *p*: of the aggregated two-sample test of {options["held_out"]} codes of held-out pictures and as many prior draws.
+- *p*: of the aggregated two-sample test of {options["held_out"]} codes of held-out images and as many prior samples.
 - *standard deviations under the null*: the statistic of the kernel that distinguishes them best, in these.
-- *cost*: squared error per picture; {report["variance"]:.2f} without any code, the variance of the pictures.
+- *cost*: squared error per image; {report["variance"]:.2f} without any code, the variance of the images.
 - *seconds*: wall time of a training.
 """
 
@@ -337,7 +338,7 @@ BENCH.option("--steps", type=int, default=2000)
 BENCH.option("--batch-size", type=int, default=256)
 BENCH.option("--learning-rate", type=float, default=3e-3)
 BENCH.option("--penalty-weight", type=float, default=3000.0)
-BENCH.option("--held-out", type=int, default=HELD_OUT, help="pictures of the test")
+BENCH.option("--held-out", type=int, default=HELD_OUT, help="images of the test")
 BENCH.option("--permutations", type=int, default=499)
 
 
@@ -349,7 +350,9 @@ def main(argv: list[str] | None = None) -> None:
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, seed in progress([(name, seed) for seed in args.seeds for name in args.priors], "zoo", unit="training"):
         result, wae = run(name, seed, args)
-        pairs.setdefault(name, plane(name, wae, args.held_out))
+        if name not in pairs:
+            codes, draws = code_rows(wae.model, wae.guide, draw_pictures(args.held_out))
+            pairs[name] = plane(name, codes), plane(name, draws)
         report["results"].append(result)
         BENCH.write(report)
     BENCH.finish(report, draw_zoo(pairs))
