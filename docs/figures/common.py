@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from pyro_wae.plotting import GREY, PALETTE, STYLE
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -17,21 +19,15 @@ IMAGES = Path(__file__).parents[1] / "images"
 LARGEST = 60_000  # bytes
 
 # Data and P_X are blue, the prior and P_G orange, the mixture of all posteriors green, single posteriors red.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#CC3311"
-GREY, INK = "#8C8C8C", "#222222"
+BLUE, ORANGE, GREEN = PALETTE[:3]
+RED, INK = "#CC3311", "#222222"
 
-# Six inches are about 360 pixels on a phone: 15 points are 12 pixels there.
-STYLE: dict[str, Any] = {
-    "axes.edgecolor": "#555555",
-    "axes.labelsize": 15,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+# Beside text, somewhat smaller than the package's own figures.
+SMALLER: dict[str, Any] = {
+    "axes.titlepad": 6,
     "axes.titlesize": 15,
-    "figure.facecolor": "white",
-    "font.size": 14,
-    "legend.frameon": False,
     "legend.fontsize": 13,
-    "lines.linewidth": 2.5,
+    "legend.frameon": False,
     "mathtext.fontset": "cm",
     "xtick.labelsize": 12,
     "ytick.labelsize": 12,
@@ -45,7 +41,7 @@ def new_figure(height: float, **options: Any) -> tuple[Figure, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update({**STYLE, **SMALLER})
     return plt.subplots(figsize=(6.4, height), layout="constrained", **options)
 
 
