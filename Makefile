@@ -18,10 +18,11 @@ demo: $(VENV)/.tutorials
 pictures: demo
 	cp results/demo/overview.png docs/images/
 
-# The picture of docs/diagnostics.md.
+# The report of docs/diagnostics.md and its figure.
 report: $(VENV)/.tutorials
 	$(RUN) tutorials/report.py $(ARGS)
 	cp results/report/report.png docs/images/
+	cp results/report/report.txt docs/_generated/
 
 # Opens Jupyter on the notebooks of tutorials/.
 notebook: $(VENV)/.notebooks

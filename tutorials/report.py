@@ -2,7 +2,7 @@
 
     python tutorials/report.py
 
-Trains as pyro_wae.demo does with --prior normal, prints the report, and writes its picture and figures to
+Trains as pyro_wae.demo does with --prior normal, prints the report, and writes it, its figure and its numbers to
 results/report/. Takes the options of the demo, and --epochs 10 unless told otherwise.
 """
 
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     print(found)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "report.txt").write_text(f"{found}\n")
     (out / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     found.plot(cmap="gray_r").savefig(out / "report.png", dpi=100)
 
