@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from contextlib import nullcontext
 
 import numpy as np
@@ -99,8 +100,7 @@ def data(n=N, dtype=torch.float64):
     return torch.randn(n, X, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
-def floats():
-    return data(dtype=torch.get_default_dtype())
+floats = functools.partial(data, dtype=torch.get_default_dtype())
 
 
 def grads(module):
@@ -332,20 +332,24 @@ def hierarchical(decoder):
     return model, guide
 
 
+def steps_guide(code):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for i in pyro.markov(range(3)):
+                pyro.sample(f"z{i}", around(code(x, i)))
+
+    return guide
+
+
 def markov(decoder):
     def model(x):
         with pyro.plate("data", len(x)):
             z = [x.new_zeros(1)]
-            for i in pyro.markov(range(D)):
+            for i in pyro.markov(range(3)):
                 z.append(pyro.sample(f"z{i}", around(z[-1])))
             pyro.sample("x", around(decoder(torch.cat(z[1:], -1))), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            for i in pyro.markov(range(D)):
-                pyro.sample(f"z{i}", around(x[:, i : i + 1]))
-
-    return model, guide
+    return model, steps_guide(lambda x, i: x[:, i : i + 1])
 
 
 def interleaved(decoder):
@@ -358,12 +362,7 @@ def interleaved(decoder):
                 last = pyro.sample(f"z{i}", around(last))
                 pyro.sample(f"x{i}", around(decoder(last)), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            for i in pyro.markov(range(3)):
-                pyro.sample(f"z{i}", around(x[:, :D]))
-
-    return model, guide
+    return model, steps_guide(lambda x, i: x[:, :D])
 
 
 PROGRAMS = {"single root": single_root, "hierarchical": hierarchical, "markov": markov}
