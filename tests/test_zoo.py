@@ -125,7 +125,7 @@ def test_pictures_are_drawn_afresh():
 
 
 # Half as many steps as `make zoo` takes are enough for these.
-HALF_THE_STEPS = {"one-hot and Normal", "von Mises torus", "low-rank Normal"}
+HALF_THE_STEPS = {"von Mises torus", "sphere", "low-rank Normal", "Gaussian HMM", "one-hot and Normal"}
 
 
 @pytest.mark.slow
