@@ -2,7 +2,9 @@
 
 import math
 
+import pyro
 import torch
+from programs import around, delta, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,6 +97,24 @@ class LargestTensor(TorchDispatchMode):
 def rows(*shape, dtype=torch.float64):
     """Rows of N(0, I)."""
     return torch.randn(*shape, dtype=dtype)
+
+
+def program(code=delta, prior=None, output=around, *, plate=lambda x: pyro.plate("data", len(x))):
+    """A model with one latent and one observed site, and its guide; a standard Normal prior unless another is given.
+
+    Each takes the data x, and nothing of what is passed beside them.
+    """
+
+    def model(x, *args, **kwargs):
+        with plate(x):
+            z = pyro.sample("z", normal(x, x.shape[-1]) if prior is None else prior(x))
+            pyro.sample("x", output(z), obs=x)
+
+    def guide(x, *args, **kwargs):
+        with plate(x):
+            pyro.sample("z", code(x))
+
+    return model, guide
 
 
 class Seen(Penalty):

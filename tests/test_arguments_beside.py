@@ -2,10 +2,11 @@
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import normal
+from references import program
 from torch import nn
 
 from pyro_wae import checkpoint, diagnostics, optim, plotting, priors
@@ -41,15 +42,7 @@ def test_of(call, **bad):
 test_of.__test__ = False
 
 
-def coded(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-
-def encoded(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(x).to_event(1))
+coded, encoded = program(prior=lambda x: normal(x, 3))
 
 
 CALLS = {

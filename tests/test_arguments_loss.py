@@ -10,6 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import normal
+from references import program
 from torch import nn
 
 from pyro_wae import WAELoss, WAEModule, costs, predict
@@ -38,15 +40,7 @@ NO_DATA = [X > 0, X.long(), None, "no", 3, 1.5, [1.0], X.tolist(), X.numpy(), ob
 NO_DATA += [SPARSE, META, EMPTY, X / 0]
 
 
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-
-def guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(x).to_event(1))
+model, guide = program(prior=lambda x: normal(x, 3))
 
 
 def f(x, g):

@@ -9,22 +9,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from learned_priors import Nets
+from programs import around, normal
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_sample
+from pyro.infer.autoguide import AutoDelta, init_to_sample
+from references import program
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
 from pyro_wae.optim import Adam
-from pyro_wae.penalties import (
-    MMD,
-    Chain,
-    JensenShannon,
-    KernelStein,
-    LogVarianceL1,
-    SlicedWasserstein,
-)
+from pyro_wae.penalties import MMD, Chain, JensenShannon, KernelStein, LogVarianceL1, SlicedWasserstein
 from pyro_wae.priors import MixturePrior
 from pyro_wae.weights import Constraint
 
@@ -136,99 +132,76 @@ def conditions(kind):
     return y if kind == "labels" else y.double() / 2
 
 
+def case(penalty=None, net=Net, *, plate_size=None, is_random=True, learns=False, options=None, **data):
+    """Net and its settings, data beside x, and options of the loss, made afresh for each run."""
+
+    def make():
+        made = {name: value() if callable(value) else value for name, value in (options or {}).items()}
+        made |= {} if penalty is None else {"penalty": penalty()}
+        torch.manual_seed(5)
+        nets = net(is_random=is_random, learns=learns, plate_size=plate_size)
+        nets.particles = made.get("num_particles", 1)
+        return nets, arguments(**{name: value() for name, value in data.items()}), made
+
+    return make
+
+
+def labels():
+    return conditions("labels")
+
+
+def floats():
+    return conditions("floats")
+
+
+AT_ONCE = {"num_particles": K, "vectorize_particles": True}
 CASES = {
-    "mmd": (Net, {}, {}, dict),
-    "deterministic": (Net, {"is_random": False}, {}, dict),
-    "closed form off": (Net, {}, {}, lambda: {"penalty": MMD(closed_form=False)}),
-    "standardised": (Net, {}, {}, lambda: {"penalty": MMD(standardize=True)}),
-    "sliced": (Net, {}, {}, lambda: {"penalty": SlicedWasserstein()}),
-    "several terms": (Net, {}, {}, lambda: {"penalty": MMD() + 0.3 * SlicedWasserstein()}),
-    "function": (Net, {}, {}, lambda: {"penalty": lambda q, p: (q.mean(0) - p.mean(0)).square().sum()}),
-    "gan, shared optimiser": (
-        Net,
-        {},
-        {},
-        lambda: {"penalty": JensenShannon(discriminator(), optimizer=None)},
+    "mmd": case(),
+    "deterministic": case(is_random=False),
+    "closed form off": case(lambda: MMD(closed_form=False)),
+    "standardised": case(lambda: MMD(standardize=True)),
+    "sliced": case(SlicedWasserstein),
+    "several terms": case(lambda: MMD() + 0.3 * SlicedWasserstein()),
+    "function": case(lambda: lambda q, p: (q.mean(0) - p.mean(0)).square().sum()),
+    "gan, shared optimiser": case(lambda: JensenShannon(discriminator(), optimizer=None)),
+    "gan, own optimiser": case(lambda: JensenShannon(discriminator(), steps=2)),
+    "gan, log density": case(lambda: JensenShannon(discriminator(), optimizer=None, prior_log_prob=True), learns=True),
+    "stein": case(KernelStein),
+    "stein, hierarchical": case(lambda: KernelStein(Gaussian(1.0)), Stack, learns=True),
+    "guard": case(lambda: MMD() + 0.1 * LogVarianceL1()),
+    "guard and mask": case(lambda: MMD() + 0.1 * LogVarianceL1(), mask=mask),
+    "hierarchical": case(net=Stack),
+    "hierarchical, learnt": case(net=Stack, learns=True),
+    "site by site": case(lambda: {"z1": MMD(), "z2": SlicedWasserstein()}, Stack),
+    "one site free": case(lambda: {"z1": None, "z2": MMD() + LogVarianceL1(0.1)}, Stack),
+    "chain": case(lambda: Chain(MMD()), Stack),
+    "chain and mask": case(lambda: Chain(MMD(), step_size=1), mask=mask),
+    "prior learnt from draws": case(lambda: MMD(Gaussian(1.0), closed_form=False), learns=True),
+    "prior learnt in closed form": case(lambda: MMD(Gaussian(1.0), closed_form=True), learns=True),
+    "prior varies": case(learns=True, y=floats),
+    "prior varies between micro-batches": case(y=floats),
+    "labels": case(options={"condition": "y"}, y=labels),
+    "floats": case(SlicedWasserstein, options={"condition": "y"}, y=floats),
+    "mask": case(mask=mask),
+    "particles": case(options={"num_particles": K}),
+    "particles, more draws, hierarchical": case(net=Stack, options={"num_particles": K, "prior_draws": 2}),
+    "particles, guard": case(lambda: MMD() + LogVarianceL1(0.1), options={"num_particles": K}),
+    "particles at once": case(options=AT_ONCE),
+    "particles at once, mask": case(options=AT_ONCE, mask=mask),
+    "subsample": case(plate_size=40, options={"num_particles": K}, index=lambda: torch.arange(N) + 5),
+    "whole data in a plate with indices": case(
+        plate_size=N, options={"num_particles": K}, index=lambda: torch.arange(N)
     ),
-    "gan, own optimiser": (Net, {}, {}, lambda: {"penalty": JensenShannon(discriminator(), steps=2)}),
-    "gan, log density": (
-        Net,
-        {"learns": True},
-        {},
-        lambda: {"penalty": JensenShannon(discriminator(), optimizer=None, prior_log_prob=True)},
-    ),
-    "stein": (Net, {}, {}, lambda: {"penalty": KernelStein()}),
-    "stein, hierarchical": (Stack, {"learns": True}, {}, lambda: {"penalty": KernelStein(Gaussian(1.0))}),
-    "guard": (Net, {}, {}, lambda: {"penalty": MMD() + 0.1 * LogVarianceL1()}),
-    "guard and mask": (
-        Net,
-        {},
-        {"mask": mask},
-        lambda: {"penalty": MMD() + 0.1 * LogVarianceL1()},
-    ),
-    "hierarchical": (Stack, {}, {}, dict),
-    "hierarchical, learnt": (Stack, {"learns": True}, {}, dict),
-    "site by site": (Stack, {}, {}, lambda: {"penalty": {"z1": MMD(), "z2": SlicedWasserstein()}}),
-    "one site free": (Stack, {}, {}, lambda: {"penalty": {"z1": None, "z2": MMD() + LogVarianceL1(0.1)}}),
-    "chain": (Stack, {}, {}, lambda: {"penalty": Chain(MMD())}),
-    "chain and mask": (Net, {}, {"mask": mask}, lambda: {"penalty": Chain(MMD(), step_size=1)}),
-    "prior learnt from draws": (
-        Net,
-        {"learns": True},
-        {},
-        lambda: {"penalty": MMD(Gaussian(1.0), closed_form=False)},
-    ),
-    "prior learnt in closed form": (
-        Net,
-        {"learns": True},
-        {},
-        lambda: {"penalty": MMD(Gaussian(1.0), closed_form=True)},
-    ),
-    "prior varies": (Net, {"learns": True}, {"y": lambda: conditions("floats")}, dict),
-    "prior varies between micro-batches": (Net, {}, {"y": lambda: conditions("floats")}, dict),
-    "labels": (Net, {}, {"y": lambda: conditions("labels")}, lambda: {"condition": "y"}),
-    "floats": (
-        Net,
-        {},
-        {"y": lambda: conditions("floats")},
-        lambda: {"penalty": SlicedWasserstein(), "condition": "y"},
-    ),
-    "mask": (Net, {}, {"mask": mask}, dict),
-    "particles": (Net, {}, {}, lambda: {"num_particles": K}),
-    "particles, more draws, hierarchical": (Stack, {}, {}, lambda: {"num_particles": K, "prior_draws": 2}),
-    "particles, guard": (Net, {}, {}, lambda: {"num_particles": K, "penalty": MMD() + LogVarianceL1(0.1)}),
-    "particles at once": (Net, {}, {}, lambda: {"num_particles": K, "vectorize_particles": True}),
-    "particles at once, mask": (
-        Net,
-        {},
-        {"mask": mask},
-        lambda: {"num_particles": K, "vectorize_particles": True},
-    ),
-    "subsample": (
-        Net,
-        {"plate_size": 40},
-        {"index": lambda: torch.arange(N) + 5},
-        lambda: {"num_particles": K},
-    ),
-    "whole data in a plate with indices": (
-        Net,
-        {"plate_size": N},
-        {"index": lambda: torch.arange(N)},
-        lambda: {"num_particles": K},
-    ),
-    "constraint": (Net, {}, {}, lambda: {"penalty_weight": Constraint(initial=3.0)}),
+    "constraint": case(options={"penalty_weight": lambda: Constraint(initial=3.0)}),
 }
 
 
 def one_step(case, **options):
     """Value, terms, gradients and state of a step through the torch route."""
-    make, settings, more, loss_options = CASES[case]
-    torch.manual_seed(5)
-    net = make(**settings)
-    net.particles = loss_options().get("num_particles", 1)
-    loss_fn = WAELoss(**{"penalty_weight": 2.0, **loss_options(), **options})(net.model, net.guide)
+    net, given, made = CASES[case]()
+    loss_fn = WAELoss(**{"penalty_weight": 2.0, **made, **options})(net.model, net.guide)
     torch.manual_seed(6)
-    value = loss_fn(**arguments(**{name: make_value() for name, make_value in more.items()}))
+    value = loss_fn(**given)
     value.backward()
     grads = {name: p.grad for name, p in loss_fn.named_parameters() if p.requires_grad}
     return value.item(), loss_fn.terms.as_dict(), grads, loss_fn.state_dict()
@@ -258,7 +231,7 @@ def test_step_is_that_of_all_data_at_once(case):
 
 
 def test_a_prior_that_varies_only_between_micro_batches_has_no_one_distribution():
-    net, given = Net(), arguments(y=conditions("floats"))
+    net, given = Net(), arguments(y=floats())
     for rows in (None, ROWS):
         with pytest.raises(ValueError, match="no variance of the prior is known"):
             WAELoss(KernelStein(), micro_batch=rows).loss(net.model, net.guide, **given)
@@ -278,34 +251,16 @@ def test_a_constraint_sees_the_whole_batch_once():
     assert weight.step == 1
 
 
-def mixture_programs():
-    torch.manual_seed(5)
-    net, prior = Net(is_random=False), MixturePrior(3, D).double()
-
-    def model(x):
-        pyro.module("decoder", net.decoder)
-        pyro.module("prior", prior)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", prior())
-            pyro.sample("x", dist.Normal(net.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", net.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(net.encoder(x)[:, :D]).to_event(1))
-
-    return model, guide, [*net.parameters(), *prior.parameters()]
-
-
 def test_svi_steps_are_those_of_all_data_at_once_with_a_learnt_mixture():
     trained = []
     for rows in (None, ROWS):
         pyro.clear_param_store()
-        model, guide, parameters = mixture_programs()
+        torch.manual_seed(5)
+        net = Nets(MixturePrior(3, D), D).double()
         loss = WAELoss(MMD(Gaussian(1.0), closed_form=True), penalty_weight=5.0, micro_batch=rows)
-        svi = SVI(model, guide, Adam({"lr": 0.01}), loss=loss)
-        losses = [svi.step(arguments()["x"]) for _ in range(3)]
-        trained.append((losses, parameters))
+        svi = SVI(net.model, net.guide, Adam({"lr": 0.01}), loss=loss)
+        losses = [svi.step(arguments()["x"][:, :4]) for _ in range(3)]
+        trained.append((losses, list(net.parameters())))
     assert trained[1][0] == pytest.approx(trained[0][0], rel=1e-10)
     for split, whole in zip(trained[1][1], trained[0][1], strict=True):
         assert_close(split, whole, 1e-8)
@@ -321,11 +276,11 @@ class Noisy(nn.Module):
 
     def model(self, x):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
+            z = pyro.sample("z", normal(x, D))
             self.codes.append(z.detach())
             hidden = nn.functional.dropout(self.decoder(z))
             self.seen.append(hidden.detach())
-            pyro.sample("x", dist.Normal(hidden, 1).to_event(1), obs=x)
+            pyro.sample("x", around(hidden), obs=x)
 
     def guide(self, x):
         loc, scale = self.encoder(x).chunk(2, -1)
@@ -476,17 +431,11 @@ def test_gradients_by_autograd_and_a_second_backward_pass():
 
 
 def test_parameters_that_are_made_at_the_first_step_have_the_right_gradient():
-    def model(x):
-        loc = pyro.param("loc", lambda: torch.randn(D, X, dtype=torch.float64))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z @ loc, 1).to_event(1), obs=x)
-
-    def guide(x):
-        weight = pyro.param("weight", lambda: torch.randn(X, D, dtype=torch.float64))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x @ weight, 1).to_event(1))
-
+    model, guide = program(
+        lambda x: around(x @ pyro.param("weight", lambda: torch.randn(X, D, dtype=torch.float64))),
+        lambda x: normal(x, D),
+        lambda z: around(z @ pyro.param("loc", lambda: torch.randn(D, X, dtype=torch.float64))),
+    )
     x = arguments()["x"]
     gradients = []
     for _ in range(2):  # the second time with parameters made before
@@ -510,8 +459,7 @@ def test_an_autoguide_on_local_latents_trains_the_parameters_of_the_data_it_sees
 
         def model(x, index, decoder=decoder):
             with plate(x, index):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-                pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
+                pyro.sample("x", around(decoder(pyro.sample("z", normal(x, D)))), obs=x)
 
         guide = AutoDelta(model, init_loc_fn=init_to_sample, create_plates=plate)
         x, index = arguments()["x"], torch.arange(N) + 5
@@ -521,135 +469,3 @@ def test_an_autoguide_on_local_latents_trains_the_parameters_of_the_data_it_sees
     assert grads[0][0].shape == (40, D)
     for whole, split in zip(*grads, strict=True):
         assert_close(split, whole)
-
-
-def test_an_autoguide_that_would_share_its_parameters_between_micro_batches_is_an_error():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[:, :D])
-
-    with pytest.raises(ValueError, match=r"AutoNormal has parameters for each datum of the plate 'data'.*those of 11"):
-        WAELoss(micro_batch=N // 2).loss_and_grads(model, AutoNormal(model), arguments()["x"])
-
-
-def test_something_made_late_is_an_error_and_no_wrong_gradient():
-    net = Noisy()
-    loss = WAELoss(micro_batch=ROWS)
-    loss.loss_and_grads(net.model, net.guide, arguments()["x"])
-
-    def model(x):
-        pyro.param("late", lambda: torch.randn(3))
-        net.model(x)
-
-    with pytest.raises(ValueError, match="other random numbers"):
-        loss.loss_and_grads(model, net.guide, arguments()["x"])
-
-
-def test_nan_is_named_and_leaves_no_gradient():
-    net = Net(is_random=False)
-    given = arguments()
-    given["x"][20] = torch.nan
-    with pyro.validation_enabled(False), pytest.raises(ValueError, match="codes of latent site 'z' hold NaN"):
-        WAELoss(micro_batch=ROWS).loss_and_grads(net.model, net.guide, **given)
-    assert all(p.grad is None for p in net.parameters())
-
-
-def test_a_plate_that_draws_its_indices_is_an_error():
-    def program(x, observed):
-        with pyro.plate("data", 100, subsample_size=len(x)):
-            z = pyro.sample(
-                "z", dist.Normal(x.new_zeros(D), 1).to_event(1) if observed else dist.Delta(x[:, :D], event_dim=1)
-            )
-            if observed:
-                pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[:, :D])
-
-    with pytest.raises(ValueError, match=r"plate 'data' draws 6 of 100 by itself.*subsample=index\)"):
-        WAELoss(micro_batch=ROWS).loss(lambda x: program(x, True), lambda x: program(x, False), arguments()["x"])
-
-
-def test_data_that_are_not_split_are_an_error():
-    net = Net()
-
-    def model(first, given):
-        net.model(**dict(given))
-
-    def guide(first, given):
-        net.guide(**dict(given))
-
-    with pytest.raises(ValueError, match=r"plate 'data' has 22 data in a micro-batch of 6.*first tensor argument"):
-        WAELoss(micro_batch=ROWS).loss(model, guide, torch.zeros(N), list(arguments().items()))
-    with pytest.raises(ValueError, match=r"of the arguments \(list\) none is a tensor.*svi.step\(x\)"):
-        WAELoss(micro_batch=ROWS).loss(lambda given: None, lambda given: None, list(arguments().items()))
-
-
-def test_micro_batches_of_different_structure_are_an_error():
-    def size(x):
-        return D + int(len(x) < ROWS)  # the last micro-batch
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(size(x)), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[:, : size(x)])
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x[:, : size(x)]).to_event(1))
-
-    with pytest.raises(ValueError, match=r"different sites or sizes: \{'z': \(0, 2\)\} and \{'z': \(0, 3\)\}"):
-        WAELoss(micro_batch=ROWS).loss(model, guide, arguments()["x"])
-
-
-def test_arguments_of_another_length_are_passed_whole():
-    net, seen = Noisy(), []
-
-    def model(x, table, *, scale, y, name):
-        seen.append((len(table), scale.ndim, len(y), name))
-        net.model(x)
-
-    def guide(x, table, *, scale, y, name):
-        net.guide(x)
-
-    x = arguments()["x"]
-    WAELoss(micro_batch=ROWS).loss(model, guide, x, torch.zeros(9, N), scale=torch.tensor(1.0), y=x[:, 0], name="a")
-    assert seen == [(9, 0, 6, "a")] * 3 + [(9, 0, 4, "a")]
-
-
-def test_a_batch_that_is_a_dict_is_split_by_its_tensors():
-    x, sizes = torch.randn(N, X, dtype=torch.float64), []
-    net = nn.Linear(X, D).double()
-
-    def model(batch):
-        sizes.append((len(batch["x"]), len(batch["other"]["y"]), len(batch["table"]), batch["name"]))
-        with pyro.plate("data", len(batch["x"])):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z.sum(1, keepdim=True).expand(-1, X), 1).to_event(1), obs=batch["x"])
-
-    def guide(batch):
-        with pyro.plate("data", len(batch["x"])):
-            pyro.sample("z", dist.Delta(net(batch["x"])).to_event(1))
-
-    batch = {"name": "a", "x": x, "other": {"y": x[:, 0]}, "table": torch.zeros(9, N)}
-    values = []
-    for micro_batch in (None, ROWS):
-        net.zero_grad()
-        wae = WAELoss(KernelStein(Gaussian(1.0)), penalty_weight=2.0, micro_batch=micro_batch)(model, guide)
-        loss = wae(batch)
-        loss.backward()
-        values.append([loss.detach(), net.weight.grad])
-        if micro_batch is None:
-            assert sizes == [(N, N, 9, "a")]
-    assert set(sizes[1:]) == {(6, 6, 9, "a"), (4, 4, 9, "a")}
-    assert_close(*values)
-
-
-def test_a_plate_of_a_fixed_size_says_which_data_it_met():
-    net = Noisy()
-
-    def guide(x):
-        with pyro.plate("data", N):
-            pyro.sample("z", dist.Delta(net.encoder(x)[:, :D]).to_event(1))
-
-    with pytest.raises(ValueError, match="plate") as raised:
-        WAELoss(micro_batch=ROWS).loss(net.model, guide, arguments()["x"])
-    assert any("data 0 to 5" in note and "pyro.plate('data', len(x))" in note for note in raised.value.__notes__)

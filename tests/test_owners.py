@@ -4,11 +4,12 @@ import functools
 import warnings
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
+from programs import around, delta, normal
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
+from references import program
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -195,14 +196,7 @@ def test_parameters_that_are_left_untrained_are_said_once(kind, is_trained):
     weight = UNSEEN[kind]()
     encoder = nn.Linear(3, 2)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z @ weight()[:2, :3], 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
+    model, guide = program(lambda x: delta(encoder(x)), lambda x: normal(x, 2), lambda z: around(z @ weight()[:2, :3]))
 
     wae, x = WAELoss(penalty_weight=1.0)(model, guide), torch.randn(6, 3)
     with warnings.catch_warnings(record=True) as said:

@@ -8,7 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import delta, normal
 from pyro.distributions import transforms
+from references import program
 from torch import nn
 
 from pyro_wae import priors
@@ -17,15 +19,7 @@ from pyro_wae.priors import MixturePrior
 D = 2
 
 
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-
-def guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(2 * x + 1).to_event(1))
+model, guide = program(lambda x: delta(2 * x + 1), lambda x: normal(x, D))
 
 
 def two_clusters():

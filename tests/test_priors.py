@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import transforms
 from pyro.infer import SVI
 from pyro.optim import Adam, ClippedAdam
-from references import Seen
+from references import Seen, program
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -242,14 +242,7 @@ LARGE_AS_A_BATCH = {
 def test_a_batch_as_large_as_a_code_has_a_prior_of_its_own_all_the_same(kind, rows):
     seen = Seen()
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", LARGE_AS_A_BATCH[kind]())
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x).to_event(1))
+    model, guide = program(prior=lambda x: LARGE_AS_A_BATCH[kind]())
 
     WAELoss(seen, penalty_weight=1.0).loss(model, guide, torch.randn(rows, 4))
     assert not seen.context.shared_data

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
+from pyro_wae._core.sites import Site
 from pyro_wae.penalties.pair_sums import across, every, within
 from pyro_wae.penalties.sliced import match_quantiles, transport_along
 
@@ -187,3 +190,32 @@ def test_a_buffer_set_in_inference_mode_can_be_trained_with():
         module.set_fitted("length", torch.ones(()) * 2)
     (module.length * x).backward()
     assert x.grad == 2
+
+
+# The rows of a site
+
+
+@st.composite
+def sites(draw):
+    """A site with its data plate at any dimension, inner plates around it, and particles or none."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    event = draw(st.lists(st.integers(1, 3), max_size=2))
+    dims = draw(st.permutations(range(-len(shape), 0)))
+    particle = dims[1] if len(dims) > 1 and draw(st.booleans()) else None
+    fn = dist.Normal(torch.zeros(*shape, *event), 1).to_event(len(event))
+    return Site("z", fn, torch.randn(fn.shape()), tuple(shape), dims[0], particle)
+
+
+@quick
+@given(sites())
+def test_rows_are_the_values_of_each_datum_and_back(site):
+    rows = site.value_rows()
+    batch, event = site.shape, site.distribution.event_shape
+    particles = 1 if site.particle_dim is None else batch[site.particle_dim]
+    assert rows.shape[:2] == (particles, batch[site.data_dim])
+    for place in itertools.product(*map(range, batch)):
+        inner = [i for dim, i in enumerate(place, -len(place)) if dim not in (site.data_dim, site.particle_dim)]
+        particle = 0 if site.particle_dim is None else place[site.particle_dim]
+        torch.testing.assert_close(rows[(particle, place[site.data_dim], *inner)], site.value[place])
+    flat = rows.flatten(2) if rows.ndim > 2 else rows[..., None]
+    torch.testing.assert_close(site.unrows(flat, event), site.value, rtol=0, atol=0)

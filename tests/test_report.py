@@ -8,7 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import delta
 from pyro import poutine
+from references import program
 from reported import FAST, data, pair
 from torch import nn
 from torch.utils.data import DataLoader
@@ -50,14 +52,10 @@ def test_a_shift_is_found_with_its_direction_and_its_cost():
 def test_codes_in_other_units_are_measured_by_the_prior():
     units = torch.tensor([1000.0, 1.0, 0.001])
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(5 * units, units).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(units * (5 + x + torch.tensor([0.0, 0.0, 1.0]))).to_event(1))
+    model, guide = program(
+        lambda x: delta(units * (5 + x + torch.tensor([0.0, 0.0, 1.0]))),
+        lambda x: dist.Normal(5 * units, units).to_event(1),
+    )
 
     found = report(model, guide, data(1000), **FAST)
     assert abs(found.joint.direction.weights[2]) > 0.95
@@ -186,15 +184,8 @@ def test_no_more_codes_than_asked_for():
 
 
 def test_a_prior_that_depends_on_the_datum_is_compared_on_the_whole():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x, 0.3).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            # The prior of another datum: wrong for each, right for all together.
-            pyro.sample("z", dist.Normal(x.flip(0), 0.3).to_event(1))
+    # The prior of another datum: wrong for each, right for all together.
+    model, guide = program(lambda x: dist.Normal(x.flip(0), 0.3).to_event(1), lambda x: dist.Normal(x, 0.3).to_event(1))
 
     found = report(model, guide, data(1000, 2), **FAST)
     assert found.alarms == ()

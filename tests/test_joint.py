@@ -1,0 +1,243 @@
+"""The joint of codes and conditions as penalties estimate it: its kernels, its value, and its mean and variance."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import around, delta, normal
+from pyro.infer import SVI
+from references import mean_is_zero, rows
+from torch import nn
+
+from pyro_wae import WAELoss
+from pyro_wae.kernels import Conditional, Energy, Gaussian, Laplace, SameLabel, UnitMean
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, PenaltyContext, SlicedWasserstein
+
+N, D = 12, 2
+
+
+def by_pairs(kernel, condition_kernel, codes, prior, y):
+    """The U-statistic over pairs of different data, pair by pair: codes (K, n, d), prior draws (J, n, d), y (n, c)."""
+    total, n = 0.0, len(y)
+    for sign, a, b in ((1, codes, codes), (1, prior, prior), (-2, codes, prior)):
+        pairs = [
+            kernel(a[s, i] - b[t, j]) * condition_kernel(y[i], y[j])
+            for s in range(len(a))
+            for t in range(len(b))
+            for i in range(n)
+            for j in range(n)
+            if i != j
+        ]
+        total = total + sign * sum(pairs) / len(pairs)
+    return total
+
+
+def gaussian(difference, squared_length=1.0):
+    return math.exp(-difference.square().sum().item() / (2 * squared_length))
+
+
+# Kernels
+
+
+def test_same_label_is_equality_of_whole_rows():
+    x = torch.tensor([[0.0, 1.0], [0.0, 2.0], [5.0, 1.0]])
+    torch.testing.assert_close(SameLabel()(x, x), torch.eye(3))
+    torch.testing.assert_close(SameLabel()(x, x[1:2]), torch.tensor([[0.0], [1.0], [0.0]]))
+
+
+def test_unit_mean_divides_by_the_mean_of_the_first_rows_and_adds_a_constant():
+    labels = torch.tensor([0.0, 0.0, 0.0, 1.0])[:, None]
+    kernel = UnitMean(SameLabel(), constant=1.0)
+    kernel.fit(labels)
+    kernel.fit(torch.zeros(4, 1))
+    # Of 16 pairs 9 + 1 are of one label.
+    torch.testing.assert_close(kernel(labels[:1], labels), torch.tensor([[2.6, 2.6, 2.6, 1.0]]) / 2)
+    assert kernel(labels, labels).mean() == pytest.approx(1)
+
+
+def test_unit_mean_refuses_what_has_no_positive_mean():
+    with pytest.raises(ValueError, match="no mean yet"):
+        UnitMean(SameLabel())(torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="found -"):
+        UnitMean(Energy()).fit(rows(5, 1))
+    with pytest.raises(ValueError, match="constant must be a finite number >= 0, found -1"):
+        UnitMean(SameLabel(), constant=-1)
+
+
+def test_conditional_kernel_is_the_product_over_its_columns():
+    x, y = rows(5, 4), rows(6, 4)
+    k, other = Gaussian(1.3), Laplace(0.7)
+    expected = k(x[:, :3], y[:, :3]) * other(x[:, 3:], y[:, 3:])
+    torch.testing.assert_close(Conditional(k, other, 1)(x, y), expected)
+    assert (Conditional(k, other, 1)(x, x).diagonal() == 1).all()
+
+
+def test_conditional_kernel_takes_each_length_from_its_own_columns():
+    x = torch.cat([rows(500, 3), 10 * rows(500, 1)], 1)
+    kernel = Conditional(Gaussian(), Gaussian(), 1)
+    kernel.fit(x)
+    torch.testing.assert_close(kernel.kernel.squared_length, x[:, :3].var(0).sum())
+    torch.testing.assert_close(kernel.condition_kernel.squared_length, x[:, 3].var())
+
+
+def test_energy_compares_codes_but_not_conditions():
+    Conditional(Energy(), SameLabel(), 1)
+    with pytest.raises(ValueError, match=r"positive definite.*Laplace\(\)"):
+        Conditional(SameLabel(), Energy(), 1)
+
+
+# The estimate
+
+
+@pytest.mark.parametrize("repeats", [(1, 1), (2, 1), (1, 3), (2, 2)], ids=str)
+def test_mmd_of_labels_is_the_product_kernels_mean_over_pairs_of_different_data(repeats):
+    n = 5
+    codes, prior = rows(repeats[0], n, D), rows(repeats[1], n, D)
+    y = torch.tensor([3, 3, 10**9, 10**9 + 1, 10**9])[:, None]  # which a float32 cannot tell apart
+    # 4 + 4 + 1 of 25 pairs are of one label.
+    expected = by_pairs(gaussian, lambda a, b: (a == b).item() * 25 / 9, codes, prior, y)
+    value = MMD(Gaussian(1.0))(codes, prior.flatten(0, 1), PenaltyContext(condition=y))
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    as_float32 = MMD(Gaussian(1.0))(codes.float(), prior.flatten(0, 1).float(), PenaltyContext(condition=y))
+    assert as_float32.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_mmd_of_floats_is_the_product_kernels_mean_over_pairs_of_different_data():
+    codes, prior, y = rows(1, 6, D), rows(1, 6, D), 5 * rows(6, 3)
+    half = y.var(0).sum().item()
+    mean = sum(gaussian(a - b, half / 4) for a in y for b in y) / 36
+    expected = by_pairs(gaussian, lambda a, b: gaussian(a - b, half / 4) / mean, codes, prior, y)
+    value = MMD(Gaussian(1.0))(codes, prior[0], PenaltyContext(condition=y))
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [Laplace(0.7), lambda a, b: torch.exp(-torch.cdist(a, b) / 0.7)], ids=["own", "f"])
+def test_mmd_takes_a_condition_kernel_as_it_is(kernel):
+    codes, prior, y = rows(1, 6, D), rows(1, 6, D), rows(6, 3)
+    expected = by_pairs(gaussian, lambda a, b: math.exp(-(a - b).norm().item() / 0.7), codes, prior, y)
+    value = MMD(Gaussian(1.0), condition_kernel=kernel)(codes, prior[0], PenaltyContext(condition=y))
+    assert value.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_the_v_statistic_of_the_joint_is_never_negative_and_0_for_equal_rows():
+    y = torch.arange(6)[:, None] % 2
+    codes = rows(6, D)
+    penalty = MMD(unbiased=False)
+    assert penalty(codes, codes, PenaltyContext(condition=y)).item() == pytest.approx(0, abs=1e-12)
+    assert penalty(codes, rows(6, D), PenaltyContext(condition=y)) > 0
+
+
+PENALTIES = [MMD(), MMD(standardize=True), EnergyDistance(), CramerWold()]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda penalty: repr(penalty)[:18])
+def test_codes_that_match_the_prior_only_together_are_found_out(penalty):
+    labels = torch.arange(400) % 2
+    prior = rows(400, 1)
+    # Half normal for each label: together they are normal.
+    codes = prior.abs() * (2 * labels[:, None] - 1)
+    codes, prior = torch.cat([codes, rows(400, 1)], 1), torch.cat([rows(400, 1), rows(400, 1)], 1)
+    y = nn.functional.one_hot(labels).double()
+    together = penalty(codes, prior)
+    context = PenaltyContext(condition=y, condition_scale=torch.tensor(8.0))
+    jointly = penalty(codes, prior, context)
+    matching = penalty(rows(400, 2), prior, context)
+    assert jointly > 5 * max(abs(together), abs(matching))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}],
+    ids=["one", "sequential", "vectorised"],
+)
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("kind", ["labels", "floats"])
+def test_the_mean_is_zero_where_the_codes_of_each_condition_follow_its_prior(kind, standardize, options):
+    # Null: q(z | x) is p(z | y). Size: 3.5 standard errors, two-sided 5e-4. Seed 0.
+    y = torch.arange(20) % 3 if kind == "labels" else torch.linspace(-1, 1, 20)
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(y.double(), 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=y.double())
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y.double(), 1))
+
+    loss = WAELoss(MMD(standardize=standardize), condition="y", **options)
+    loss.loss(model, guide, y)  # takes lengths and units from draws of its own
+    values = []
+    for _ in range(200):
+        loss.loss(model, guide, y)
+        values.append(loss.terms.penalty)
+    assert mean_is_zero(torch.stack(values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["labels", "floats"])
+def test_the_standardised_estimate_has_unit_variance_when_codes_match(kind):
+    # Null: codes are draws of the prior. 1000 values have a variance with a standard error of some 0.06 (their law has
+    # heavier tails than the normal's); 4 of them are allowed. Seed 0.
+    n = 60
+    y = (torch.arange(n) % 4)[:, None] if kind == "labels" else rows(n, 1)
+    penalty = MMD(standardize=True)
+    context = PenaltyContext(condition=y)
+    for _ in range(140):
+        penalty(rows(n, 4), rows(n, 4), context)  # the unit is averaged over the first draws
+    values = torch.stack([penalty(rows(n, 4), rows(n, 4), context) for _ in range(1000)])
+    assert values.var().item() == pytest.approx(1, abs=0.25)
+    assert mean_is_zero(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", [None, "y"])
+def test_only_the_joint_penalty_makes_codes_independent_of_the_label(condition):
+    # x is a sign and a normal number beside it; a code of one number can hold the normal number, the label the sign.
+    pyro.set_rng_seed(0)
+    encoder, decoder = (nn.Sequential(nn.Linear(inputs, 32), nn.Tanh(), nn.Linear(32, 1)) for inputs in (1, 2))
+
+    def model(x, y):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x, 1))
+            pyro.sample("x", around(decoder(torch.cat([z, y[:, None].float()], 1))), obs=x)
+
+    def guide(x, y):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(encoder(x)))
+
+    def draw(n):
+        y = torch.arange(n) % 2
+        return (4.0 * y + torch.randn(n))[:, None], y
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=WAELoss(condition=condition, penalty_weight=20.0))
+    for _ in range(600):
+        svi.step(*draw(100))
+    x, y = draw(4000)
+    with torch.no_grad():
+        z = encoder(x)[:, 0]
+        made = decoder(torch.stack([torch.randn(4000), y.float()], 1))[:, 0]
+    gap = (z[y == 1].mean() - z[y == 0].mean()).abs().item()
+    right = ((made > 2) == (y == 1)).double().mean().item()
+    # Of codes that are split by the sign the halves of a normal are 1.6 apart, and half of the samples are wrong.
+    if condition is None:
+        assert gap > 1
+    else:
+        assert gap < 0.3
+        assert right > 0.93
+
+
+def test_plain_tensors_of_other_shapes_are_named():
+    with pytest.raises(ValueError, match=r"shape \(n, c\).*found \(12,\)"):
+        MMD()(rows(N, D), rows(N, D), PenaltyContext(condition=torch.arange(N)))
+    with pytest.raises(ValueError, match="12 data found 12 rows of the condition and 13 prior draws"):
+        MMD()(rows(N, D), rows(13, D), PenaltyContext(condition=rows(N, 1)))
+    with pytest.raises(ValueError, match="12 data found 5 rows of the condition"):
+        SlicedWasserstein()(rows(N, D), rows(N, D), PenaltyContext(condition=rows(5, 1)))

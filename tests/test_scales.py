@@ -1,0 +1,92 @@
+"""What a scale weighs: a datum's cost, the whole loss, and a subsampled plate inside a datum."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import around, delta, normal
+from pyro import poutine
+from references import Seen, program
+
+from pyro_wae import WAELoss
+from pyro_wae.costs import NegativeLogLikelihood
+
+
+@pytest.mark.parametrize("cost", [None, lambda x, g: (x - g).square().sum(1), NegativeLogLikelihood()])
+@pytest.mark.parametrize("options", [{}, {"num_particles": 2, "vectorize_particles": True}], ids=str)
+def test_a_scale_for_each_datum_weighs_its_cost(cost, options):
+    x, weights = torch.randn(6, 2), torch.arange(1.0, 7.0)
+    loss = WAELoss(Seen(torch.mean), cost=cost, **options)
+
+    def plate(x):
+        return pyro.plate("data", 4 * len(x), subsample=torch.arange(len(x)))
+
+    def model(x):
+        with plate(x):
+            z = pyro.sample("z", normal(x, 2))
+            with poutine.scale(scale=weights):
+                pyro.sample("x", around(z), obs=x)
+
+    loss.loss(model, program(lambda x: delta(x + 1), plate=plate)[1], x)
+    one = 1 + torch.log(torch.tensor(2 * torch.pi)).item() if isinstance(cost, NegativeLogLikelihood) else 2
+    assert loss.terms.cost.item() == pytest.approx(one * weights.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 7.0, torch.tensor(0.02)], ids=str)
+@pytest.mark.parametrize("weight", ["Constraint", "number"])
+def test_a_scale_of_everything_leaves_the_balance_of_cost_and_penalty(scale, weight):
+    values = []
+    for factor_ in (None, scale):
+        pyro.set_rng_seed(2)
+        model, guide = program(lambda x: delta(x + 1))
+        if factor_ is not None:
+            model, guide = poutine.scale(model, scale=factor_), poutine.scale(guide, scale=factor_)
+        loss = WAELoss(**({} if weight == "Constraint" else {"penalty_weight": 3.0}))
+        values.append([loss.loss_and_grads(model, guide, torch.linspace(-1, 1, 12).reshape(6, 2)) for _ in range(3)])
+    # At the first step the weight starts from the cost, at later ones it has been raised.
+    assert values[1] == pytest.approx([value * float(scale) for value in values[0]], rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(12, 3), (100, 10)])
+@pytest.mark.parametrize("kind", ["vectorised", "sequential", "nested", "likelihood", "function"])
+def test_a_subsampled_plate_inside_a_datum_stands_for_the_whole(kind, sizes):
+    """Each element costs (b + 1)^2 with b its place, squared error; in nats, half of that and a constant."""
+    full, part = sizes
+    x = torch.zeros(6, full)
+
+    def cost_of(index):
+        return (index.float() + 1).square()
+
+    def model(x):
+        rows = pyro.plate("data", 6, dim=-1)
+        inner = pyro.plate("inner", full, subsample=torch.arange(part), dim=None if kind == "sequential" else -2)
+        with rows:
+            z = pyro.sample("z", normal(x, 1))
+        if kind == "sequential":
+            for i in inner:
+                with rows:
+                    pyro.sample(f"x{i}", dist.Normal(z[..., 0] * 0 + i + 1, 1), obs=x[:, i])
+            return
+        with rows, inner as index:
+            place = index.float()[:, None] + 1
+            if kind == "nested":
+                with pyro.plate("deep", 10, subsample_size=5, dim=-3):
+                    pyro.sample("x", dist.Normal(z[..., 0] * 0 + place, 1), obs=x.T[index].expand(5, part, 6))
+            else:
+                pyro.sample("x", dist.Normal(z[..., 0] * 0 + place, 1), obs=x.T[index])
+
+    def guide(x):
+        with pyro.plate("data", 6, dim=-1):
+            pyro.sample("z", delta(x[:, :1] + 1))
+
+    costs = {"likelihood": NegativeLogLikelihood(), "function": lambda x, g: (x - g).square().flatten(1).sum(1)}
+    loss = WAELoss(cost=costs.get(kind), data_plate="data", penalty_weight=0.0)
+    found = loss.loss(model, guide, x)
+    squares = (torch.arange(part) + 1.0).square().sum().item() * full / part
+    expected = {
+        "nested": 10 * squares,
+        "likelihood": 0.5 * squares + full * 0.5 * torch.tensor(2 * torch.pi).log().item(),
+    }.get(kind, squares)
+    assert found == pytest.approx(expected, rel=1e-5)

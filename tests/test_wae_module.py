@@ -1,0 +1,253 @@
+"""A loss's life inside Pyro and torch: its module, its state, copies, the parameter store, and Pyro's autoguides."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import AutoEncoder, around, normal
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
+from pyro.nn import PyroModule, PyroParam
+from pyro.optim import Adam
+from torch import nn
+
+from pyro_wae import WAELoss, weights
+from pyro_wae.costs import AbsoluteError, SquaredError
+from pyro_wae.kernels import Gaussian, InverseMultiquadratic
+from pyro_wae.penalties import MMD
+
+N, D, X = 16, 3, 5
+
+
+def data(n=N, dtype=torch.float64):
+    return torch.randn(n, X, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def floats(n=N):
+    return data(n, torch.get_default_dtype())
+
+
+@pytest.fixture
+def net():
+    return AutoEncoder(X, D, code=around).double()
+
+
+def model_of(decoder, x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", normal(x, D))
+        pyro.sample("x", around(decoder(z)), obs=x)
+
+
+def guide_of(encoder, x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", around(encoder(x)))
+
+
+# Without pyro.module, which leaves weak references on the parameters that no pickle takes.
+class Plain(nn.Module):
+    """Model and guide as methods of one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(X, D).double(), nn.Linear(D, X).double()
+
+    def model(self, x):
+        model_of(self.decoder, x)
+
+    def guide(self, x):
+        guide_of(self.encoder, x)
+
+
+class Part(nn.Module):
+    """A model or guide as a module of one net."""
+
+    def __init__(self, name, net, run):
+        super().__init__()
+        self.name, self.run = name, run
+        self.add_module(name, net.double())
+
+    def forward(self, x):
+        self.run(getattr(self, self.name), x)
+
+
+def assert_equal_values(*calls):
+    values = []
+    for call in calls:
+        pyro.set_rng_seed(4)
+        values.append(torch.as_tensor(call()).item())
+    assert len(set(values)) == 1
+
+
+def test_it_works_after_the_param_store_is_cleared(net):
+    svi = SVI(net.model, net.guide, Adam({"lr": 1e-3}), loss=WAELoss())
+    svi.step(data())
+    pyro.clear_param_store()
+    before = net.encoder.weight.clone()
+    svi.step(data())
+    assert not torch.equal(net.encoder.weight, before)
+
+
+def test_pickle_gives_a_loss_that_computes_the_same(net):
+    loss = WAELoss({"z": MMD(Gaussian())}, cost={"x": AbsoluteError()}, penalty_weight=2.0, prior_draws=2)
+    loss.loss(net.model, net.guide, data())
+    again = pickle.loads(pickle.dumps(loss))
+    assert_equal_values(*(functools.partial(one.loss, net.model, net.guide, data()) for one in (loss, again)))
+    assert repr(again) == repr(loss)
+
+
+def test_the_module_pickles_and_its_state_dict_moves_to_another():
+    bound, fresh = (WAELoss()(net.model, net.guide) for net in (Plain(), Plain()))
+    bound(data())
+    again = pickle.loads(pickle.dumps(bound))
+    fresh.load_state_dict(bound.state_dict())
+    assert_equal_values(*(functools.partial(one, data()) for one in (bound, again, fresh)))
+
+
+def test_parameters_and_state_dict_hold_model_guide_and_the_kernels_length():
+    model, guide = Part("decoder", nn.Linear(D, X), model_of), Part("encoder", nn.Linear(X, D), guide_of)
+    wae = WAELoss(MMD(InverseMultiquadratic()), penalty_weight=10.0)(model, guide)
+    assert set(wae.parameters()) == {*model.parameters(), *guide.parameters()}
+    assert wae.terms is None
+    wae(data()).backward()
+    nets = {"model.decoder.weight", "model.decoder.bias", "guide.encoder.weight", "guide.encoder.bias"}
+    assert set(wae.state_dict()) == nets | {"penalty.kernel.squared_length"}
+    assert wae.state_dict()["penalty.kernel.squared_length"] > 0
+    assert wae.terms.cost > 0
+    assert all(parameter.grad is not None for parameter in wae.parameters())
+
+
+def test_bound_methods_of_one_module_are_its_parameters_once(net):
+    wae = WAELoss()(net.model, net.guide)
+    parameters = list(wae.parameters())
+    assert len(parameters) == len(list(net.parameters()))
+    assert {id(p) for p in parameters} == {id(p) for p in net.parameters()}
+    wae.eval()
+    assert not net.training
+
+
+def test_penalties_by_site_own_their_state_under_the_sites_name(net):
+    wae = WAELoss({"z": MMD(Gaussian())})(net.model, net.guide)
+    wae(data())
+    assert "penalty_z.kernel.squared_length" in wae.state_dict()
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_pyro_modules_train_through_the_torch_route(local):
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = PyroParam(torch.ones(D, X, dtype=torch.float64))
+
+        def forward(self, x):
+            model_of(lambda z: z @ self.weight, x)
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = PyroModule[nn.Linear](X, D).double()
+            self.scale = PyroParam(torch.ones(D, dtype=torch.float64), dist.constraints.positive)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.linear(x), self.scale).to_event(1))
+
+    with pyro.settings.context(module_local_params=local):
+        wae = WAELoss(penalty_weight=10.0)(Model(), Guide())
+        optimiser = torch.optim.SGD(wae.parameters(), lr=1e-3)
+        before = {name: value.clone() for name, value in wae.state_dict().items() if "penalty" not in name}
+        assert set(before) == {
+            "model.weight_unconstrained",
+            "guide.linear.weight",
+            "guide.linear.bias",
+            "guide.scale_unconstrained",
+        }
+        wae(data()).backward()
+        optimiser.step()
+        for name, value in before.items():
+            assert not torch.equal(wae.state_dict()[name], value), name
+        assert (len(pyro.get_param_store()) == 0) == local
+
+
+def test_repr_is_the_call_that_makes_the_loss(net):
+    loss = WAELoss(MMD(Gaussian(1.0)), cost=SquaredError(), data_plate="data", max_plate_nesting=1)
+    again = eval(repr(loss), globals() | vars(weights))
+    assert again.data_plate == "data"
+    assert repr(again) == repr(loss)
+    assert "penalty_weight=2.5" in repr(WAELoss(penalty_weight=2.5))
+    assert "penalty_weight=Constraint(" in repr(WAELoss())
+    assert "encoder" in repr(WAELoss()(net.model, net.guide))
+
+
+# Autoguides
+
+
+class Capture(nn.Module):
+    """A function penalty that keeps what reached it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, codes, prior):
+        self.calls.append((codes.detach(), prior.detach()))
+        return codes.sum() * 0 + prior.sum() * 0
+
+
+def local_model(x):
+    with pyro.plate("data", len(x)):
+        z1 = pyro.sample("z1", normal(x, 2))
+        z2 = pyro.sample("z2", dist.Normal(z1[..., 0], 1))
+        pyro.sample("x", around(torch.cat([z1, z2[..., None]], -1)), obs=x[:, :3])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [AutoNormal, AutoDelta, AutoDiagonalNormal, AutoNormalMessenger, AutoHierarchicalNormalMessenger],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}], ids=str
+)
+def test_an_autoguide_over_local_latents_learns_the_codes(make, options):
+    """A function is called once for each particle, vectorised or not."""
+    capture = Capture()
+    svi = SVI(local_model, make(local_model), Adam({"lr": 0.1}), loss=WAELoss(capture, **options))
+    losses = [svi.step(floats()) for _ in range(26)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert [codes.shape for codes, _ in capture.calls] == [(N, 3)] * 26 * options.get("num_particles", 1)
+
+
+def test_a_messenger_guide_draws_the_prior_and_not_itself():
+    x, capture = floats(2000) + 5, Capture()
+    guide = AutoNormalMessenger(local_model, init_scale=0.01)
+    svi = SVI(local_model, guide, Adam({"lr": 0.5}), loss=WAELoss(capture))
+    for _ in range(20):
+        svi.step(x)
+    codes, prior = capture.calls[-1]
+    assert codes.mean() > 2
+    # n = 2000 draws: standard errors of 1/sqrt(2000) = 0.022, and sqrt(2) of it for the sum z2 of two Normals.
+    assert (prior.mean(0).abs() < 4 * 0.032).all()
+    torch.testing.assert_close(prior.var(0), torch.tensor([1.0, 1.0, 2.0]), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoDelta, AutoNormalMessenger])
+def test_an_autoguide_serves_a_subsampled_plate(make):
+    x, capture = floats(40), Capture()
+
+    def create_plates(x):
+        return pyro.plate("data", len(x), subsample_size=8)
+
+    def model(x):
+        with create_plates(x) as index:
+            pyro.sample("x", around(pyro.sample("z", normal(x, X))), obs=x[index])
+
+    guide = make(model) if make is AutoNormalMessenger else make(model, create_plates=create_plates)
+    svi = SVI(model, guide, Adam({"lr": 0.2}), loss=WAELoss(capture, num_particles=2))
+    losses = [svi.step(x) for _ in range(61)]
+    assert capture.calls[0][0].shape == (8, X)
+    assert losses[-1] < 0.5 * losses[0]
