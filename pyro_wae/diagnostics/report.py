@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyro_wae._core.checks import number, text, whole
+from pyro_wae._core.checks import accepted, number, text, whole
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
 from pyro_wae.diagnostics.comparison import Comparison, Moments, compare_site
@@ -171,6 +171,9 @@ def report(
     check_shape(shape)
     if batches is not None and args:
         raise TypeError("Data are given twice. Write report(model, guide, x) or report(model, guide, batches=loader).")
+    if batches is not None:
+        is_right = isinstance(batches, Iterable) and not isinstance(batches, Tensor | Mapping | str | bytes)
+        accepted("batches", batches, is_right, "an iterable of batches", write="batches=DataLoader(data, 100)")
     items = [args] if batches is None else batches
     _, own_seed = new_generator(seed)
     _, own_seed = new_generator(own_seed)  # the tests take the stream of the first
