@@ -152,9 +152,9 @@ def test_neighbours_in_codes_and_umap_are_of_both_batches(cells, trained, tmp_pa
         scanpy.tl.umap(cells, random_state=0)
         scanpy.pp.neighbors(cells, n_neighbors=15, use_rep="X_umap")
         found[name] = [*shares, other_batch(cells.obsp["distances"], batch)]
-        scanpy.pl.umap(cells, color="batch", title=name, ax=panel, show=False, legend_loc=None)
+        scanpy.pl.umap(cells, color="batch", title=name, ax=panel, show=False, legend_loc=None, size=20)
     print("neighbours of the other batch (codes, UMAP):", {k: [f"{x:.2f}" for x in v] for k, v in found.items()})
-    figure.savefig(os.environ.get("PYRO_WAE_UMAP", tmp_path / "umap.png"), dpi=100)
+    figure.savefig(os.environ.get("PYRO_WAE_UMAP", tmp_path / "umap.png"), dpi=80)
     assert min(found["WAE"]) > 0.4
     assert max(found["counts"]) < 0.1
 

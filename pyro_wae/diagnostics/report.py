@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -219,11 +220,7 @@ def _as_costs(cost: Any) -> Cost | dict[str, Cost]:
 
 def _as_json(value: Any) -> Any:
     """Records as dicts and tuples as lists, as JSON reads them back."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
 def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
