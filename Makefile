@@ -58,7 +58,7 @@ test-defaults:
 test-oldest:
 	tools/oldest.sh
 
-# The model of scvi-tools, which pins its own versions, in an environment of its own: two minutes after the download. The
+# The model of scvi-tools, which pins its own versions, in an environment of its own: some minutes. The
 # picture of docs/works_with.md is drawn anew by PYRO_WAE_UMAP=docs/images/scvi_umap.png.
 test-scvi:
 	$(MAKE) build/scvi/.test-scvi VENV=build/scvi
