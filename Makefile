@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 APART := benchmarks bibliography classifier_test distributed docs links notebooks packaging demo report scale zoo
 CORE := $(filter-out $(APART:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
-.PHONY: demo pictures report notebook notebooks test test-core test-float64 test-device test-defaults test-oldest test-slow
+.PHONY: demo pictures report notebook notebooks test test-core test-float64 test-device test-defaults test-oldest test-scvi test-slow
 .PHONY: bench bench-compare zoo figures lint spell types docs wheel clean
 
 demo: $(VENV)/.tutorials
@@ -58,6 +58,12 @@ test-defaults:
 # The core tests with the oldest versions that pyproject.toml promises, in an environment of their own.
 test-oldest:
 	tools/oldest.sh
+
+# The model of scvi-tools, which pins its own versions, in an environment of its own: some minutes. The
+# picture of docs/works_with.md is drawn anew by PYRO_WAE_UMAP=docs/images/scvi_umap.png.
+test-scvi:
+	$(MAKE) build/scvi/.test-scvi VENV=build/scvi
+	OMP_NUM_THREADS=1 build/scvi/bin/python -m pytest -s tests/test_scvi.py $(ARGS)
 
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m slow $(ARGS)

@@ -65,14 +65,18 @@ class WAE(LightningModule):
         test_codes: int = 500,
     ) -> None:
         super().__init__()
+        what, write = "a WAELoss, or None", "WAE(model, guide, loss=WAELoss(MMD()))"
+        loss = WAELoss() if loss is None else checks.instance("loss", loss, WAELoss, what, write=write)
         if guide is None:
+            what = "a function beside its guide, or a module with .model and .guide"
+            checks.accepted("model", model, not isinstance(model, type), what, write="WAE(Net())")
             what = "a function, or None beside a module with .model and .guide"
             guide = checks.function("guide", getattr(model, "guide", None), what, write="WAE(model, guide)")
             model = model.model  # type: ignore[attr-defined]
-        self.wae = (WAELoss() if loss is None else loss)(model, guide)
+        self.wae = loss(model, guide)
         self.learning_rate = checks.number("learning_rate", learning_rate, above=0, write="learning_rate=1e-3")
         self.test_codes = checks.whole("test_codes", test_codes, least=2, write="test_codes=500")
-        self._codes, self._prior = CatMetric(), CatMetric()
+        self._rows = CatMetric(nan_strategy="error")  # a code and a prior draw, side by side
 
     def arguments(self, batch: Any) -> tuple[Any, ...]:
         """What model and guide are called with: the items of a tuple or list, or the batch itself."""
@@ -93,25 +97,22 @@ class WAE(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         elbo, programs = self.wae.elbo, (self.wae.model, self.wae.guide)
         options = {"cost": elbo.cost, "data_plate": elbo.data_plate, "condition": elbo.condition}
-        observer = Observer(*programs, prior_draws=1, **options)
-        step = observer.observe(self.arguments(batch), {})
-        codes, prior = step.rows()
+        step = Observer(*programs, prior_draws=1, **options).observe(self.arguments(batch), {})
+        (codes,), prior = step.rows()
         assert prior is not None  # one draw for each code
         if step.prior_varies or step.kept is not None:
             # A code and a prior draw of one datum are not independent: each datum gives the one or the other.
-            codes, prior = codes[:, 1::2], prior[:-1:2]
-        self._codes.update(codes[0])
-        self._prior.update(prior)
+            codes, prior = codes[1::2], prior[:-1:2]
+        self._rows.update(torch.cat([codes, prior], 1))
         terms = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms
         assert terms is not None  # the loss has been added up
         self.log("val_cost", terms.cost, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        codes, prior = self._codes.compute(), self._prior.compute()  # those of all processes
-        chosen = torch.randperm(len(codes), generator=new_generator(0)[0])[: self.test_codes].to(codes.device)
-        self.log("val_p", two_sample_test(codes[chosen], prior[chosen]).p_value, sync_dist=True)
-        self._codes.reset()
-        self._prior.reset()
+        rows = self._rows.compute()  # those of all processes
+        self._rows.reset()
+        chosen = torch.randperm(len(rows), generator=new_generator(0)[0])[: self.test_codes].to(rows.device)
+        self.log("val_p", two_sample_test(*rows[chosen].chunk(2, 1)).p_value, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The latent codes of a batch."""

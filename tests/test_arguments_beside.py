@@ -48,7 +48,7 @@ coded, encoded = program(prior=lambda x: normal(x, 3))
 CALLS = {
     "fit": test_of(
         lambda **bad: priors.fit(coded, encoded, ROWS, **{"prior": MixturePrior(2, 3), **bad}),
-        prior=[3, "mixture", nn.Linear(2, 3)],
+        prior=[3, "mixture", nn.Linear(2, 3), MixturePrior(2, 4), dist.Normal(torch.ones(1, requires_grad=True), 1)],
         steps=NO_COUNT,
         batch_size=NO_COUNT,
         learning_rate=[0.0, -1.0, "fast", math.nan],
@@ -85,11 +85,14 @@ CALLS = {
         cost=[3, "squared"],
         seed=NO_SEED,
         batches=[3],
-        shape=[3, "28x28", torch.tensor(28), ["28", "28"], {"x": 28}],
+        shape=[3, "28x28", torch.tensor(28), ["28", "28"], {"x": 28}, (4.0, 5.0), (-4, -5)],
+    ),
+    "report of batches": test_of(
+        lambda **bad: report(pair, pair, **bad), batches=[3, ROWS, "loader", {"x": ROWS}, [], torch.randn]
     ),
     "sample_quality": test_of(
         lambda **bad: sample_quality(pair, **{"x": ROWS, "metric": precision_recall, **bad}),
-        x=[None, "codes", 3, ROWS[:0], ROWS[0, 0]],
+        x=[None, "codes", 3, ROWS[:0], ROWS[0, 0], SPARSE, META],
         metric=[None, 3, "FID", torch.nn.Linear],
         site=[3, ["x"]],
         transform=[3, "flatten"],
@@ -173,12 +176,13 @@ CALLS = {
         standardized=NO_FLAG,
     ),
     "MixturePrior.initialise": test_of(
-        lambda **bad: MixturePrior(5, 3).initialise(**bad), codes=[None, 3, ROWS[:4], ROWS[:, :2], ROWS / 0, [[1.0]]]
+        lambda **bad: MixturePrior(5, 3).initialise(**bad),
+        codes=[None, 3, ROWS[:4], ROWS[:, :2], ROWS / 0, [[1.0]], SPARSE, META, ROWS + 1j],
     ),
     "VampPrior": test_of(
         lambda **bad: VampPrior(**{"encoder": nn.Linear(3, 2), "pseudo_inputs": ROWS, **bad}),
         encoder=[None, "encoder", nn.Linear],
-        pseudo_inputs=[None, [1.0], ROWS.long(), ROWS[0]],
+        pseudo_inputs=[None, [1.0], ROWS.long(), ROWS[0], ROWS[:0], ROWS.numpy(), SPARSE, META],
         scale=[None, 0.0, -1, float("inf"), "1", True],
         standardized=NO_FLAG,
     ),
@@ -197,7 +201,7 @@ CALLS = {
         lambda path="run.pt", **bad: save_checkpoint(path, **{"net": nn.Linear(1, 1), **bad}),
         path=[None, 3, ""],
         extra=[3, "text", [1], {1: object()}],
-        net=[None, 3, "text", [nn.Linear(1, 1)]],
+        net=[None, 3, "text", [nn.Linear(1, 1)], nn.Linear],
     ),
     "load_checkpoint": test_of(
         lambda path="run.pt", **bad: load_checkpoint(path, **{"net": nn.Linear(1, 1), **bad}),

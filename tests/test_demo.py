@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_wae.demo import __main__ as demo
 from pyro_wae.demo.digits import load_digits
 from pyro_wae.demo.judge import frechet_distance
 
@@ -46,6 +47,36 @@ def test_demo_says_what_it_reached_and_where_it_is(smoke):
     out, printed = smoke
     for text in ("squared error", "MMD^2", "p = ", "Frechet distance of samples", "seconds", str(out)):
         assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("argument", "found"),
+    [
+        ("--epochs=0", "argument --epochs: must be >= 1, found 0"),
+        ("--batch-size=0", "argument --batch-size: must be >= 1, found 0"),
+        ("--zdim=1", "argument --zdim: must be >= 2, found 1"),  # pictures show a plane
+        ("--seed=-1", "argument --seed: must be >= 0, found -1"),
+        ("--penalty-weight=-1", "argument --penalty-weight: must be >= 0, found -1.0"),
+        ("--learning-rate=0", "--learning-rate and --prior-rate: must be > 0"),
+        ("--device=gpu", "argument --device: 'gpu' cannot be used here"),
+        ("--device=meta", "argument --device: 'meta' cannot be used here"),
+    ],
+)
+def test_an_argument_out_of_range_is_named_before_the_training(argument, found, capsys):
+    with pytest.raises(SystemExit):
+        demo.main([argument])
+    assert found in capsys.readouterr().err
+
+
+def test_a_penalty_weight_of_0_is_one():
+    assert demo.make_loss(demo.parse_args(["--penalty-weight=0"])).penalty_weight.weight == 0
+    assert demo.make_loss(demo.parse_args([])).penalty_weight.weight == 100
+
+
+def test_missing_matplotlib_is_named_before_the_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "pyro-wae\[tutorials\]"'):
+        demo.main(["--smoke"])
 
 
 def test_bundled_digits_are_images_with_labels():

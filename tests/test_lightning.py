@@ -1,6 +1,8 @@
 """`pyro_wae.lightning.WAE` in a Trainer of Lightning, on one device; tests/test_scale.py has two processes."""
 
+import copy
 import importlib
+import pickle
 import sys
 
 import pyro
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from pyro_wae import WAELoss
+from pyro_wae.penalties import MMD
 from pyro_wae.predict import encode
 
 lightning = pytest.importorskip("lightning")
@@ -92,7 +95,7 @@ def test_a_code_and_a_prior_draw_of_one_datum_are_not_compared(tmp_path):
 
     class Seen(WAE):
         def on_validation_epoch_end(self):
-            seen.append((self._codes.compute(), self._prior.compute()))
+            seen.append(self._rows.compute().chunk(2, 1))
             super().on_validation_epoch_end()
 
     trainer(tmp_path).validate(Seen(model, Net().guide), Data(), verbose=False)
@@ -166,9 +169,46 @@ def test_tensorboard_receives_the_terms(tmp_path):
     assert {"cost", "penalty", "weight", "val_cost", "val_p"} <= set(found.Tags()["scalars"])
 
 
-def test_without_a_guide_or_without_lightning_the_error_says_what_to_write(monkeypatch):
-    with pytest.raises(TypeError, match=r"guide must be a function.* found None\. Write WAE\(model, guide\)"):
-        WAE(torch.nn.Linear(2, 2))
+@pytest.mark.parametrize(
+    ("model", "options", "found"),
+    [
+        (torch.nn.Linear(2, 2), {}, r"guide must be a function.* found None\. Write WAE\(model, guide\)"),
+        (Net, {}, r"model must be .*, found <class.*Net'>\. Write WAE\(Net\(\)\)"),
+        (Net(), {"loss": WAELoss}, r"loss must be a WAELoss, or None, found <class.*WAELoss'>\. Write WAE\("),
+        (Net(), {"loss": MMD()}, r"loss must be a WAELoss, or None, found MMD .*\. Write WAE\("),
+        (Net(), {"learning_rate": "1e-3"}, r"learning_rate must be a finite number > 0, found '1e-3'\. Write"),
+    ],
+)
+def test_a_wrong_argument_is_named(model, options, found):
+    with pytest.raises(TypeError, match=found):
+        WAE(model, **options)
+
+
+def test_copies_and_pickles_give_the_same_loss():
+    module, x = WAE(Net()), torch.randn(20, 5)
+    module.wae(x)  # a kernel's length and a weight have been found
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        pyro.set_rng_seed(1)
+        expected = module.wae(x)
+        pyro.set_rng_seed(1)
+        assert torch.equal(other.wae(x), expected)
+
+
+def test_a_batch_may_be_a_dict(tmp_path):
+    class Named(Net):
+        def model(self, batch):
+            return super().model(batch["x"])
+
+        def guide(self, batch):
+            return super().guide(batch["x"])
+
+    data = [{"x": torch.randn(5), "label": i % 2, "name": str(i)} for i in range(60)]
+    loader, run = torch.utils.data.DataLoader(data, 20), trainer(tmp_path, epochs=1)
+    run.fit(WAE(Named(), loss=WAELoss(condition="label", micro_batch=10)), loader, loader)
+    assert {"cost", "val_p"} <= set(run.callback_metrics)
+
+
+def test_without_lightning_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, "pyro_wae.lightning")
     with pytest.raises(ImportError, match=r"pyro-wae\[scale\]"):

@@ -90,6 +90,40 @@ def test_beside_mmd_it_is_the_sum_and_the_nets_run_once():
     assert len(runs) == 3
 
 
+def test_a_discrepancy_at_a_layer_of_the_decoder_is_a_factor():
+    """trVAE: the loss and its gradients against the sum written out, with the MMD of a Gaussian kernel by formula."""
+    net, x, treated = Net(), data(), torch.arange(N) % 2 == 0
+    first, between = nn.Linear(D + 1, 4).double(), MMD(Gaussian(1.0))
+
+    def hidden(z):
+        return first(torch.cat([z, treated[:, None]], 1)).tanh()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
+            h = hidden(z)
+            pyro.factor("transfer", -10 * between(h[treated], h[~treated]).expand(len(x)))
+            pyro.sample("x", dist.Normal(h[:, :D], 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(net.loc(x)).to_event(1))
+
+    loss = WAELoss(MMD(Gaussian(1.0)), penalty_weight=0.0, cost=NegativeLogLikelihood())
+    loss(model, guide)(x).backward()
+    found = [net.loc.weight.grad, first.weight.grad]
+
+    def mean(a, b, leave_out=0):
+        return ((-torch.cdist(a, b).square() / 2).exp().sum() - leave_out) / (len(a) * (len(b) - (leave_out > 0)))
+
+    h = hidden(net.loc(x))
+    a, b = h[treated], h[~treated]
+    gap = 10 * (mean(a, a, len(a)) + mean(b, b, len(b)) - 2 * mean(a, b))
+    expected = ((x - h[:, :D]).square() + math.log(2 * math.pi)).sum(1).mean() / 2 + gap
+    assert loss.terms.costs["transfer"].item() == pytest.approx(gap.item(), rel=1e-9)
+    torch.testing.assert_close(found, list(torch.autograd.grad(expected, [net.loc.weight, first.weight])))
+
+
 @pytest.mark.parametrize("micro_batch", [None, 4])
 def test_masked_data_count_for_nothing(micro_batch):
     x, kept = data(), torch.arange(N) % 3 > 0

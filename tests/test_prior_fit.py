@@ -104,6 +104,14 @@ def test_model_and_guide_stay_as_they_are():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_it_is_fitted_where_gradients_are_off(without_gradients):
+    prior = LazyNormal()
+    with without_gradients():
+        priors.fit(model, guide, torch.randn(200, D), prior=prior, steps=200, learning_rate=0.05)
+    assert (prior().stddev.detach() - 2).abs().max() < 0.5  # codes are 2 x + 1
+
+
 def test_a_prior_without_parameters_is_named():
     prior = dist.Normal(torch.zeros(D), 1.0).to_event(1)
     with pytest.raises(ValueError, match=r"no parameter to be learnt.*MixturePrior"):

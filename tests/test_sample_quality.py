@@ -136,6 +136,16 @@ def test_precision_and_recall_are_the_fractions_inside_balls():
     assert 0 < found.precision < found.recall
 
 
+def test_rows_of_two_precisions_are_compared_in_the_higher_one():
+    rows, drawn = torch.randn(2, 12, 2)
+    assert precision_recall(rows.double(), drawn) == precision_recall(rows, drawn)
+
+
+def test_a_transform_that_returns_nothing_is_named():
+    with pytest.raises(TypeError, match=r"What transform returns must be a dense tensor.* found None"):
+        sample_quality(model, data(), precision_recall, transform=lambda rows: None)
+
+
 def test_a_site_that_is_not_observed_is_named():
     with pytest.raises(ValueError, match=r"site must be 'x', found 'z'"):
         sample_quality(model, data(), precision_recall, site="z")

@@ -1,5 +1,6 @@
 """A model of scvi-tools trained by its own training plans with `WAELoss` in place of the ELBO, beside scVI itself."""
 
+import os
 import warnings
 
 import pyro
@@ -16,7 +17,7 @@ from pyro_wae.predict import encode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of scvi-tools and what it imports
-    scvi = pytest.importorskip("scvi", reason="pip install scvi-tools, in an environment of its own")
+    scvi = pytest.importorskip("scvi", reason="make test-scvi")
     from scvi import REGISTRY_KEYS, train
     from scvi.data import AnnDataManager, fields, synthetic_iid
     from scvi.model.base import BaseModelClass, PyroSviTrainMixin
@@ -97,37 +98,71 @@ def wae():
     return WAELoss(MMD(), cost=NegativeLogLikelihood(), condition="batch", penalty_weight=1000.0)
 
 
-def accuracy(codes, batch):
-    """How well a classifier reads the batch off codes; 0.5 where they are mixed."""
-    models = pytest.importorskip("sklearn.ensemble")
-    selection = pytest.importorskip("sklearn.model_selection")
-    forest = models.RandomForestClassifier(50, random_state=0)
-    return selection.cross_val_score(forest, codes, batch[:, 0], cv=4).mean()
-
-
-def test_its_training_plan_trains_a_wae_as_well_as_scvi_trains_its_vae(cells):
+@pytest.fixture(scope="module")
+def trained(cells):
+    """Costs of a WAE before and after its training and of scVI, and the rows in which batches may be mixed."""
     CountsModel.setup_anndata(cells, batch_key="batch")
     model, loss = CountsModel(cells), wae()
     x, batch = tensors(cells)
     program = model.module.model, model.module.guide
     loss_before = wae()
     loss_before.loss(*program, x, batch)
-    plan = {"loss_fn": loss, "optim": pyro.optim.Adam({"lr": 5e-3})}
-    model.train(max_epochs=40, plan_kwargs=plan, **OPTIONS)
+    model.train(max_epochs=40, plan_kwargs={"loss_fn": loss, "optim": pyro.optim.Adam({"lr": 5e-3})}, **OPTIONS)
     loss.loss(*program, x, batch)
-    codes = encode(*program, x, batch)["z"]
 
     scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
     vae = scvi.model.SCVI(cells, gene_likelihood="nb", n_latent=5, n_hidden=64)
     vae.train(max_epochs=40, plan_kwargs={"lr": 5e-3}, **OPTIONS)
-    reconstruction = vae.get_reconstruction_error()["reconstruction_loss"].item()
-    mixed = [accuracy(rows, batch) for rows in (codes, vae.get_latent_representation(), x)]
-    print(f"cost {loss_before.terms.cost:.1f} -> {loss.terms.cost:.1f}, of scVI {reconstruction:.1f}")
-    print("accuracy of the batch from codes {:.2f}, from those of scVI {:.2f}, from counts {:.2f}".format(*mixed))
+    costs = [loss_before.terms.cost, loss.terms.cost, vae.get_reconstruction_error()["reconstruction_loss"].item()]
+    print("cost {:.1f} -> {:.1f}, of scVI {:.1f}".format(*costs))
+    codes = encode(*program, x, batch)["z"].numpy()
+    return costs, {"WAE": codes, "scVI": vae.get_latent_representation(), "counts": x.numpy()}
+
+
+def test_its_training_plan_trains_a_wae_as_well_as_scvi_trains_its_vae(trained):
+    (before, after, of_scvi), _ = trained
     # Genes of `synthetic_iid` are independent draws: what there is to learn is the mean of each gene in each batch.
-    assert loss.terms.cost < loss_before.terms.cost - 10
-    assert loss.terms.cost < 1.02 * reconstruction
-    assert mixed[0] < 0.6 < mixed[2]
+    assert after < before - 10
+    assert after < 1.02 * of_scvi
+
+
+def test_a_classifier_cannot_read_the_batch_off_the_codes(cells, trained):
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    selection = pytest.importorskip("sklearn.model_selection")
+    forest = ensemble.RandomForestClassifier(50, random_state=0)
+    found = {
+        name: selection.cross_val_score(forest, rows, cells.obs["batch"], cv=4).mean()
+        for name, rows in trained[1].items()
+    }
+    print("accuracy of the batch:", {name: f"{value:.2f}" for name, value in found.items()})
+    assert found["WAE"] < 0.6 < found["counts"]
+
+
+def test_neighbours_in_codes_and_umap_are_of_both_batches(cells, trained, tmp_path):
+    """The share of the other batch among 15 neighbours, 0.5 where batches are mixed, in scanpy's graph and its UMAP."""
+    scanpy = pytest.importorskip("scanpy")
+    pytest.importorskip("umap")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    batch, found = (cells.obs["batch"] == "batch_1").to_numpy(), {}
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    for panel, (name, rows) in zip(axes, trained[1].items(), strict=True):
+        cells.obsm["rows"] = rows
+        scanpy.pp.neighbors(cells, n_neighbors=15, use_rep="rows")
+        shares = [other_batch(cells.obsp["distances"], batch)]
+        scanpy.tl.umap(cells, random_state=0)
+        scanpy.pp.neighbors(cells, n_neighbors=15, use_rep="X_umap")
+        found[name] = [*shares, other_batch(cells.obsp["distances"], batch)]
+        scanpy.pl.umap(cells, color="batch", title=name, ax=panel, show=False, legend_loc=None, size=20)
+    print("neighbours of the other batch (codes, UMAP):", {k: [f"{x:.2f}" for x in v] for k, v in found.items()})
+    figure.savefig(os.environ.get("PYRO_WAE_UMAP", tmp_path / "umap.png"), dpi=80)
+    assert min(found["WAE"]) > 0.4
+    assert max(found["counts"]) < 0.1
+
+
+def other_batch(distances, batch):
+    """The share of pairs of neighbours that join two batches."""
+    rows, columns = distances.nonzero()
+    return (batch[rows] != batch[columns]).mean()
 
 
 @pytest.mark.parametrize("plan", ["PyroTrainingPlan", "LowLevelPyroTrainingPlan"])

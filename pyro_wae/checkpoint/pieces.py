@@ -293,7 +293,9 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
             pieces[name] = GeneratorPiece(part)
         elif isinstance(part, torch.optim.Optimizer):
             pieces[name] = OptimizerPiece(part)
-        elif all(callable(getattr(part, method, None)) for method in ("state_dict", "load_state_dict")):
+        elif not isinstance(part, type) and all(
+            callable(getattr(part, method, None)) for method in ("state_dict", "load_state_dict")
+        ):
             pieces[name] = Piece(part)
         else:
             raise TypeError(

@@ -30,7 +30,7 @@ from pyro_wae.demo.overview import overview
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD, PriorLikelihood
-from pyro_wae.plotting import codes_and_prior, image_grid, loss_curves, reconstructions
+from pyro_wae.plotting import WIDTH, codes_and_prior, image_grid, loss_curves, reconstructions, styled_figure
 from pyro_wae.priors import MixturePrior
 
 TESTED = 1000
@@ -44,7 +44,8 @@ def make_loss(args: argparse.Namespace) -> WAELoss:
     """The loss of either prior."""
     if args.prior == "mixture":
         # The codes go to the prior by the one, and the prior to the codes by the other, which is maximum likelihood.
-        return WAELoss(MMD() + PriorLikelihood(), penalty_weight=args.penalty_weight or 100.0)
+        weight = 100.0 if args.penalty_weight is None else args.penalty_weight
+        return WAELoss(MMD() + PriorLikelihood(), penalty_weight=weight)
     return WAELoss(MMD(), penalty_weight=args.penalty_weight)
 
 
@@ -146,12 +147,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in {"epochs": 1, "batch-size": 1, "zdim": 2, "seed": 0, "penalty-weight": 0}.items():
+        found = getattr(args, name.replace("-", "_"))
+        if found is not None and found < least:
+            parser.error(f"argument --{name}: must be >= {least}, found {found}")
+    if min(args.learning_rate, args.prior_rate) <= 0:
+        parser.error("arguments --learning-rate and --prior-rate: must be > 0")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {args.device!r} cannot be used here ({reason}). Write --device cpu")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, evaluates, and prints the results."""
     args = parse_args(argv)
+    with styled_figure((WIDTH, 1.0)):
+        pass  # without matplotlib, an error before the training and not after it
     pyro.set_rng_seed(args.seed)
     parts = load_digits(args.data, root=args.root, parts=("train", "heldout", "test"))
     if args.smoke:

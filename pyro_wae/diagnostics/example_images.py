@@ -103,10 +103,12 @@ def _paths(gathered: Gathered, count: int) -> dict[str, Tensor]:
 
 
 def check_shape(shape: Any) -> None:
-    """Raises TypeError unless it is a shape, a dict of shapes, or None."""
+    """Raises TypeError or ValueError unless it is a shape, a dict of shapes, or None."""
     for size in shape.values() if isinstance(shape, Mapping) else [shape] * (shape is not None):
-        is_shape = isinstance(size, Sequence) and not isinstance(size, str | bytes) and all(map(checks.is_number, size))
+        is_shape = isinstance(size, Sequence) and not isinstance(size, str | bytes)
         checks.accepted("shape", size, is_shape, "an image's shape, or a dict of them by site", write="shape=(28, 28)")
+        for side in size:
+            checks.whole("Each number of shape", side, write="shape=(28, 28)")
 
 
 def _by_site(shape: Shapes, names: list[str]) -> dict[str, tuple[int, ...]]:

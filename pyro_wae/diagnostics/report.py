@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyro_wae._core.checks import number, text, whole
+from pyro_wae._core.checks import accepted, number, text, whole
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
 from pyro_wae.diagnostics.comparison import Comparison, Moments, compare_site
@@ -171,6 +172,9 @@ def report(
     check_shape(shape)
     if batches is not None and args:
         raise TypeError("Data are given twice. Write report(model, guide, x) or report(model, guide, batches=loader).")
+    if batches is not None:
+        is_right = isinstance(batches, Iterable) and not isinstance(batches, Tensor | Mapping | str | bytes)
+        accepted("batches", batches, is_right, "an iterable of batches", write="batches=DataLoader(data, 100)")
     items = [args] if batches is None else batches
     _, own_seed = new_generator(seed)
     _, own_seed = new_generator(own_seed)  # the tests take the stream of the first
@@ -216,11 +220,7 @@ def _as_costs(cost: Any) -> Cost | dict[str, Cost]:
 
 def _as_json(value: Any) -> Any:
     """Records as dicts and tuples as lists, as JSON reads them back."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
 def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:

@@ -93,6 +93,7 @@ def sample_quality(
         raise ValueError(
             "There are no data: no argument is a tensor with rows. Write sample_quality(model, x, metric)."
         )
+    checks.tensor("x", first, write="sample_quality(model, x.to_dense(), metric)")
     if is_metric:
         metric.reset()
     found = []
@@ -101,6 +102,7 @@ def sample_quality(
             rows = slice(start, start + size)
             pair = _pair(model, [part_of(value, rows, len(first)) for value in args], site, random)
             data, samples = pair if transform is None else map(transform, pair)
+            checks.tensor("What transform returns", samples, write="transform=lambda x: x.flatten(1)")
             if is_metric:
                 metric.update(data, real=True)
                 metric.update(samples, real=False)
@@ -141,6 +143,8 @@ def precision_recall(data: Tensor, samples: Tensor, *, neighbours: int = 3) -> P
             f"data and samples must have rows of one length, found shapes {tuple(rows.shape)} and "
             f"{tuple(drawn.shape)}. Take the features of both by one network."
         )
+    dtype = torch.promote_types(rows.dtype, drawn.dtype)
+    rows, drawn = rows.to(dtype), drawn.to(dtype)
     return PrecisionRecall(precision=_covered(drawn, rows, k), recall=_covered(rows, drawn, k))
 
 

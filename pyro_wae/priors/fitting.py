@@ -52,7 +52,8 @@ def fit(
         The fitted prior.
 
     Raises:
-        ValueError: If an argument is out of range, or the prior has no learnable parameter.
+        ValueError: If an argument is out of range, the prior has no learnable parameter, or its draws have another
+            size than codes.
         TypeError: If the prior is neither a module nor a distribution.
 
     Source: Ghosh, Sajjadi, Vergari, Black, Schoelkopf, "From Variational to Deterministic Autoencoders", 2020,
@@ -77,25 +78,38 @@ def fit(
     steps = whole("steps", steps, least=1, write="steps=1500")
     batch_size = whole("batch_size", batch_size, least=1, write="batch_size=500")
     learning_rate = number("learning_rate", learning_rate, above=0, write="learning_rate=0.02")
-    codes = code_rows(model, guide, *args, data_plate=data_plate, **kwargs)[0]
     parameters = _parameters(prior)
-    if isinstance(prior, MixturePrior):
-        prior.standardized = False
-        prior.to(codes).initialise(codes)
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = codes.new_empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < min(batch_size, len(codes)):
-            order = torch.randperm(len(codes), device=codes.device)
-        batch, order = order[:batch_size], order[batch_size:]
+    # Also where the caller has turned gradients off, as around an evaluation.
+    with torch.inference_mode(False), torch.enable_grad():
+        codes = code_rows(model, guide, *args, data_plate=data_plate, **kwargs)[0].clone()
+        if isinstance(prior, MixturePrior):
+            prior.standardized = False
+            prior.to(codes).initialise(codes)
+        _check_size(distribution_of(prior, write=WRITE), codes.shape[1])
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        order = codes.new_empty(0, dtype=torch.long)
+        for _ in range(steps):
+            if len(order) < min(batch_size, len(codes)):
+                order = torch.randperm(len(codes), device=codes.device)
+            batch, order = order[:batch_size], order[batch_size:]
+            optimizer.zero_grad()
+            loss = -distribution_of(prior, write=WRITE).log_prob(codes[batch]).mean()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
         optimizer.zero_grad()
-        loss = -distribution_of(prior, write=WRITE).log_prob(codes[batch]).mean()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    optimizer.zero_grad()
     return prior
+
+
+def _check_size(distribution: Any, d: int) -> None:
+    """Raises ValueError unless a draw is a code: broadcasting would fit one number to all dimensions."""
+    shape = distribution.batch_shape + distribution.event_shape
+    if shape.numel() != d:
+        raise ValueError(
+            f"prior must be the distribution of one code of {d} numbers, found draws of shape {tuple(shape)}. Write "
+            f"prior=MixturePrior(100, {d})."
+        )
 
 
 def _parameters(prior: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.checks import accepted, flag, function, number, whole
+from pyro_wae._core.checks import accepted, flag, function, number, tensor, whole
 from pyro_wae._core.distributions import innermost
 
 
@@ -172,15 +172,14 @@ class MixturePrior(nn.Module):
             codes: Shape (n, d), n >= K.
 
         Raises:
-            TypeError: If codes are no tensor.
+            TypeError: If codes are no dense tensor.
             ValueError: If the shape is another, or a code is not finite.
 
         Source: Arthur, Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
         """
         count, d = self.locs.shape
         write = "Write prior.initialise(encoder(images[:1000]))."
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"codes must be a tensor of shape (n, {d}), found {type(codes).__name__}. {write}")
+        tensor("codes", codes, write="prior.initialise(encoder(images[:1000]))")
         if codes.ndim != 2 or codes.shape[1] != d or len(codes) < count:
             raise ValueError(f"codes must be of shape (n, {d}) with n >= {count}, found {tuple(codes.shape)}. {write}")
         codes = codes.to(self.locs)
@@ -248,11 +247,11 @@ class VampPrior(nn.Module):
         # In a tuple, a module is not registered a second time.
         self._encoder = (function("encoder", encoder, "a module or a function from data to codes", write=write),)
         self.standardized = flag("standardized", standardized)
-        if not isinstance(pseudo_inputs, Tensor) or not pseudo_inputs.is_floating_point() or pseudo_inputs.ndim < 2:
-            found = getattr(pseudo_inputs, "dtype", type(pseudo_inputs).__name__)
+        tensor("pseudo_inputs", pseudo_inputs, write=write)
+        if not pseudo_inputs.is_floating_point() or pseudo_inputs.ndim < 2 or not len(pseudo_inputs):
             raise TypeError(
-                f"pseudo_inputs must be a tensor of floats of shape (K, ...), found {found} of shape "
-                f"{tuple(getattr(pseudo_inputs, 'shape', ()))}. Write {write}."
+                f"pseudo_inputs must be floats of shape (K, ...) with K >= 1, found {pseudo_inputs.dtype} of shape "
+                f"{tuple(pseudo_inputs.shape)}. Write {write}."
             )
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.logits = nn.Parameter(pseudo_inputs.new_zeros(len(pseudo_inputs)))
