@@ -171,5 +171,5 @@ def _as_then(state: dict[str, Any], handlers: list[Any], device: torch.device) -
 
 
 def _default_device() -> torch.device:
-    # torch.get_default_device() of torch 2.4 does not know `with torch.device(...)`.
+    # torch.get_default_device() of torch 2.6 does not know `with torch.device(...)`.
     return torch.empty(0).device

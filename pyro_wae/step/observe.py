@@ -231,7 +231,14 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if node["mask"] is not None:
             values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
         if data_frame(node, found.plate) is not None:
-            own = Site(name, fn, values, *layout(node, found.plate)).rows(at_least_float32(values), 0)
+            shape, *dims = layout(node, found.plate)
+            try:
+                own = Site(name, fn, values, shape, *dims).rows(at_least_float32(values), 0)
+            except ValueError:
+                raise ValueError(
+                    f"pyro.factor '{name}' has shape {tuple(values.shape)} where its plates give {shape}. Write the "
+                    f"sum of what belongs to one datum: pyro.factor('{name}', value.sum(-1))."
+                ) from None
             own = own.flatten(2).sum(2) if own.ndim > 2 else own
             rows[name] = rows[name] + own if name in rows else own
         else:
