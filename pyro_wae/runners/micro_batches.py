@@ -127,6 +127,7 @@ def _warm_up(observer: Observer, batch: _Batch) -> None:
     """Lets model and guide make what they make at their first run, for which a run may draw random numbers."""
     with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
         _run(observer, batch)
+    torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
 
 
 def _without_activations(observer: Observer, batch: _Batch) -> Step:

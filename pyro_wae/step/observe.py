@@ -105,6 +105,7 @@ class Observer:
         # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
         with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
             traces = trace_pair(self.model, self.guide, args, kwargs, math.inf)
+        torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
         stacks = [
             node["cond_indep_stack"] for trace in traces for node in trace.nodes.values() if node["type"] == "sample"
         ]
