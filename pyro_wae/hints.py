@@ -11,6 +11,7 @@ from typing import Any
 from pyro import poutine
 from torch import nn
 
+from pyro_wae._core.distributions import distribution_tensors
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import depends_on_data
@@ -75,6 +76,8 @@ class Hints:
                 "and codes: kernel lengths, the penalty weight, a discriminator. Make a WAELoss for each model.",
             )
         self._training.steps += 1
+        if self._training.steps == 1:
+            self._without_gradient(step)
         if step.factors or step.once:
             self._factor(observer, [*step.factors, *step.once])
         if observer.condition is None and "condition" not in self._given and step.prior_varies:
@@ -86,6 +89,17 @@ class Hints:
                     "the prior depends on, an argument of the model or an observed site: WAELoss(condition='y').",
                     UserWarning,
                     stacklevel=4,
+                )
+
+    def _without_gradient(self, step: Step) -> None:
+        for name, site in step.first.observed.items():
+            costs, learnt = step.costs.get(name), (t.requires_grad for t in distribution_tensors(site.distribution))
+            if costs is not None and not costs.requires_grad and any(learnt) and bool(costs.any()):  # 0 is meant
+                self._say(
+                    f"gradient {name}",
+                    f"The cost of observed site '{name}' has no gradient: the decoder does not learn from it. Write "
+                    "a cost without .detach(), comparisons and rounding: "
+                    "lambda x, g: (x - g).square().flatten(1).sum(1).",
                 )
 
     def _factor(self, observer: Observer, names: list[str]) -> None:

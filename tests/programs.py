@@ -559,8 +559,7 @@ PROGRAMS = {
     ),
     "broadcast": Program(
         broadcast,
-        error=("At site 'x', batch dimension -2 has size", "plates give 1", ".to_event("),
-        but={"vectorised particles": "Give the decoder's output the shape of the data"},
+        error=("'x' has data of shape (", "(Normal) is of shape", "Give the decoder's output the shape of the data"),
     ),
     "dimension without a plate": Program(
         undeclared_dimension,

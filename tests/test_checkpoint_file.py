@@ -120,6 +120,10 @@ def test_a_checkpoint_of_format_1_resumes_where_it_would_have_gone(route, path):
     pyro.set_rng_seed(99)
     parts, step = make_former_training(route)
     assert load_checkpoint(path, **parts) == {"step": 5}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if torch.empty(8).bernoulli_(0.5).tolist() != [0, 0, 1, 0, 0, 0, 1, 1]:
+            pytest.skip("it is loaded, and this torch drops other units with the same random state")
     found = [step(torch.randn(8, 4)) for _ in range(8)]
     # Bit by bit on the machine that wrote them; sums are rounded in another order elsewhere.
     assert found == pytest.approx(expected, rel=1e-4)

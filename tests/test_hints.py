@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import SVI
 
 from pyro_wae import WAELoss
+from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.penalties import MMD, JensenShannon, SlicedWasserstein
 
 X = torch.linspace(-1, 1, 48).reshape(16, 3)
@@ -85,3 +86,29 @@ def test_a_loss_that_goes_on_with_another_model_is_said_once(penalty):
     assert "trained with another model and guide" in text
     assert "Make a WAELoss for each model" in text
     assert said(train, loss, other) == []
+
+
+COSTS_WITHOUT_A_GRADIENT = {
+    "detached": lambda x, g: (x - g).detach().square().sum(1),
+    "of the data alone": lambda x, g: x.square().sum(1),
+    "counted": lambda x, g: (x.sign() != g.sign()).float().sum(1),
+    "rounded": lambda x, g: (x - g.detach().round()).abs().sum(1),
+}
+
+
+@pytest.mark.parametrize("name", COSTS_WITHOUT_A_GRADIENT)
+def test_a_cost_from_which_the_decoder_does_not_learn_is_said_once(name):
+    net, loss = AutoEncoder(3, 2), WAELoss(cost=COSTS_WITHOUT_A_GRADIENT[name], penalty_weight=1.0)
+    (text,) = said(train, loss, net)
+    assert text.startswith("The cost of observed site 'x' has no gradient")
+    assert said(train, loss, net) == []
+    assert net.decoder.weight.grad is None or not net.decoder.weight.grad.any()
+    line = eval(text.rsplit("rounding: ")[1].rstrip("."))
+    for cost in (line, lambda x, g: 0 * g.detach().sum(1), NegativeLogLikelihood()):
+        assert said(train, WAELoss(cost=cost, penalty_weight=1.0), net) == []
+
+
+def test_a_cost_without_a_gradient_is_meant_where_nothing_can_learn_from_it():
+    net = AutoEncoder(3, 2)
+    net.eval().requires_grad_(False)
+    assert said(train, WAELoss(penalty_weight=1.0), net) == []

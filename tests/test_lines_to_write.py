@@ -87,14 +87,22 @@ def plates(*, model="data", guide="data"):
     return its_model, its_guide
 
 
-def observing(value_of):
+def observing(value_of, output=around):
     """A program that observes what a function makes of the data."""
 
     def model(x, index, seen):
         with all_data(x, index):
-            pyro.sample("x", around(pyro.sample("z", normal(x))), obs=value_of(x))
+            pyro.sample("x", output(pyro.sample("z", normal(x))), obs=value_of(x))
 
     return model, pair()[1]
+
+
+def labels(x):
+    return (x[:, 0] > 0).long()
+
+
+def one_of_three(z):
+    return dist.OneHotCategorical(logits=z)
 
 
 def condition_alone(x, index, seen):
@@ -253,6 +261,10 @@ def masked_normal(loc):
     return dist.Normal(loc, 1.0).mask(X[:, :1] > 0).to_event(1)
 
 
+def masked_prior(x):
+    return masked_normal(torch.zeros_like(encoded(x)))
+
+
 GUARD = {"penalty": MMD(Gaussian(1.0)) + LogVarianceL1()}
 GAUSSIAN_GUIDE = pair(code=lambda loc: dist.Normal(loc, 1.0).to_event(1))
 # The message, by what it shows: a program that it is for, and the same with the line that it says to write.
@@ -301,6 +313,30 @@ CASES = {
     "mask that is computed from the data": (
         go(masked_by(lambda first, x: first > 0)),
         go(masked_by(lambda first, x: x[:, 0] > 0)),
+    ),
+    "around site 'z' in model and guide": (
+        go(pair(code=lambda loc: delta(loc).mask(X[:, 0] > 0))),
+        go(tuple(poutine.mask(program, mask=X[:, 0] > 0) for program in pair())),
+    ),
+    "write the model's as dist.Normal(x.new_zeros((3,)), 1).to_event(1)": (
+        lambda: unvalidated(go(pair(prior=lambda x: normal(x, 2)))),
+        go(pair(prior=lambda x: dist.Normal(x.new_zeros((3,)), 1).to_event(1))),
+    ),
+    "pyro.factor('f', value.sum(-1))": (
+        go(with_(lambda x, z, seen: pyro.factor("f", x[:, :1] * torch.ones(N)))),
+        go(with_(lambda x, z, seen: pyro.factor("f", (x[:, :1] * torch.ones(N)).sum(-1)))),
+    ),
+    "Write .to_event(1) if it belongs to the value of one datum": (
+        go(observing(lambda x: x[:, 0], lambda z: dist.Normal(z[:, :1], 1))),
+        go(observing(lambda x: x[:, :1], lambda z: dist.Normal(z[:, :1], 1).to_event(1))),
+    ),
+    "Write obs=x.unsqueeze(-1)": (
+        go(observing(lambda x: x[:, 0], lambda z: around(z[:, :1]))),
+        go(observing(lambda x: x[:, 0].unsqueeze(-1), lambda z: around(z[:, :1]))),
+    ),
+    "obs=torch.nn.functional.one_hot(x, classes)": (
+        lambda: unvalidated(go(observing(labels, one_of_three))),
+        go(observing(lambda x: torch.nn.functional.one_hot(labels(x), 3), one_of_three)),
     ),
     "Write into the guide: x = x.nan_to_num()": (
         lambda: unvalidated(go(nan_codes(lambda x: x))),
@@ -375,10 +411,8 @@ CASES = {
         go(GAUSSIAN_GUIDE, penalty=PosteriorKL()),
     ),
     "Write .mask(mask) in both": (
-        go(pair(code=masked_normal), penalty=PosteriorKL()),
-        go(
-            pair(prior=lambda x: masked_normal(torch.zeros_like(encoded(x))), code=masked_normal), penalty=PosteriorKL()
-        ),
+        go(pair(prior=masked_prior, code=lambda loc: dist.Normal(loc, 1.0).to_event(1)), penalty=PosteriorKL()),
+        go(pair(prior=masked_prior, code=masked_normal), penalty=PosteriorKL()),
     ),
     "encoder = torch.compile(encoder)": (lambda: WAELoss(jit_options={}), lambda: torch.compile(nn.Linear(2, 2))),
     "Write max_plate_nesting": (lambda: WAELoss(max_iarange_nesting=1), lambda: WAELoss(max_plate_nesting=1)),

@@ -408,7 +408,7 @@ def test_a_prior_that_draws_codes_of_data_gives_their_reconstructions():
 def test_a_fitted_prior_samples_where_the_codes_are():
     # Codes N(-5, 1) of data N(0, 1), far from the model's prior: x = 3 z + 1 has the mean -14.
     pyro.set_rng_seed(0)
-    fitted = priors.fit(model, guide, torch.randn(500, 2), prior=priors.MixturePrior(3, 2), steps=50)
+    fitted = priors.fit(model, guide, torch.randn(500, 2), prior=priors.MixturePrior(3, 2), steps=400)
     bound = WAELoss()(model, guide)
     bound(torch.randn(20, 2))
     outputs = bound.sample(2000, prior=fitted)["x"]

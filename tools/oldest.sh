@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 folder=${1:-build/oldest}
 rm -rf "$folder"
 "${PYTHON:-python3.11}" -m venv "$folder"
-# "torch>=2.4" becomes "torch==2.4", which pip reads as 2.4.0.
+# "torch>=2.6" becomes "torch==2.6", which pip reads as 2.6.0.
 "$folder/bin/python" -c '
 import tomllib
 with open("pyproject.toml", "rb") as file:

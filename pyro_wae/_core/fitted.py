@@ -59,5 +59,8 @@ class FittedBuffers(nn.Module):
             if isinstance(value, Tensor) and (value.shape == own.shape or name in self._any_shape):
                 self.set_fitted(name, value if own.is_meta else value.to(own.device))
                 self._is_fitted[name] = value.numel() > 0 and not bool(value.isnan().any())
+            elif isinstance(value, Tensor) and own.ndim == 0 and value.ndim == 1 and len(value) != 1:
+                # torch 2.6 would take the first of several numbers.
+                args[-1].append(f"size mismatch for {prefix}{name}: {tuple(value.shape)} saved, one number expected.")
         self.after_loading()
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -81,9 +81,10 @@ class Site:
         for dim in range(-len(batch), 0):
             planned = self.shape[dim] if -dim <= len(self.shape) else 1
             if batch[dim] not in (1, planned):
+                own = -dim if dim > self.data_dim else self.data_dim - dim  # dimensions that are not the data's
                 raise ValueError(
                     f"At site '{self.name}', batch dimension {dim} has size {batch[dim]} where its plates give "
-                    f"{planned}. Write .to_event({-dim}) if it belongs to the value of one datum, or put the site "
+                    f"{planned}. Write .to_event({own}) if it belongs to the value of one datum, or put the site "
                     f"under pyro.plate(..., {batch[dim]}, dim={dim})."
                 )
         if batch != self.shape:

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -230,7 +231,9 @@ class JensenShannon(FittedBuffers, Penalty):
                 self._own.zero_grad()
                 self._loss(q, p, log_prob).backward()
                 if self._gradient_is_usable(are_finite):
-                    self._own.step()
+                    # Adam of torch 2.6 makes what it keeps on the default device.
+                    with nullcontext() if self._own.state else q.device:
+                        self._own.step()
         finally:
             self._own.zero_grad()
             self._learn(False)

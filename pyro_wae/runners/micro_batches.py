@@ -127,6 +127,7 @@ def _warm_up(observer: Observer, batch: _Batch) -> None:
     """Lets model and guide make what they make at their first run, for which a run may draw random numbers."""
     with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
         _run(observer, batch)
+    torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
 
 
 def _without_activations(observer: Observer, batch: _Batch) -> Step:
@@ -171,5 +172,5 @@ def _as_then(state: dict[str, Any], handlers: list[Any], device: torch.device) -
 
 
 def _default_device() -> torch.device:
-    # torch.get_default_device() of torch 2.4 does not know `with torch.device(...)`.
+    # torch.get_default_device() of torch 2.6 does not know `with torch.device(...)`.
     return torch.empty(0).device

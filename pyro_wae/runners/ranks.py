@@ -113,6 +113,7 @@ class Ranks(Runner):
                 with poutine.trace(param_only=True) as seen:
                     self.runner.observe(observer, args, kwargs)
                 parameters = _parameters(seen.trace)
+            torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
             self._exchange(_Report(STARTS))
         self._copy_of_first(parameters)
         self._has_one_start = True

@@ -105,6 +105,7 @@ class Observer:
         # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
         with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
             traces = trace_pair(self.model, self.guide, args, kwargs, math.inf)
+        torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
         stacks = [
             node["cond_indep_stack"] for trace in traces for node in trace.nodes.values() if node["type"] == "sample"
         ]
@@ -231,7 +232,14 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if node["mask"] is not None:
             values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
         if data_frame(node, found.plate) is not None:
-            own = Site(name, fn, values, *layout(node, found.plate)).rows(at_least_float32(values), 0)
+            shape, *dims = layout(node, found.plate)
+            try:
+                own = Site(name, fn, values, shape, *dims).rows(at_least_float32(values), 0)
+            except ValueError:
+                raise ValueError(
+                    f"pyro.factor '{name}' has shape {tuple(values.shape)} where its plates give {shape}. Write the "
+                    f"sum of what belongs to one datum: pyro.factor('{name}', value.sum(-1))."
+                ) from None
             own = own.flatten(2).sum(2) if own.ndim > 2 else own
             rows[name] = rows[name] + own if name in rows else own
         else:

@@ -226,6 +226,13 @@ def latent_site(name: str, sample: Sample, in_guide: Sample, plate: str) -> Site
             "particles would share one code. Write the guide's pyro.sample("
             f"'{name}', ...) inside the same plates as the model's."
         )
+    event = tuple(value.shape[value.ndim - fn.event_dim :])
+    if event != fn.event_shape:
+        raise ValueError(
+            f"Latent site '{name}' has values of shape {event} in the guide and {tuple(fn.event_shape)} in the model, "
+            "and codes are compared with prior draws number by number. Give both distributions one event shape: "
+            f"write the model's as dist.Normal(x.new_zeros({event}), 1).to_event({len(event)})."
+        )
     if isinstance(site.scale, Tensor) and site.scale.numel() != 1:
         raise ValueError(
             f"Latent site '{name}' has a poutine.scale of shape {tuple(site.scale.shape)}, and a penalty compares "
@@ -250,19 +257,24 @@ def observed_site(name: str, sample: Sample, plate: str) -> Site:
             f"pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time, or obs=torch.as_tensor(x)."
         )
     if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
+        write = f"Write .to_event({fn.event_dim - 1}), which leaves the first dimension to the data plate."
+        if fn.event_dim == 1:
+            write = "Write obs=x.unsqueeze(-1), or for labels obs=torch.nn.functional.one_hot(x, classes)."
         raise ValueError(
             f"Observed site '{name}' has data of shape {tuple(value.shape)}, all of them one event: the whole batch "
-            f"would be the datum of each of {shape[data_dim]} data. Write .to_event({fn.event_dim - 1}), which leaves "
-            "the first dimension to the data plate."
+            f"would be the datum of each of {shape[data_dim]} data. {write}"
         )
     if value.shape != fn.shape():
         try:
             value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-        except RuntimeError as error:
+            fits = value.shape[: value.ndim - fn.event_dim] == fn.batch_shape
+        except RuntimeError:
+            fits = False
+        if not fits:
             raise ValueError(
-                f"Observed site '{name}' has data of shape {tuple(value.shape)}, and its distribution "
+                f"Observed site '{name}' has data of shape {tuple(sample.value.shape)}, and its distribution "
                 f"({family(fn)}) is of shape {tuple(fn.shape())}. Give the decoder's output the shape of the data."
-            ) from error
+            )
     return Site(name, fn, value, shape, data_dim, particle_dim, mask_of(sample), *scales(sample.node, plate))
 
 

@@ -331,7 +331,8 @@ class Step:
         if dim == 1:
             first.check_once("micro_batch")
             changes["condition_is_masked"] = any(part.condition_is_masked for part in parts)
-            changes["prior_varies"] = any(part.prior_varies for part in parts)
+            # Of a single datum it cannot be known, and it counts as one whose prior does.
+            changes["prior_varies"] = any(p.prior_varies for p in [p for p in parts if p.data > 1] or parts)
             if first.condition is not None:
                 changes["condition"] = joined([part.condition for part in parts if part.condition is not None])
             n = sum(part.data for part in parts)
