@@ -23,7 +23,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PenaltyContext:
     """What is known of the codes and the prior beyond their draws. Everything has a default.
 

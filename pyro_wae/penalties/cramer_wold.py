@@ -191,7 +191,7 @@ def _chebyshev(a: float, b: float, nodes: int = 64) -> tuple[float, list[float]]
     return centre, coefficients[:kept].tolist()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _CramerWoldMean:
     """The kernel's means against N(loc, variance I)."""
 

@@ -95,7 +95,7 @@ def kernel_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
     return None if best is None else best[1](kernel, prior)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NormalMixtureMean:
     """Closed-form means of sum_a w_a exp(-g_a |x - y|^2) against a mixture of Normals with diagonal scales.
 

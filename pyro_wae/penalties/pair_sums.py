@@ -37,7 +37,7 @@ OTHER_BLOCK = (1024, 4096)
 """The same for all other devices: enough to keep them busy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairTerm:
     """A weighted sum over pairs of rows of one set or of two. Row i has the datum i modulo n.
 
@@ -231,7 +231,7 @@ def _at_once(kernel: Kernel, rows: Tensor, term: PairTerm, wanted: bool) -> tupl
     return value, [gradient.mul_(4 * term.between).div_(unit).to(rows.dtype)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A rectangle of the matrix of pairs, which counts ``times`` times, also for its mirror image."""
 
@@ -289,7 +289,7 @@ class _RadialPairs:
         self.swapped[-2:] = self.swapped[-2:].flip(0)
         most = max(map(len, sets))
         height, width = _block_shape(most, centre.device)
-        self.scratch = [centre.new_empty(min(height, most) * min(max(width, height), most)) for _ in range(5)]
+        self.scratch = [centre.new_empty(min(height, most) * min(max(width, height), most)) for _ in range(6)]
 
     def add(self, term: PairTerm, block: Block) -> Tensor:
         """The sum over a block; its part of the gradients is added to them."""

@@ -173,12 +173,12 @@ class Constraint(FittedBuffers, SteppedWeight):
         moves = self.step % stride == 0
         # A step may stand under autocast as a whole; phases of half precision would be off by more than the slack.
         with torch.autocast(codes.device.type, enabled=False):
-            is_finite = self._measure(cost, codes, prior)
+            waves, difference = self._measure(cost, codes, prior)
             if moves and len(prior) >= LEAST_TRACE_ROWS:
-                of_prior = RandomFeatures(self.widths, self.frequencies).of(prior[:TRACE_ROWS])
+                of_prior = waves[-len(prior) :][:TRACE_ROWS]
                 share = max(1 / (self.step + 1), TRACE_SHARE * stride)
-                trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior), share)
-                self.trace = trace.where(is_finite, self.trace)
+                trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior) / FREQUENCIES**2, share)
+                self.trace = trace.where(difference.sum().isfinite(), self.trace)
         self.step += 1
         if self.step >= 2:
             self._average(1, cost, MEMORY)
@@ -198,23 +198,22 @@ class Constraint(FittedBuffers, SteppedWeight):
         self.smoothed, self.earlier = self.smoothed.to(self.weight), self.earlier.to(self.weight)
         self.plateau = self.plateau.to(self.weight)
 
-    def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> Tensor:
-        """Keeps the difference of the features' means; returns whether the step is finite."""
+    def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps the difference of the features' means; returns the waves, and the difference if the step is finite."""
         if self.frequencies.device != prior.device:
             self.to(prior.device)  # the state was loaded from elsewhere
         features = RandomFeatures(self.widths, self.frequencies)
-        if codes.shape[2] > len(self.frequencies):
+        if codes.shape[2] > self.frequencies.shape[0]:
             # As if the shorter codes before had been filled up with zeros, like the masked end of a sequence.
             features = features.extend(codes.shape[2], seed=0)
             self.frequencies = features.frequencies
-        rows, n, m = codes.flatten(0, 1), codes.shape[0] * codes.shape[1], len(prior)
+        rows, (n, m) = codes.flatten(0, 1), (codes.shape[0] * codes.shape[1], prior.shape[0])
         waves = features.waves(torch.cat([rows, prior]))
-        signs = torch.cat([waves[0].new_full((n,), 1 / n), waves[0].new_full((m,), -1 / m)])
-        difference = torch.cat([signs @ wave for wave in waves]).mul_(features.height)
-        # A row of zeros is an empty one. Reading whether a step is usable would wait for an accelerator.
-        is_finite = (cost + difference.sum()).isfinite()
-        self.differences[self.step % self.pool] = difference.where(is_finite, 0.0)
-        return is_finite
+        signs = torch.cat([waves.new_full((n,), features.height / n), waves.new_full((m,), -features.height / m)])
+        # NaN where anything is not finite, and a row of zeros is an empty one. Looking would wait for an accelerator.
+        difference = signs @ waves + (cost - cost)
+        torch.nan_to_num(difference, out=self.differences[self.step % self.pool])
+        return waves, difference
 
     def _ascend(self, stride: int) -> None:
         norms = self.differences.square().sum(1)
@@ -327,14 +326,18 @@ class RandomFeatures:
         """The factor of cosines and sines that makes phi(x) . phi(x) 1."""
         return len(self.widths) ** -0.5
 
-    def waves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps rows (n, d) to cosines and sines, each (n, F) in float32; d may be smaller than the frequencies'."""
-        phases = x.float() @ self.frequencies[: x.shape[1]]
-        return phases.cos(), phases.sin_()
+    def waves(self, x: Tensor) -> Tensor:
+        """Maps rows (n, d) to cosines and sines (n, 2 F) in float32; d may be smaller than the frequencies'."""
+        waves = self.frequencies.new_empty(len(x), 2 * len(self.widths))
+        cosines, phases = waves.chunk(2, 1)
+        torch.mm(x.float(), self.frequencies[: x.shape[1]], out=phases)
+        torch.cos(phases, out=cosines)
+        phases.sin_()
+        return waves
 
     def of(self, x: Tensor) -> Tensor:
         """Maps rows (n, d) to features (n, 2 F), as :meth:`waves` does."""
-        return torch.cat(self.waves(x), 1).mul_(self.height)
+        return self.waves(x).mul_(self.height)
 
 
 def trace_of_squared_covariance(features: Tensor) -> Tensor:
