@@ -33,9 +33,8 @@ from pyro_wae.step.compare import (
     site_label,
 )
 from pyro_wae.step.condition import Condition
-from pyro_wae.step.observe import Observer
+from pyro_wae.step.observe import Observer, trace_pair
 from pyro_wae.step.prior import warn_of_lost_gradient
-from pyro_wae.step.program import trace_pair
 from pyro_wae.step.records import Step, Terms
 from pyro_wae.weights import Constant, Constraint, Weight, as_weight
 

@@ -12,8 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_wae._core.distributions import innermost
 from pyro_wae._core.numerics import at_least_float32
-from pyro_wae.step.plates import layers, subsample_scales
-from pyro_wae.step.program import Run
+from pyro_wae.step.program import Run, layers, subsample_scales
 
 
 def divergence(run: Run, names: Iterable[str]) -> Tensor:

@@ -12,7 +12,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
@@ -20,8 +22,7 @@ from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
 from pyro_wae._core.numerics import joined
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.sites import Site, side_by_side
-from pyro_wae.step.plates import Sample, mask_of
-from pyro_wae.step.program import ReplaySubsamples, Run, is_random
+from pyro_wae.step.program import Run, Sample, is_random, mask_of
 
 MOST_COMPONENTS = 10
 """Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
@@ -234,6 +235,18 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         and callable(value)
         and not isinstance(getattr(value, "__self__", value), nn.Module | type | weakref.ref)
     )
+
+
+class ReplaySubsamples(Messenger):
+    """Gives every plate the subsample that it had in a trace."""
+
+    def __init__(self, trace: Any) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
+            msg["value"] = self.trace.nodes[msg["name"]]["value"]
 
 
 class _StopAfter(ReplaySubsamples):

@@ -309,8 +309,6 @@ class Step:
             ValueError: If they have other sites, or codes of other sizes.
         """
         first = parts[0]
-        if len(parts) == 1:
-            return first
         for part in parts:
             part._check_like(first, dim)
         changes: dict[str, Any] = {
