@@ -1,11 +1,8 @@
-"""Distances and sums that keep their digits, and gradients that are numbers."""
+"""Distances and sums that keep their digits."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,11 +28,6 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def total(scalars: Iterable[Tensor]) -> Tensor:
-    """The sum of scalars, on the device of the first."""
-    return functools.reduce(lambda left, right: left + right.to(left.device), scalars)
-
-
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Squared Euclidean distances between rows, by one matrix product; never an (n, m, d) tensor.
 
@@ -56,27 +48,3 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
     x, y = x - centre, y - centre
     return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * (x @ y.mT)).clamp(min=0)
-
-
-@contextmanager
-def finite_slopes(codes: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
-    """Raises ValueError in a backward pass whose gradient at the codes of a site is not finite, before the encoder's.
-
-    On an accelerator, looking would wait for it, and is left out.
-    """
-
-    def look(site: str, gradient: Tensor) -> None:
-        # Codes are few numbers beside parameters, all of which such a gradient spoils. Where a sum is finite, all is.
-        if gradient.device.type == "cpu" and not (math.isfinite(gradient.sum()) or bool(gradient.isfinite().all())):
-            raise ValueError(
-                f"The loss is finite, and its gradient at the codes of latent site '{site}' is not: a cost, a penalty "
-                "or the decoder has an infinite slope, as a root has at 0. Bound it, as in "
-                "cost=lambda x, g: ((x - g).square().flatten(1).sum(1) + 1e-12).sqrt()."
-            )
-
-    hooks = [value.register_hook(functools.partial(look, site)) for site, value in codes if value.requires_grad]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

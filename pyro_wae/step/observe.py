@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,8 @@ from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.sites import Site, side_by_side
 from pyro_wae.costs import Cost
 from pyro_wae.step.condition import read_condition
+from pyro_wae.step.options import check_names
+from pyro_wae.step.parts import join
 from pyro_wae.step.prior import ReplaySubsamples, draw_prior, prior_varies
 from pyro_wae.step.program import Program, Run, data_frame, layout, subsample_scales
 from pyro_wae.step.records import Step
@@ -87,7 +89,7 @@ class Observer:
         steps = [first]
         while not self.is_vectorized and len(steps) < self.num_particles:
             steps.append(self._read(self.run(args, kwargs, subsample_of or run), args, kwargs, first))
-        return Step.join(steps, 0) if len(steps) > 1 else first
+        return join(steps, 0) if len(steps) > 1 else first
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Run | None = None) -> Run:
         """Runs the guide and replays the model against it, with all particles if they are vectorised."""
@@ -169,15 +171,16 @@ class Runner:
         """Observes model and guide on the data of a step."""
         return observer.observe(args, kwargs)
 
-    def start(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """What is done before the gradients of a first step are taken."""
-
-    def comparing(self, step: Step, modules: Iterable[tuple[str, nn.Module]]) -> AbstractContextManager[None]:
-        """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
+    def training(
+        self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Wraps a step whose gradients are added to those of Pyro's parameters."""
         return nullcontext()
 
-    def gradients(self) -> AbstractContextManager[None]:
-        """Wraps a step whose gradients are added to those of Pyro's parameters."""
+    def comparing(
+        self, step: Step, modules: Callable[[], Iterable[tuple[str, nn.Module]]]
+    ) -> AbstractContextManager[None]:
+        """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
         return nullcontext()
 
 
@@ -203,21 +206,6 @@ def trace_pair(
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
     return model_trace, guide_trace
-
-
-def check_names(argument: str, options: Iterable[str], sites: list[str], kind: str, example: str) -> None:
-    """Raises ValueError unless the options name just the sites there are."""
-    unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
-    if unknown:
-        raise ValueError(
-            f"{argument} names '{unknown[0]}', which is no {kind} site; these are {sites}. "
-            f"Write {argument}={{'{sites[0]}': {example}, ...}}."
-        )
-    if missing:
-        raise ValueError(
-            f"{argument} has no entry for the {kind} site '{missing[0]}'. Write {argument}={{..., '{missing[0]}': "
-            f"{example}}}" + (", or None to leave it free." if kind == "latent" else ".")
-        )
 
 
 def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:

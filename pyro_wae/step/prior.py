@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -18,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
+from pyro_wae._core.distributions import innermost
 from pyro_wae._core.numerics import joined
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.sites import Site, side_by_side
@@ -54,24 +53,6 @@ def draw_prior(run: Run, times: int) -> Tensor | None:
         rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
         draws.append(side_by_side(rows, {})[0])
     return joined(draws) if draws else None
-
-
-def warn_of_lost_gradient(run: Run, penalties: Iterable[Tensor]) -> None:
-    """Warns if the prior has learnable parameters whose gradient neither its draws nor the penalty give."""
-    if not torch.is_grad_enabled():
-        return
-    for name, site in run.latents.items():
-        if site.distribution.has_rsample:
-            continue
-        parameters = {leaf for tensor in distribution_tensors(site.distribution) for leaf in leaves(tensor)}
-        # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
-        if parameters and not parameters <= {leaf for penalty in penalties for leaf in leaves(penalty)}:
-            warnings.warn(
-                f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but cannot "
-                "be reparameterised: prior draws give them no gradient. Take a prior with rsample, or detach them.",
-                UserWarning,
-                stacklevel=2,
-            )
 
 
 def prior_log_prob(z: Tensor, runs: Sequence[Run], columns: Mapping[str, slice], particles: int) -> Tensor:

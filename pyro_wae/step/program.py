@@ -395,8 +395,5 @@ def _check_mask(sample: Sample, mask: Tensor, event_dim: int) -> None:
     shape = torch.broadcast_shapes(sample.value.shape, sample.fn.shape())
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
     if mask.ndim > len(shape) or any(size not in (1, given) for size, given in sizes):
-        batch, found = tuple(shape[: len(shape) - event_dim]), tuple(mask.shape[: mask.ndim - event_dim])
-        raise ValueError(
-            f"The mask at site '{sample.node['name']}' has shape {found}, which does not fit its batch shape {batch}. "
-            "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
-        )
+        batch, found = shape[: len(shape) - event_dim], mask.shape[: mask.ndim - event_dim]
+        raise ValueError(refusals.mask_of_another_shape(sample.node["name"], tuple(found), tuple(batch)))

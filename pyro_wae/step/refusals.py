@@ -88,6 +88,14 @@ def masked_by_guide(name: str) -> str:
     )
 
 
+def mask_of_another_shape(name: str, found: tuple[int, ...], batch: tuple[int, ...]) -> str:
+    """Of a mask that does not fit its site."""
+    return (
+        f"The mask at site '{name}' has shape {found}, which does not fit its batch shape {batch}. "
+        "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
+    )
+
+
 def _known(plates: Plates) -> dict[str, Any]:
     return {name: frame for frames in plates.values() for name, frame in frames.items()}
 
