@@ -14,10 +14,9 @@ from torch.distributions import constraints
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_tensors, family, innermost, widened
-from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
-from pyro_wae._core.sites import Site
+from pyro_wae._core.rows import Site, at_least_float32
 
 __all__ = [
     "AbsoluteError",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_of
-from pyro_wae._core.sites import Site
+from pyro_wae._core.rows import Site
 from pyro_wae.costs import with_own_total
 from pyro_wae.predict.runs import (
     Node,

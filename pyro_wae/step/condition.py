@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import at_least_float32, working_precision
+from pyro_wae._core.rows import at_least_float32, working_precision
 from pyro_wae.step.program import Program, Run
 
 SPREAD = 4.0

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_wae._core.distributions import innermost
-from pyro_wae._core.numerics import at_least_float32
-from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.step.program import Run, layers, subsample_scales
 
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.private import PARTICLE_PLATE
 from pyro_wae._core.programs import add_note
 from pyro_wae._core.random_state import restored_random_state
-from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.costs import Cost
 from pyro_wae.step.condition import read_condition
 from pyro_wae.step.options import check_names

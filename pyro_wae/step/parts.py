@@ -13,7 +13,7 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from torch import Tensor
 
 from pyro_wae._core.distributions import distribution_tensors
-from pyro_wae._core.numerics import joined
+from pyro_wae._core.rows import joined
 from pyro_wae.step.records import Step
 
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import innermost
-from pyro_wae._core.numerics import joined
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
-from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.step.program import Run, Sample, is_random, mask_of
 
 MOST_COMPONENTS = 10
@@ -321,6 +320,8 @@ def _elementwise(fn: Any, site: Site, event_dim: int, *batch: int) -> Any | None
     """The same family with the parameters of the first datum, shape (*batch, d), if it draws each number by itself."""
     if not isinstance(fn, dist.Normal | dist.Laplace | dist.Uniform | dist.StudentT):
         return None
-    rows = {name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim) for name in fn.arg_constraints}
-    parameters = {name: value[0, 0].reshape(*batch, -1) for name, value in rows.items()}
+    parameters = {
+        name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim)[0, 0].reshape(*batch, -1)
+        for name in fn.arg_constraints
+    }
     return type(fn)(**parameters, validate_args=False).to_event(1)

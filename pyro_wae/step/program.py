@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import WRAPPERS, family
 from pyro_wae._core.private import PARTICLE_PLATE
-from pyro_wae._core.sites import Site
+from pyro_wae._core.rows import Site
 from pyro_wae.step import refusals
 
 Program = Callable[..., Any]

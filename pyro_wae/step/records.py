@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._core.numerics import joined
+from pyro_wae._core.rows import joined
 from pyro_wae.penalties import Penalty, PenaltyContext
 from pyro_wae.penalties.base import beside
 from pyro_wae.step.condition import Condition
@@ -351,7 +351,8 @@ class Step:
 
     def encoder_variance(self) -> Tensor:
         """The variance that the guide gives each number of a code, shape (K, n', d); 1 where it is masked."""
-        return self.of_kept(self.variances())
+        variances, kept = self.variances(), self.kept_rows()
+        return variances if kept is None else self.left(variances, 1).where(kept, 1.0)  # at 1 guards are 0
 
     def variances(self) -> Tensor:
         """The variance that the guide gives each number of a code, masked or not, shape (K, n, d)."""
@@ -360,10 +361,6 @@ class Step:
     def divergences(self) -> Tensor:
         """The divergence of the guide from the prior for each datum, masked or not, shape (K, n)."""
         return joined([joined([divergence(run, self.columns) for run in runs]) for runs in self.runs], 1)
-
-    def of_kept(self, variances: Tensor) -> Tensor:
-        """The variances (K, n', d) of the data that a mask leaves, 1 for a masked number, at which guards are 0."""
-        return variances if self.kept is None else self.left(variances, 1).where(self.left(self.kept, 1), 1.0)
 
 
 def _total(scalars: Iterable[Tensor]) -> Tensor:
