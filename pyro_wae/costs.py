@@ -14,10 +14,9 @@ from torch.distributions import constraints
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_tensors, family, innermost, widened
-from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
-from pyro_wae._core.sites import Site
+from pyro_wae._core.rows import Site, at_least_float32
 
 __all__ = [
     "AbsoluteError",
@@ -271,8 +270,7 @@ def _mean(distribution: Any) -> Tensor:
         mean = distribution.mean
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
-    inner = innermost(distribution)
-    _check_angles(distribution, inner, mean)
+    _check_angles(distribution, mean)
     if mean.device.type != "cpu":
         return mean
     # A sum that is finite has no part that is not, and takes a fraction of the time.
@@ -280,7 +278,7 @@ def _mean(distribution: Any) -> Tensor:
         if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
             return mean  # parameters that are not finite are the net's fault, and reported as such
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
-    support = _support(inner)
+    support = _support(distribution)
     # Between whole numbers a mean may lie.
     if not (support is constraints.real or getattr(support, "is_discrete", False) or bool(support.check(mean).all())):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
@@ -302,20 +300,23 @@ def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
     return mean * ratio.where(ratio.isfinite(), 1.0)
 
 
-def _support(inner: Any) -> Any:
-    """What a value of a distribution without wrappers may be, an event's dimensions taken off."""
-    support = inner.support
+def _support(distribution: Any) -> Any:
+    """What a value of a distribution may be, an event's dimensions taken off."""
+    support = distribution.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
 
 
-def _check_angles(distribution: Any, part: Any, mean: Tensor) -> None:
+def _check_angles(distribution: Any, mean: Tensor) -> None:
     """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
+    if distribution.has_rsample:
+        return  # those of angles have none, and it is quicker to ask
+    part = innermost(distribution)
     while isinstance(part, torch.distributions.MixtureSameFamily):
         part = innermost(part.component_distribution)
     if part.has_rsample or _support(part) is not constraints.real:
-        return  # those of angles have no rsample, and it is quicker to ask
+        return
     with torch.no_grad():
         here, turned = distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)
     if bool((here.isfinite() & torch.isclose(here, turned)).all()):

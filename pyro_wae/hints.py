@@ -1,17 +1,21 @@
-"""What a loss says once, because it would otherwise train towards something else than was meant, without an error."""
+"""What a loss says: once, that it may train towards something else than was meant; and what of it is not finite."""
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro import poutine
-from torch import nn
+from torch import Tensor, nn
 
-from pyro_wae._core.distributions import distribution_tensors
+from pyro_wae._core.distributions import distribution_tensors, leaves
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import depends_on_data
@@ -76,6 +80,8 @@ class Hints:
                 "and codes: kernel lengths, the penalty weight, a discriminator. Make a WAELoss for each model.",
             )
         self._training.steps += 1
+        if step.prior is not None and torch.is_grad_enabled():
+            self._lost_gradient(step)
         if self._training.steps == 1:
             self._without_gradient(step)
         if step.factors or step.once:
@@ -91,12 +97,27 @@ class Hints:
                     stacklevel=4,
                 )
 
+    def _lost_gradient(self, step: Step) -> None:
+        """Whether the prior has learnable parameters whose gradient neither its draws nor the penalty give."""
+        for name, site in step.first.latents.items():
+            if site.distribution.has_rsample or f"gradient {name}" in self._given:
+                continue
+            parameters = {leaf for tensor in distribution_tensors(site.distribution) for leaf in leaves(tensor)}
+            # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
+            if parameters and not parameters <= {leaf for value in step.penalties.values() for leaf in leaves(value)}:
+                self._say(
+                    f"gradient {name}",
+                    f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but "
+                    "cannot be reparameterised: prior draws give them no gradient. Take a prior with rsample, or "
+                    "detach them.",
+                )
+
     def _without_gradient(self, step: Step) -> None:
         for name, site in step.first.observed.items():
             costs, learnt = step.costs.get(name), (t.requires_grad for t in distribution_tensors(site.distribution))
             if costs is not None and not costs.requires_grad and any(learnt) and bool(costs.any()):  # 0 is meant
                 self._say(
-                    f"gradient {name}",
+                    f"cost {name}",
                     f"The cost of observed site '{name}' has no gradient: the decoder does not learn from it. Write "
                     "a cost without .detach(), comparisons and rounding: "
                     "lambda x, g: (x - g).square().flatten(1).sum(1).",
@@ -130,6 +151,68 @@ class Hints:
             warnings.warn(message, UserWarning, stacklevel=5)
 
 
+@contextmanager
+def finite_slopes(step: Step) -> Iterator[None]:
+    """Raises ValueError in a backward pass whose gradient at the codes of a site is not finite, before the encoder's.
+
+    On an accelerator, looking would wait for it, and is left out.
+    """
+
+    def look(site: str, gradient: Tensor) -> None:
+        # Codes are few numbers beside parameters, all of which such a gradient spoils. Where a sum is finite, all is.
+        if gradient.device.type == "cpu" and not (math.isfinite(gradient.sum()) or bool(gradient.isfinite().all())):
+            raise ValueError(
+                f"The loss is finite, and its gradient at the codes of latent site '{site}' is not: a cost, a penalty "
+                "or the decoder has an infinite slope, as a root has at 0. Bound it, as in "
+                "cost=lambda x, g: ((x - g).square().flatten(1).sum(1) + 1e-12).sqrt()."
+            )
+
+    sites = [site for runs in step.runs for run in runs for site in run.latents.values()]
+    hooks = [s.value.register_hook(functools.partial(look, s.name)) for s in sites if s.value.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def what_is_not_finite(step: Step) -> str:
+    """Why the loss is not finite, in a sentence that names the part."""
+    if found := what_is_not_finite_before(step):
+        return found
+    assert step.terms is not None  # the loss has been added up
+    for site, value in step.terms.costs.items():
+        if found := _not_finite(value):
+            return f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
+    for site, value in step.penalties.items():
+        if found := _not_finite(value):
+            where = f" of latent site '{site}'" if site else ""
+            return f"The penalty{where} is {found}, though the codes are finite."
+    return (
+        f"The loss is not finite, though its parts are: the penalty weight ({float(step.terms.weight):g}) times "
+        "the penalty overflows."
+    )
+
+
+def what_is_not_finite_before(step: Step) -> str | None:
+    """What a penalty compares that is not finite, in a sentence; None if all of it is."""
+    codes, prior = step.rows()
+    for site, columns in step.columns.items():
+        if found := _not_finite(codes[..., columns]):
+            return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
+        if prior is not None and (found := _not_finite(prior[..., columns])):
+            return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
+    if step.condition is not None and (found := _not_finite(step.condition)):
+        return f"The condition '{step.condition_name}' holds {found}: look at the data."
+    for site, columns in step.columns.items() if step.codes.requires_grad else ():
+        if found := _not_finite(step.codes[..., columns]):
+            return (
+                f"The masked codes of latent site '{site}' hold {found}, from which the gradient of all parameters "
+                "is NaN. Write into the guide: x = x.nan_to_num()."
+            )
+    return None
+
+
 def _identity(observer: Observer) -> tuple[Any, Any]:
     """What identifies model and guide, whatever handler they are wrapped in at the moment."""
     return _mark(observer.model), _mark(observer.guide)
@@ -146,3 +229,10 @@ def _copy(has_state: bool, given: set[str]) -> Hints:
     copy = Hints(has_state=has_state)
     copy._given = set(given)
     return copy
+
+
+def _not_finite(values: Tensor) -> str | None:
+    """What is not finite in a tensor, in a word; None where all is."""
+    if values.is_meta or not values.is_floating_point() or bool(values.isfinite().all()):
+        return None
+    return "NaN" if bool(values.isnan().any()) else "infinity"

@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pyro
@@ -16,26 +17,15 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import finite_slopes
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.costs import Cost, SquaredError, as_cost
 from pyro_wae.distributed import GroupLike
-from pyro_wae.hints import Hints
+from pyro_wae.hints import Hints, finite_slopes, what_is_not_finite, what_is_not_finite_before
 from pyro_wae.module import WAEModule
 from pyro_wae.runners import make_runner
-from pyro_wae.step.compare import (
-    PenaltyLike,
-    as_option,
-    compare,
-    compared,
-    each_penalty,
-    prepare,
-    site_label,
-)
 from pyro_wae.step.condition import Condition
-from pyro_wae.step.observe import Observer
-from pyro_wae.step.prior import warn_of_lost_gradient
-from pyro_wae.step.program import trace_pair
+from pyro_wae.step.observe import Observer, trace_pair
+from pyro_wae.step.options import PenaltyLike, as_option, each_penalty, site_label
 from pyro_wae.step.records import Step, Terms
 from pyro_wae.weights import Constant, Constraint, Weight, as_weight
 
@@ -227,17 +217,16 @@ class WAELoss(CallRepr, ELBO):
                 added; on an accelerator and over a process group it is not looked for.
         """
         observer = self._observer(model, guide)
-        self._runner.start(observer, args, kwargs)
-        with self._runner.gradients():
-            step = self._run(observer, args, kwargs, register=True)
+        with self._runner.training(observer, args, kwargs):
+            step = self._run(observer, args, kwargs)
+            self._register()
             value = self._value(step)
             assert step.loss is not None  # it has been added up
             if step.loss.requires_grad:
-                codes = [(site.name, site.value) for part in step.runs for run in part for site in run.latents.values()]
-                if self.process_group is not None:
-                    codes = []  # an error on one rank alone would leave the others waiting for its gradients
+                # An error on one rank alone would leave the others waiting for its gradients.
+                slopes = finite_slopes(step) if self.process_group is None else nullcontext()
                 # Autocast around the whole step would round the slopes of what was computed in full precision.
-                with torch.autocast(step.loss.device.type, enabled=False), finite_slopes(codes):
+                with torch.autocast(step.loss.device.type, enabled=False), slopes:
                     step.loss.backward(retain_graph=self.retain_graph)
         self._hints.trained(observer, step)
         self._show_weight(step)
@@ -263,8 +252,8 @@ class WAELoss(CallRepr, ELBO):
             condition=self.condition,
         )
 
-    def _run(self, observer: Observer, args: Any, kwargs: Any, *, register: bool = False) -> Step:
-        """One step, with its loss. With `register`, Pyro learns of the parameters of penalties and costs."""
+    def _run(self, observer: Observer, args: Any, kwargs: Any) -> Step:
+        """One step, with its loss."""
         if (
             not torch.is_grad_enabled()
             and isinstance(self.penalty_weight, Constraint)
@@ -273,24 +262,21 @@ class WAELoss(CallRepr, ELBO):
             self._hints.evaluated(observer)
         step = self._runner.observe(observer, args, kwargs)
         self.max_plate_nesting = observer.max_plate_nesting
-        prepare(self.penalty, step, self._seen)
-        if register:
-            self._register()
-        with self._runner.comparing(step, self.named_children()):
+        step.prepare(self.penalty, self._seen)
+        with self._runner.comparing(step, self.named_children):
             try:
-                penalties = compare(self.penalty, step, self._condition)
+                penalties = step.compare(self.penalty, self._condition)
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 # A penalty that stumbles over a number that is none knows no site, such as a kernel without a length.
-                if found := step.what_is_not_finite_before():
+                if found := what_is_not_finite_before(step):
                     raise ValueError(found) from error
                 raise
         step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
-        if step.prior is not None:
-            warn_of_lost_gradient(step.first, step.penalties.values())
         self.terms = step.terms
         return step
 
     def _register(self) -> None:
+        """Tells Pyro of the parameters of penalties, costs and the weight."""
         for name, module in self.named_children():
             parameters = list(module.parameters())
             # A discriminator of a site that has had no codes yet has no parameters yet.
@@ -306,17 +292,16 @@ class WAELoss(CallRepr, ELBO):
         assert step.loss is not None  # it has been added up
         value = step.loss.item()
         if not math.isfinite(value):
-            raise ValueError(step.what_is_not_finite())
+            raise ValueError(what_is_not_finite(step))
         return value
 
     def _show_weight(self, step: Step) -> None:
         """Shows a training step to the weight, which may learn from it."""
         if type(self.penalty_weight).observe is Weight.observe:
             return  # a constant looks at nothing
-        codes, draws = compared(self.penalty, step).rows()
-        assert self.terms is not None  # they are of this step
-        cost = self.terms.cost / step.common_scale()  # of the balance, as when the loss was added up
-        self.penalty_weight.observe(cost, codes.detach(), None if draws is None else draws.detach())
+        codes, draws = step.compared(self.penalty).rows()
+        assert step.balanced_cost is not None  # the loss has been added up
+        self.penalty_weight.observe(step.balanced_cost, codes.detach(), None if draws is None else draws.detach())
 
     def _default_weight(self) -> Weight:
         # A prior that cannot be sampled can still be compared with, and gives a constraint nothing to measure by.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.sites import Site
+from pyro_wae._core.rows import Site
 from pyro_wae.penalties.pair_sums import across, every, within
 from pyro_wae.penalties.sliced import match_quantiles, transport_along
 

@@ -1,1 +1,1 @@
-"""What every part of the package uses: numerics, checks of arguments, random state, BatchNorm, repr."""
+"""What every part of the package uses: rows of numbers, checks of arguments, random state, BatchNorm, repr."""

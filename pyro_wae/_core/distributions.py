@@ -12,7 +12,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 
-from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.rows import at_least_float32
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
 

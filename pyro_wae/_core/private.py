@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 # A micro-batch runs again in the backward pass, after SVI's handlers have been left, and must run under them.
 HANDLERS = runtime._PYRO_STACK
 
+# The plate that `pyro.infer.ELBO` makes for its vectorised particles.
+PARTICLE_PLATE = "num_particles_vectorized"
+
 # The one base of BatchNorm1d, 2d, 3d and SyncBatchNorm; torch has no public name for it.
 BatchNorm = batchnorm._BatchNorm
 

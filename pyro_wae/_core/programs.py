@@ -1,4 +1,4 @@
-"""A model or a guide: the modules behind it, which need not be a module itself, and what it was called with."""
+"""A model or a guide: the modules behind it, which need not be a module itself, and what it is called with."""
 
 from __future__ import annotations
 
@@ -118,6 +118,23 @@ def _is_filled(cell: Any) -> bool:
         return cell.cell_contents is not cell
     except ValueError:  # the name has not been assigned yet
         return False
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors with a dimension among arguments and in dicts of them, in order."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+    elif isinstance(value, Mapping):
+        for own in value.values():
+            yield from tensors_of(own)
+
+
+def part_of(value: Any, rows: slice, length: int) -> Any:
+    """The rows of a tensor of the given length, and of those in a dict; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {name: part_of(own, rows, length) for name, own in value.items()}
+    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == length else value
 
 
 def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_wae._core.numerics import squared_distances
 from pyro_wae._core.random_state import isolated_seed
+from pyro_wae._core.rows import squared_distances
 from pyro_wae.diagnostics.classifier import ClassifierTest, classifier_test
 from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.diagnostics.hypothesis_test import new_generator

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
+from pyro_wae._core.programs import part_of, tensors_of
 from pyro_wae._core.random_state import isolated_seed
-from pyro_wae._core.splitting import part_of, tensors_of
 from pyro_wae.diagnostics.hypothesis_test import as_rows, new_generator
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
 from pyro_wae.step.program import Program

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.checks import flag, number, whole
-from pyro_wae._core.numerics import at_least_float32, working_precision
+from pyro_wae._core.rows import at_least_float32, working_precision
 from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, as_rows, new_generator, prior_rows
 from pyro_wae.kernels import FunctionKernel, Gaussian, InverseMultiquadratic, Kernel, Laplace
 from pyro_wae.kernels.function import as_kernel

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import at_least_float32, working_precision
 from pyro_wae._core.repr import CallRepr
+from pyro_wae._core.rows import at_least_float32, working_precision
 
 Scratch = tuple[Tensor, ...]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""

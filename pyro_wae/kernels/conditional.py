@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels.base import Kernel
 from pyro_wae.kernels.lengths import MultiScale
 from pyro_wae.kernels.radial import Gaussian

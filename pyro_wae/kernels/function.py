@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import at_least_float32, working_precision
+from pyro_wae._core.rows import at_least_float32, working_precision
 from pyro_wae.kernels.base import Kernel
 
 

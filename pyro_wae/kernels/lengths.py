@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import squared_distances, working_precision
+from pyro_wae._core.rows import squared_distances, working_precision
 from pyro_wae.kernels.base import Kernel, OneKernel, Scratch
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.rows import at_least_float32
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 LogProb = Callable[[Tensor], Tensor]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import at_least_float32
 from pyro_wae._core.repr import CallRepr
+from pyro_wae._core.rows import at_least_float32
 
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "encoder_kl", "kept"), (Callable, "a function")),

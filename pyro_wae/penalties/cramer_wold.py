@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import RadialKernel
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.kernel_means import register_kernel_mean

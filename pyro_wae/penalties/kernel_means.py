@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributions as dist
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
 

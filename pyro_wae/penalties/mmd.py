@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Conditional, Kernel, Laplace
 from pyro_wae.kernels.conditional import DefaultConditionKernels
 from pyro_wae.kernels.function import as_kernel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Kernel
 from pyro_wae.penalties import pair_sums
 from pyro_wae.penalties.kernel_means import KernelMean

@@ -4,7 +4,7 @@ Few pairs are summed as a whole matrix, by automatic differentiation. Of many th
 time is made, small enough to stay in a processor's cache, summed, and turned into its part of the gradient while it is
 still there. Backward then only multiplies.
 
-All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae._core.numerics.working_precision`.
+All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae._core.rows.working_precision`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Kernel
 
 MOST_PAIRS = 512**2

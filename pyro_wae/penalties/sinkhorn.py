@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 BLUR_FRACTION = 0.5

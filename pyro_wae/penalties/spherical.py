@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import working_precision
+from pyro_wae._core.rows import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.sliced import match_quantiles, power
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.numerics import squared_distances, working_precision
+from pyro_wae._core.rows import squared_distances, working_precision
 from pyro_wae.kernels import Kernel, RadialKernel, RationalQuadratic
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 from pyro_wae.penalties.pair_sums import pair_total, within

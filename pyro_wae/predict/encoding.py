@@ -13,7 +13,8 @@ from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae.predict.runs import encoded_run, output_nodes, run_model, site_output
 from pyro_wae.step.observe import Observer
-from pyro_wae.step.program import Program, ReplaySubsamples
+from pyro_wae.step.prior import ReplaySubsamples
+from pyro_wae.step.program import Program
 
 Path = Literal["linear", "spherical"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_of
-from pyro_wae._core.sites import Site
+from pyro_wae._core.rows import Site
 from pyro_wae.costs import with_own_total
 from pyro_wae.predict.runs import (
     Node,
@@ -22,8 +22,7 @@ from pyro_wae.predict.runs import (
     run_model,
     site_output,
 )
-from pyro_wae.step.plates import find_data_plate, layout
-from pyro_wae.step.program import Program, is_code, is_random
+from pyro_wae.step.program import Program, find_data_plate, is_imputed, is_random, layout
 
 
 def decode(
@@ -237,7 +236,11 @@ def _codes_of(
 ) -> dict[str, Tensor]:
     """Draws of a prior of whole codes, as the values of a model's latent sites."""
     outputs = output_nodes(trace, return_sites)
-    latents = {name: node for name, node in trace.nodes.items() if is_code(name, trace) and name not in outputs}
+    latents = {
+        name: node
+        for name, node in trace.nodes.items()
+        if is_random(node) and not is_imputed(name, trace.nodes) and name not in outputs
+    }
     plate = find_data_plate(list(latents.values()), list(outputs.values()), data_plate)
     sites = [Site(name, node["fn"], node["value"], *layout(node, plate)) for name, node in latents.items()]
     if count is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -14,8 +13,8 @@ from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.programs import add_note
 from pyro_wae.costs import generator_output
-from pyro_wae.step.plates import samples_of
-from pyro_wae.step.program import Program, Run, is_random, observed_samples, run
+from pyro_wae.step.observe import Observer
+from pyro_wae.step.program import Program, Run, is_random, observed_samples, samples_of
 
 Node = Mapping[str, Any]
 
@@ -25,7 +24,7 @@ def encoded_run(
 ) -> Run:
     """A run of the guide with the model replayed against it."""
     with torch.no_grad(), batch_norm_at_rest():
-        return run(model, guide, args, kwargs, max_plate_nesting=math.inf, data_plate=data_plate)
+        return Observer(model, guide, data_plate=data_plate).run(args, kwargs)
 
 
 def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

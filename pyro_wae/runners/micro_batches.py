@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,11 +16,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import HANDLERS
-from pyro_wae._core.programs import add_note
+from pyro_wae._core.programs import add_note, part_of, tensors_of
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators, set_random_state
-from pyro_wae._core.splitting import part_of, tensors_of
-from pyro_wae.runners.parts import check_guide, priors_differ
 from pyro_wae.step.observe import Observer, Runner
+from pyro_wae.step.parts import check_guide, join, priors_differ
+from pyro_wae.step.program import Run
 from pyro_wae.step.records import Step
 
 
@@ -60,7 +61,7 @@ class MicroBatches(Runner):
             self._is_warm = True
         parts = [_without_activations(observer, batch) if is_training else _run(observer, batch) for batch in batches]
         check_guide(observer.guide, parts[0], "all micro-batches")
-        step = Step.join(parts, 1)
+        step = join(parts, 1)
         if not step.prior_varies and priors_differ(parts):
             step = dataclasses.replace(step, prior_varies=True)
         return step
@@ -99,7 +100,19 @@ def _run(observer: Observer, batch: _Batch) -> Step:
         )
         raise
     _check_plates(step, batch)
-    return dataclasses.replace(step, runs=[[run.latents_alone() for run in step.runs[0]]])
+    return dataclasses.replace(step, runs=[[_latents_alone(run) for run in step.runs[0]]])
+
+
+def _latents_alone(run: Run) -> Run:
+    """A run with traces of its latent sites alone: the rest, the decoder's output before all, fills memory."""
+    alone, traces = copy.copy(run), []
+    for trace in (run.model, run.guide):
+        kept = poutine.Trace()
+        kept.nodes.update((name, node) for name, node in trace.nodes.items() if name in run.latents)
+        traces.append(kept)
+    alone.model, alone.guide = traces
+    alone.observed, alone.factors = {}, []
+    return alone
 
 
 def _check_plates(step: Step, batch: _Batch) -> None:

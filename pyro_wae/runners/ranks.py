@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from pyro_wae.distributed import (
     mark,
     small_device,
 )
-from pyro_wae.runners.parts import check_guide, prior_values
 from pyro_wae.step.observe import Observer, Runner
+from pyro_wae.step.parts import check_guide, check_once, prior_values
 from pyro_wae.step.records import Step
 
 
@@ -83,7 +83,7 @@ class Ranks(Runner):
             step = self.runner.observe(observer, args, kwargs)
             if distributed.get_world_size(group) > 1:
                 check_guide(observer.guide, step, "all ranks")
-                step.check_once("process_group")
+                check_once(step, "process_group")
             text, report = _describe(step), _report(step, random)
         reports = self._exchange(report)
         self._check(reports, text)
@@ -98,13 +98,21 @@ class Ranks(Runner):
         fields |= {"data_size": _data_size(reports), "prior_varies": _prior_varies(reports)}
         return _StepOfRanks(**fields, ranks=self, own=step, sizes=sizes)
 
-    def start(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Before the first step, gives the parameters of Pyro's store that a run reads the values of the first rank.
+    @contextmanager
+    def training(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Averages the gradients of the parameters of Pyro's store that are read meanwhile.
 
         Raises:
             ValueError: If the ranks have other parameters.
             RuntimeError: If another rank fails, has ended, or does not answer within the group's time-out.
         """
+        self._start(observer, args, kwargs)
+        with poutine.trace(param_only=True) as seen:
+            yield
+        average_gradients(_parameters(seen.trace).values(), process_group=self.group)
+
+    def _start(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Before the first step, gives the parameters of Pyro's store that a run reads the values of the first rank."""
         if self._has_one_start:
             return
         group_of(self.group)  # which is missing, if it is, before the run
@@ -118,7 +126,7 @@ class Ranks(Runner):
         self._copy_of_first(parameters)
         self._has_one_start = True
 
-    def _share(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    def _share(self, found: Callable[[], Iterable[tuple[str, nn.Module]]]) -> None:
         """At the first step, gives modules, such as a discriminator, the parameters and buffers of the first rank.
 
         Raises:
@@ -126,7 +134,7 @@ class Ranks(Runner):
         """
         if self._has_one_state:
             return
-        modules = list(modules)
+        modules = list(found())
         self._check_options(modules)
         tensors = {
             f"{name}.{key}": value
@@ -139,7 +147,7 @@ class Ranks(Runner):
         self._has_one_state = len(made) == len(tensors)
 
     @contextmanager
-    def comparing(self, step: Step, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    def comparing(self, step: Step, modules: Callable[[], Iterable[tuple[str, nn.Module]]]) -> Iterator[None]:
         """Lets all ranks draw the same numbers, as a penalty's random directions, and then go on with their own.
 
         Raises:
@@ -153,13 +161,6 @@ class Ranks(Runner):
             for own in devices:
                 torch.cuda.default_generators[own.index].manual_seed(self._seed)
             yield
-
-    @contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Averages the gradients of the parameters of Pyro's store that are read meanwhile."""
-        with poutine.trace(param_only=True) as seen:
-            yield
-        average_gradients(_parameters(seen.trace).values(), process_group=self.group)
 
     def rows(self, tree: Any, sizes: Sequence[int]) -> Any:
         """Sets the rows of all ranks behind one another.

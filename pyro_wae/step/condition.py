@@ -1,8 +1,7 @@
-"""What a prior or decoder is conditional on: finding y for each datum, and handing it to the penalties."""
+"""What a prior or decoder is conditional on: y for each datum, and its unit beside codes."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -14,10 +13,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.numerics import at_least_float32, working_precision
-from pyro_wae.penalties import Penalty, PenaltyContext
+from pyro_wae._core.rows import at_least_float32, working_precision
 from pyro_wae.step.program import Program, Run
-from pyro_wae.step.records import Step
 
 SPREAD = 4.0
 """The spread of a condition over that of the prior draws, where both are columns of one row. A penalty that sees rows
@@ -102,46 +99,6 @@ def read_condition(
             f"Write pyro.sample('{name}', ..., obs={name}) in the data plate, or name an argument."
         )
     return _flat(name, _rows_of(name, given[name], run)), False
-
-
-def with_condition(
-    context: PenaltyContext, step: Step, condition: Condition, entry: int, penalty: Penalty, draws: Tensor | None
-) -> PenaltyContext:
-    """Adds the condition to what a penalty learns.
-
-    Args:
-        context: What it learns without.
-        step: The step, with the codes of the penalty's sites.
-        condition: The units of conditions.
-        entry: The penalty's number.
-        penalty: The penalty.
-        draws: Its prior draws without masked data, shape (m, d), or None.
-
-    Raises:
-        ValueError: If the penalty cannot take a condition, or a mask drops conditions and no codes.
-    """
-    assert step.condition is not None
-    name = condition.name
-    for part in penalty.modules():
-        if isinstance(part, Penalty) and not part.accepts_condition:
-            raise ValueError(
-                f"condition='{name}': {type(part).__name__} compares codes without what they are conditional on. "
-                "Take another penalty, such as MMD()."
-            )
-    if step.condition_is_masked and step.kept is None:
-        raise ValueError(
-            f"condition='{name}' is masked and the latent sites {list(step.columns)} are not: some codes "
-            "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
-        )
-    values = step.left(step.condition.to(step.codes.device), 0)
-    scale = None
-    if draws is not None and values.is_floating_point() and any(map(_reads_columns, penalty.modules())):
-        scale = condition.fit(entry, values, draws)
-    return dataclasses.replace(context, condition=values, condition_scale=scale, shared_data=True)
-
-
-def _reads_columns(part: nn.Module) -> bool:
-    return isinstance(part, Penalty) and part.needs_prior_draws and not part.reads_condition
 
 
 def _rows_of(name: str, value: Any, run: Run) -> Tensor:

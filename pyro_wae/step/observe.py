@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
 
+from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.numerics import at_least_float32
+from pyro_wae._core.private import PARTICLE_PLATE
 from pyro_wae._core.programs import add_note
 from pyro_wae._core.random_state import restored_random_state
-from pyro_wae._core.sites import Site, side_by_side
+from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.costs import Cost
 from pyro_wae.step.condition import read_condition
-from pyro_wae.step.plates import PARTICLE_PLATE, data_frame, layout, subsample_scales
-from pyro_wae.step.prior import draw_prior, prior_varies
-from pyro_wae.step.program import Program, Run, run, trace_pair
+from pyro_wae.step.options import check_names
+from pyro_wae.step.parts import join
+from pyro_wae.step.prior import ReplaySubsamples, draw_prior, prior_varies
+from pyro_wae.step.program import Program, Run, data_frame, layout, subsample_scales
 from pyro_wae.step.records import Step
 
 
@@ -39,6 +45,9 @@ class Observer:
         max_plate_nesting: Bound on nested plates; where vectorised particles need it and it is infinite, it is guessed
             by one more run.
         condition: Name of what the model is conditional on, or None.
+
+    Raises:
+        TypeError: If model or guide cannot be called.
     """
 
     def __init__(
@@ -54,7 +63,7 @@ class Observer:
         max_plate_nesting: float = math.inf,
         condition: str | None = None,
     ) -> None:
-        self.model, self.guide = model, guide
+        self.model, self.guide = checks.program("model", model), checks.program("guide", guide)
         self.cost = cost
         self.data_plate = data_plate
         self.prior_draws = prior_draws
@@ -74,32 +83,25 @@ class Observer:
         Raises:
             ValueError: If model and guide do not fit a WAE.
         """
+        run = self.run(args, kwargs, subsample_of)
+        first = self._read(run, args, kwargs, None)
+        steps = [first]
+        while not self.is_vectorized and len(steps) < self.num_particles:
+            steps.append(self._read(self.run(args, kwargs, subsample_of or run), args, kwargs, first))
+        return join(steps, 0) if len(steps) > 1 else first
+
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Run | None = None) -> Run:
+        """Runs the guide and replays the model against it, with all particles if they are vectorised."""
+        model, guide = self.model, self.guide
         if self.is_vectorized:
-            runs: Iterator[Run] = iter([self._vectorized(args, kwargs, subsample_of)])
-        else:
-            runs = self._particles(args, kwargs, subsample_of)
-        first = next(runs)
-        step = self._read(first, args, kwargs, None)
-        others = [self._read(other, args, kwargs, step) for other in runs]
-        return Step.join([step, *others], 0)
-
-    def _particles(self, args: Sequence[Any], kwargs: Mapping[str, Any], first: Run | None) -> Iterator[Run]:
-        """The runs of one step, all on the same data."""
-        for _ in range(self.num_particles):
-            found = self._run(self.model, self.guide, args, kwargs, first)
-            first = first or found
-            yield found
-
-    def _vectorized(self, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Run | None) -> Run:
-        if self.max_plate_nesting == math.inf:
-            self.max_plate_nesting = self._plate_nesting(args, kwargs)
-
-        def in_plate(program: Program) -> Program:
+            if self.max_plate_nesting == math.inf:
+                self.max_plate_nesting = self._plate_nesting(args, kwargs)
             # A plate as a handler, and not in a function of its own, in which a messenger guide would not be found.
-            wrapped: Program = pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(self.max_plate_nesting))(program)
-            return wrapped
-
-        return self._run(in_plate(self.model), in_plate(self.guide), args, kwargs, subsample_of)
+            dim = -int(self.max_plate_nesting)
+            model, guide = (pyro.plate(PARTICLE_PLATE, self.num_particles, dim=dim)(own) for own in (model, guide))
+        with ReplaySubsamples(subsample_of.model) if subsample_of else nullcontext():
+            traces = trace_pair(model, guide, args, kwargs, self.max_plate_nesting)
+        return Run(*traces, functools.partial(model, *args, **kwargs), self.data_plate)
 
     def _plate_nesting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
         # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
@@ -110,19 +112,6 @@ class Observer:
             node["cond_indep_stack"] for trace in traces for node in trace.nodes.values() if node["type"] == "sample"
         ]
         return 1 + max((-f.dim for stack in stacks for f in stack if f.dim is not None), default=0)
-
-    def _run(
-        self, model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], subsample_of: Run | None
-    ) -> Run:
-        return run(
-            model,
-            guide,
-            args,
-            kwargs,
-            max_plate_nesting=self.max_plate_nesting,
-            data_plate=self.data_plate,
-            subsample_of=subsample_of,
-        )
 
     def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
         """Reads one run; what is the same for all particles is taken from the first."""
@@ -182,31 +171,41 @@ class Runner:
         """Observes model and guide on the data of a step."""
         return observer.observe(args, kwargs)
 
-    def start(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """What is done before the gradients of a first step are taken."""
-
-    def comparing(self, step: Step, modules: Iterable[tuple[str, nn.Module]]) -> AbstractContextManager[None]:
-        """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
-        return nullcontext()
-
-    def gradients(self) -> AbstractContextManager[None]:
+    def training(
+        self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
         """Wraps a step whose gradients are added to those of Pyro's parameters."""
         return nullcontext()
 
+    def comparing(
+        self, step: Step, modules: Callable[[], Iterable[tuple[str, nn.Module]]]
+    ) -> AbstractContextManager[None]:
+        """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
+        return nullcontext()
 
-def check_names(argument: str, options: Iterable[str], sites: list[str], kind: str, example: str) -> None:
-    """Raises ValueError unless the options name just the sites there are."""
-    unknown, missing = [s for s in options if s not in sites], [s for s in sites if s not in options]
-    if unknown:
-        raise ValueError(
-            f"{argument} names '{unknown[0]}', which is no {kind} site; these are {sites}. "
-            f"Write {argument}={{'{sites[0]}': {example}, ...}}."
-        )
-    if missing:
-        raise ValueError(
-            f"{argument} has no entry for the {kind} site '{missing[0]}'. Write {argument}={{..., '{missing[0]}': "
-            f"{example}}}" + (", or None to leave it free." if kind == "latent" else ".")
-        )
+
+def trace_pair(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], max_plate_nesting: float
+) -> tuple[Any, Any]:
+    """Runs the guide, and replays the model against it, for the traces of the model and the guide.
+
+    No log_prob is computed. The bound on nested plates is for Pyro's check that model and guide match.
+    """
+    unwrapped = poutine.unwrap(guide)
+    try:
+        if isinstance(unwrapped, Messenger):
+            guide(*args, **kwargs)
+            model_trace, guide_trace = unwrapped.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    except Exception as error:
+        add_note(error, args, kwargs)
+        raise
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+        check_if_enumerated(guide_trace)
+    return model_trace, guide_trace
 
 
 def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
@@ -232,13 +231,13 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if node["mask"] is not None:
             values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
         if data_frame(node, found.plate) is not None:
-            shape, *dims = layout(node, found.plate)
+            site = Site(name, fn, values, *layout(node, found.plate))
             try:
-                own = Site(name, fn, values, shape, *dims).rows(at_least_float32(values), 0)
+                own = site.rows(at_least_float32(values), 0)
             except ValueError:
                 raise ValueError(
-                    f"pyro.factor '{name}' has shape {tuple(values.shape)} where its plates give {shape}. Write the "
-                    f"sum of what belongs to one datum: pyro.factor('{name}', value.sum(-1))."
+                    f"pyro.factor '{name}' has shape {tuple(values.shape)} where its plates give {site.shape}. Write "
+                    f"the sum of what belongs to one datum: pyro.factor('{name}', value.sum(-1))."
                 ) from None
             own = own.flatten(2).sum(2) if own.ndim > 2 else own
             rows[name] = rows[name] + own if name in rows else own

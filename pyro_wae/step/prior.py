@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import distribution_tensors, innermost, leaves
-from pyro_wae._core.numerics import joined
+from pyro_wae._core.distributions import innermost
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
-from pyro_wae._core.sites import Site, side_by_side
-from pyro_wae.step.plates import Sample, mask_of
-from pyro_wae.step.program import ReplaySubsamples, Run, is_random
+from pyro_wae._core.rows import Site, joined, side_by_side
+from pyro_wae.step.program import Run, Sample, is_random, mask_of
 
 MOST_COMPONENTS = 10
 """Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
@@ -53,24 +52,6 @@ def draw_prior(run: Run, times: int) -> Tensor | None:
         rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
         draws.append(side_by_side(rows, {})[0])
     return joined(draws) if draws else None
-
-
-def warn_of_lost_gradient(run: Run, penalties: Iterable[Tensor]) -> None:
-    """Warns if the prior has learnable parameters whose gradient neither its draws nor the penalty give."""
-    if not torch.is_grad_enabled():
-        return
-    for name, site in run.latents.items():
-        if site.distribution.has_rsample:
-            continue
-        parameters = {leaf for tensor in distribution_tensors(site.distribution) for leaf in leaves(tensor)}
-        # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
-        if parameters and not parameters <= {leaf for penalty in penalties for leaf in leaves(penalty)}:
-            warnings.warn(
-                f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but cannot "
-                "be reparameterised: prior draws give them no gradient. Take a prior with rsample, or detach them.",
-                UserWarning,
-                stacklevel=2,
-            )
 
 
 def prior_log_prob(z: Tensor, runs: Sequence[Run], columns: Mapping[str, slice], particles: int) -> Tensor:
@@ -236,6 +217,18 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
     )
 
 
+class ReplaySubsamples(Messenger):
+    """Gives every plate the subsample that it had in a trace."""
+
+    def __init__(self, trace: Any) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
+            msg["value"] = self.trace.nodes[msg["name"]]["value"]
+
+
 class _StopAfter(ReplaySubsamples):
     """Records the named sites, with given values or fresh ones, and leaves the program when all have been seen."""
 
@@ -327,6 +320,8 @@ def _elementwise(fn: Any, site: Site, event_dim: int, *batch: int) -> Any | None
     """The same family with the parameters of the first datum, shape (*batch, d), if it draws each number by itself."""
     if not isinstance(fn, dist.Normal | dist.Laplace | dist.Uniform | dist.StudentT):
         return None
-    rows = {name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim) for name in fn.arg_constraints}
-    parameters = {name: value[0, 0].reshape(*batch, -1) for name, value in rows.items()}
+    parameters = {
+        name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim)[0, 0].reshape(*batch, -1)
+        for name in fn.arg_constraints
+    }
     return type(fn)(**parameters, validate_args=False).to_event(1)

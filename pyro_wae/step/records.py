@@ -1,23 +1,23 @@
-"""The record of one step: a row for each datum of codes, prior draws, costs and conditions; the parts of the loss."""
+"""The record of one step, a row for each datum: codes are compared with prior draws, and costs and penalties added."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_wae._core.distributions import innermost
-from pyro_wae._core.numerics import joined, total
-from pyro_wae._core.sites import Site, side_by_side
-from pyro_wae.penalties import PenaltyContext
-from pyro_wae.step.divergence import divergence
+from pyro_wae._core.rows import joined
+from pyro_wae.penalties import Penalty, PenaltyContext
+from pyro_wae.penalties.base import beside
+from pyro_wae.step.condition import Condition
+from pyro_wae.step.encoder import divergence, variances
+from pyro_wae.step.options import PenaltyOption, check_names, site_label, sites_of
 from pyro_wae.step.prior import prior_log_prob, prior_of_one_code
 from pyro_wae.step.program import Run
 
@@ -71,6 +71,8 @@ class Step:
         prior_varies: Whether the prior of a datum's code may depend on the datum, as far as can be seen.
         penalties: The scaled penalty of each latent site or group, "" that of the joint code, once it has been taken.
         terms: The parts of the loss, detached, once it has been taken.
+        balanced_cost: The mean cost, detached, in the unit that the penalty weight balances: a scale that all sites
+            have is one of the whole loss, and is left out.
         loss: The sum of costs and weighted penalties, once it has been taken.
     """
 
@@ -90,6 +92,7 @@ class Step:
     prior_varies: bool
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
     terms: Terms | None = None
+    balanced_cost: Tensor | None = None
     loss: Tensor | None = None
 
     @property
@@ -117,6 +120,14 @@ class Step:
         )
         assert codes is not None
         return dataclasses.replace(self, codes=codes, columns=columns, kept=kept, prior=prior)
+
+    def compared(self, option: PenaltyOption) -> Step:
+        """The step with the codes of the sites that have a penalty."""
+        if not isinstance(option, dict) or None not in option.values():
+            return self
+        return self.part(
+            [site for key, own in option.items() if own is not None for site in sites_of(key, self.columns)]
+        )
 
     def rows(self) -> tuple[Tensor, Tensor | None]:
         """Codes and prior draws without masked data, other masked elements 0 in both.
@@ -151,6 +162,57 @@ class Step:
         whole = self.kept.any(2).any(0)
         return None if bool(whole.all()) else whole
 
+    def prepare(self, option: PenaltyOption, seen: set[str]) -> None:
+        """Lets penalties make what depends on the size of a code.
+
+        Args:
+            option: The penalties.
+            seen: Sites of earlier steps, to which those of this one are added. What was latent may be observed now, as
+                the labels of semi-supervised data.
+
+        Raises:
+            ValueError: If a dict names a site that is neither latent nor observed, or misses a latent one.
+
+        Warns:
+            UserWarning: If a dict names a site that is observed and has not been latent yet.
+        """
+        if isinstance(option, dict):
+            names = {name: None for key in option for name in sites_of(key, self.columns)}
+            is_complete = all(name in names for name in self.columns)
+            given = [name for name in names if name in self.first.observed and (is_complete or name in seen)]
+            check_names("penalty", [name for name in names if name not in given], list(self.columns), "latent", "MMD()")
+            for name in given:
+                if name not in seen:
+                    warnings.warn(
+                        f"penalty names '{name}', which is observed in this batch: it has codes in a batch where it is "
+                        "latent, as labels that are missing. If it is data in all of them, leave it out of penalty.",
+                        UserWarning,
+                        stacklevel=5,
+                    )
+            seen.update(given)
+        seen.update(self.columns)
+        for _, _, own, penalty in self._parts(option):
+            codes = own.codes if own.condition is None else beside(own.codes, own.condition)
+            penalty.prepare_sites(codes, own.columns)
+
+    def compare(self, option: PenaltyOption, condition: Condition | None) -> dict[str, Tensor]:
+        """The scaled penalty of each latent site or group, or under the name "" that of the joint code.
+
+        Args:
+            option: The penalties.
+            condition: The units of conditions, or None without a condition.
+
+        Raises:
+            ValueError: If one penalty compares sites that have different scales.
+        """
+        values = {}
+        for entry, label, own, penalty in self._parts(option):
+            (codes, draws), scale, context = own.rows(), own.joint_scale(), own.context()
+            if condition is not None:
+                context = own._with_condition(context, condition, entry, penalty, draws)
+            values[label] = scale * penalty(codes, draws, context)
+        return values
+
     def add(
         self, penalties: Mapping[str, Tensor], weight: Callable[[Tensor], float | Tensor], *, per_datum: bool = True
     ) -> Step:
@@ -160,9 +222,9 @@ class Step:
         masked codes where a gradient is taken, because 0 times NaN is NaN.
         """
         means = self._mean_costs()
-        cost, penalty = total(means.values()), total(penalties.values())
-        # A scale of the whole model is one of the whole loss, and none of the balance between cost and penalty.
-        factor = weight(cost.detach() / self.common_scale())
+        cost, penalty = _total(means.values()), _total(penalties.values())
+        balanced = cost.detach() / self._common_scale()
+        factor = weight(balanced)
         loss = cost + factor * penalty.to(cost.device)
         if not per_datum:
             loss = loss * self._number_of_data()
@@ -173,7 +235,7 @@ class Step:
         costs = {site: value.detach() for site, value in means.items()}
         apart = {site: value.detach() for site, value in penalties.items() if site}
         terms = Terms(cost.detach(), penalty.detach(), factor, costs, apart)
-        return dataclasses.replace(self, penalties=penalties, terms=terms, loss=loss)
+        return dataclasses.replace(self, penalties=penalties, terms=terms, balanced_cost=balanced, loss=loss)
 
     def _mean_costs(self) -> dict[str, Tensor]:
         if self.seen is None:
@@ -194,7 +256,7 @@ class Step:
         whole = self.data_size or self.data
         return whole if self.seen is None else self.seen.sum().clamp(min=1) * (whole / self.seen.numel())
 
-    def common_scale(self) -> float | Tensor:
+    def _common_scale(self) -> float | Tensor:
         """The ``poutine.scale`` that all latent and observed sites have, 1 where they have different ones."""
         scales = [site.scale for run in self.runs[0] for site in (*run.latents.values(), *run.observed.values())]
         if not any(isinstance(scale, Tensor) for scale in scales):
@@ -221,41 +283,6 @@ class Step:
                 )
         return next(iter(scales.values()))
 
-    def what_is_not_finite(self) -> str:
-        """Why the loss is not finite, in a sentence that names the part."""
-        if found := self.what_is_not_finite_before():
-            return found
-        assert self.terms is not None  # the loss has been added up
-        for site, value in self.terms.costs.items():
-            if found := _not_finite(value):
-                return f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
-        for site, value in self.penalties.items():
-            if found := _not_finite(value):
-                where = f" of latent site '{site}'" if site else ""
-                return f"The penalty{where} is {found}, though the codes are finite."
-        return (
-            f"The loss is not finite, though its parts are: the penalty weight ({float(self.terms.weight):g}) times "
-            "the penalty overflows."
-        )
-
-    def what_is_not_finite_before(self) -> str | None:
-        """What a penalty compares that is not finite, in a sentence; None if all of it is."""
-        codes, prior = self.rows()
-        for site, columns in self.columns.items():
-            if found := _not_finite(codes[..., columns]):
-                return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
-            if prior is not None and (found := _not_finite(prior[..., columns])):
-                return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
-        if self.condition is not None and (found := _not_finite(self.condition)):
-            return f"The condition '{self.condition_name}' holds {found}: look at the data."
-        for site, columns in self.columns.items() if self.codes.requires_grad else ():
-            if found := _not_finite(self.codes[..., columns]):
-                return (
-                    f"The masked codes of latent site '{site}' hold {found}, from which the gradient of all parameters "
-                    "is NaN. Write into the guide: x = x.nan_to_num()."
-                )
-        return None
-
     def context(self) -> PenaltyContext:
         """What a penalty may know of the codes and the prior beyond their draws."""
         # Under a mask or for a part of the sites, the rows are not draws of the model's joint prior any more.
@@ -271,6 +298,51 @@ class Step:
             kept=self.kept_rows,
         )
 
+    def _parts(self, option: PenaltyOption) -> list[tuple[int, str, Step, Penalty]]:
+        """The number and label of each penalty, the step with the codes of its sites, and the penalty."""
+        if not isinstance(option, dict):
+            return [(0, "", self, option)]
+        found = []
+        for entry, (key, penalty) in enumerate(option.items()):
+            sites = [site for site in sites_of(key, self.columns) if site in self.columns]
+            if penalty is not None and sites:
+                found.append((entry, site_label(key), self.part(sites), penalty))
+        return found
+
+    def _with_condition(
+        self, context: PenaltyContext, condition: Condition, entry: int, penalty: Penalty, draws: Tensor | None
+    ) -> PenaltyContext:
+        """Adds the condition to what a penalty learns.
+
+        Args:
+            context: What it learns without.
+            condition: The units of conditions.
+            entry: The penalty's number.
+            penalty: The penalty.
+            draws: Its prior draws without masked data, shape (m, d), or None.
+
+        Raises:
+            ValueError: If the penalty cannot take a condition, or a mask drops conditions and no codes.
+        """
+        assert self.condition is not None
+        name = condition.name
+        for part in penalty.modules():
+            if isinstance(part, Penalty) and not part.accepts_condition:
+                raise ValueError(
+                    f"condition='{name}': {type(part).__name__} compares codes without what they are conditional on. "
+                    "Take another penalty, such as MMD()."
+                )
+        if self.condition_is_masked and self.kept is None:
+            raise ValueError(
+                f"condition='{name}' is masked and the latent sites {list(self.columns)} are not: some codes "
+                "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
+            )
+        values = self.left(self.condition.to(self.codes.device), 0)
+        scale = None
+        if draws is not None and values.is_floating_point() and any(map(_reads_columns, penalty.modules())):
+            scale = condition.fit(entry, values, draws)
+        return dataclasses.replace(context, condition=values, condition_scale=scale, shared_data=True)
+
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """The log density of the model's prior at codes (J, n, d), given the data of this step: shape (J, n)."""
         particles = len(self.codes) // len(self.runs[0])
@@ -279,113 +351,22 @@ class Step:
 
     def encoder_variance(self) -> Tensor:
         """The variance that the guide gives each number of a code, shape (K, n', d); 1 where it is masked."""
-        return self.of_kept(self.variances())
+        variances, kept = self.variances(), self.kept_rows()
+        return variances if kept is None else self.left(variances, 1).where(kept, 1.0)  # at 1 guards are 0
 
     def variances(self) -> Tensor:
         """The variance that the guide gives each number of a code, masked or not, shape (K, n, d)."""
-        return joined([joined([self._variance_of(run) for run in runs]) for runs in self.runs], 1)
+        return joined([joined([variances(run, self.columns) for run in runs]) for runs in self.runs], 1)
 
     def divergences(self) -> Tensor:
         """The divergence of the guide from the prior for each datum, masked or not, shape (K, n)."""
         return joined([joined([divergence(run, self.columns) for run in runs]) for runs in self.runs], 1)
 
-    def of_kept(self, variances: Tensor) -> Tensor:
-        """The variances (K, n', d) of the data that a mask leaves, 1 for a masked number, at which guards are 0."""
-        return variances if self.kept is None else self.left(variances, 1).where(self.left(self.kept, 1), 1.0)
 
-    def _variance_of(self, run: Run) -> Tensor:
-        rows = {}
-        for name in self.columns:
-            site, node = run.latents[name], run.guide.nodes[name]
-            variance = _variance(site, node["fn"]).expand(node["value"].shape)
-            rows[name] = site.rows(variance, node["fn"].event_dim)
-        return side_by_side(rows, {})[0]
-
-    @staticmethod
-    def join(parts: Sequence[Step], dim: int) -> Step:
-        """Joins steps of other particles of the same data (dim 0), or of other data (dim 1).
-
-        Raises:
-            ValueError: If they have other sites, or codes of other sizes.
-        """
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        for part in parts:
-            part._check_like(first, dim)
-        changes: dict[str, Any] = {
-            name: joined([getattr(part, name) for part in parts], dim)
-            for name in ("codes", "prior")
-            if getattr(first, name) is not None
-        }
-        changes["costs"] = {site: joined([part.costs[site] for part in parts], dim) for site in first.costs}
-        for name, like in (("kept", "codes"), ("seen", "costs")):
-            masks = [getattr(part, name) for part in parts]
-            if any(mask is not None for mask in masks):
-                wholes = [part.codes if like == "codes" else next(iter(part.costs.values())) for part in parts]
-                filled = [
-                    torch.ones_like(whole, dtype=torch.bool) if mask is None else mask
-                    for mask, whole in zip(masks, wholes, strict=True)
-                ]
-                changes[name] = joined(filled, dim)
-        if dim == 1:
-            first.check_once("micro_batch")
-            changes["condition_is_masked"] = any(part.condition_is_masked for part in parts)
-            # Of a single datum it cannot be known, and it counts as one whose prior does.
-            changes["prior_varies"] = any(p.prior_varies for p in [p for p in parts if p.data > 1] or parts)
-            if first.condition is not None:
-                changes["condition"] = joined([part.condition for part in parts if part.condition is not None])
-            n = sum(part.data for part in parts)
-            changes["data_size"] = None if first.data_size == n else first.data_size
-            changes["runs"] = [runs for part in parts for runs in part.runs]
-        else:
-            changes["once"] = {name: sum(part.once[name] for part in parts) / len(parts) for name in first.once}
-            changes["runs"] = [[run for part in parts for runs in part.runs for run in runs]]
-        return dataclasses.replace(first, **changes)
-
-    def check_once(self, option: str) -> None:
-        """Raises ValueError if a factor outside the data plate would be counted in each part of the data."""
-        if self.once:
-            name = next(iter(self.once))
-            raise ValueError(
-                f"pyro.factor '{name}' is outside the data plate '{self.first.plate}', and {option} would count it in "
-                f"each part of the data. Put it into the plate, or leave {option} out."
-            )
-
-    def _check_like(self, first: Step, dim: int) -> None:
-        found, expected = ({site: (c.start, c.stop) for site, c in s.columns.items()} for s in (self, first))
-        if found != expected or self.costs.keys() != first.costs.keys():
-            raise ValueError(
-                f"{'Runs' if dim == 0 else 'Micro-batches'} of one step gave codes of different sites or sizes: "
-                f"{expected} and {found} (site: first and last column), or costs of different sites: "
-                f"{list(first.costs)} and {list(self.costs)}. The model and guide must have one structure within a "
-                "step: write the choice into the site's distribution, not around the site."
-            )
-        if dim == 0 and self.data != first.data:
-            raise ValueError(
-                f"Runs of one step gave codes of different numbers of data: {first.data} and {self.data}. The model "
-                "and guide must have one structure within a step."
-            )
+def _total(scalars: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars, on the device of the first."""
+    return functools.reduce(lambda left, right: left + right.to(left.device), scalars)
 
 
-def _not_finite(values: Tensor) -> str | None:
-    """What is not finite in a tensor, in a word; None where all is."""
-    if values.is_meta or not values.is_floating_point() or bool(values.isfinite().all()):
-        return None
-    return "NaN" if bool(values.isnan().any()) else "infinity"
-
-
-def _variance(site: Site, guide: Any) -> Tensor:
-    inner = innermost(guide)
-    if isinstance(inner, dist.Delta):
-        raise ValueError(
-            f"The guide is deterministic at site '{site.name}' (Delta): there is no variance to guard. Leave the "
-            "guard out, or write dist.Normal(loc, scale) in the guide."
-        )
-    try:
-        return guide.variance
-    except NotImplementedError as error:
-        raise ValueError(
-            f"The guide's {type(inner).__name__} at site '{site.name}' has no variance in closed form, which the guard "
-            "needs. Write dist.Normal(loc, scale) in the guide."
-        ) from error
+def _reads_columns(part: nn.Module) -> bool:
+    return isinstance(part, Penalty) and part.needs_prior_draws and not part.reads_condition

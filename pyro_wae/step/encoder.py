@@ -1,4 +1,4 @@
-"""The divergence of each datum's encoder distribution from the prior, by the densities of guide and model."""
+"""The encoder's distribution of each datum's code: its variances, and its divergence from the prior."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_wae._core.distributions import innermost
-from pyro_wae._core.numerics import at_least_float32
-from pyro_wae.step.plates import layers, subsample_scales
-from pyro_wae.step.program import Run
+from pyro_wae._core.rows import Site, at_least_float32, side_by_side
+from pyro_wae.step.program import Run, layers, subsample_scales
+
+
+def variances(run: Run, names: Iterable[str]) -> Tensor:
+    """The variance that the guide gives each number of a code, shape (K, n, d).
+
+    Raises:
+        ValueError: If the guide is deterministic at a site, or a variance is not known.
+    """
+    rows = {}
+    for name in names:
+        site, node = run.latents[name], run.guide.nodes[name]
+        variance = _variance(site, node["fn"]).expand(node["value"].shape)
+        rows[name] = site.rows(variance, node["fn"].event_dim)
+    return side_by_side(rows, {})[0]
 
 
 def divergence(run: Run, names: Iterable[str]) -> Tensor:
@@ -72,4 +85,20 @@ def _between(name: str, encoder: Any, prior: Any, code: Tensor, *, in_closed_for
         raise ValueError(
             f"PosteriorKL needs the densities of guide and prior at site '{name}', and {type(encoder).__name__} or "
             f"{type(prior).__name__} has no log_prob. Take MMD() alone, which needs draws."
+        ) from error
+
+
+def _variance(site: Site, guide: Any) -> Tensor:
+    inner = innermost(guide)
+    if isinstance(inner, dist.Delta):
+        raise ValueError(
+            f"The guide is deterministic at site '{site.name}' (Delta): there is no variance to guard. Leave the "
+            "guard out, or write dist.Normal(loc, scale) in the guide."
+        )
+    try:
+        return guide.variance
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The guide's {type(inner).__name__} at site '{site.name}' has no variance in closed form, which the guard "
+            "needs. Write dist.Normal(loc, scale) in the guide."
         ) from error
