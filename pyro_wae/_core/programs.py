@@ -1,15 +1,20 @@
-"""A model or a guide: the modules behind it, which need not be a module itself, and what it is called with."""
+"""A model or a guide: the modules behind it, what it is called with, and runs of it that leave nothing behind."""
 
 from __future__ import annotations
 
 import dis
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
+
+from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.random_state import restored_random_state
 
 LIBRARIES = ("torch", "pyro")
 """Packages whose functions refer to nothing of the user's by global names."""
@@ -33,6 +38,14 @@ def owners(program: Any) -> list[nn.Module]:
     found = list(_modules_in(program, set()))
     inner = {id(part) for module in found for part in module.modules() if part is not module}
     return [module for module in found if id(module) not in inner]
+
+
+@contextmanager
+def trial_run() -> Iterator[None]:
+    """Wraps runs of which nothing is kept: random state, BatchNorm and the handlers outside do not notice them."""
+    with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
+        yield
+    torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
 
 
 def wrapped_module(program: Any) -> nn.Module | None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import HANDLERS
-from pyro_wae._core.programs import add_note, part_of, tensors_of
+from pyro_wae._core.programs import add_note, part_of, tensors_of, trial_run
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators, set_random_state
 from pyro_wae.step.observe import Observer, Runner
 from pyro_wae.step.parts import check_guide, join, priors_differ
@@ -138,9 +138,8 @@ def _check_plates(step: Step, batch: _Batch) -> None:
 
 def _warm_up(observer: Observer, batch: _Batch) -> None:
     """Lets model and guide make what they make at their first run, for which a run may draw random numbers."""
-    with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
+    with trial_run():
         _run(observer, batch)
-    torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
 
 
 def _without_activations(observer: Observer, batch: _Batch) -> Step:

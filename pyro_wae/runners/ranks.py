@@ -14,8 +14,7 @@ from pyro import poutine
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.random_state import restored_random_state
+from pyro_wae._core.programs import trial_run
 from pyro_wae.distributed import (
     GroupLike,
     average_gradients,
@@ -116,14 +115,11 @@ class Ranks(Runner):
         if self._has_one_start:
             return
         group_of(self.group)  # which is missing, if it is, before the run
-        with restored_random_state():
-            with self._telling_of_failure(), batch_norm_at_rest(), torch.no_grad(), poutine.block():
-                with poutine.trace(param_only=True) as seen:
-                    self.runner.observe(observer, args, kwargs)
-                parameters = _parameters(seen.trace)
-            torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
+        with trial_run():
+            with self._telling_of_failure(), poutine.trace(param_only=True) as seen:
+                self.runner.observe(observer, args, kwargs)
             self._exchange(_Report(STARTS))
-        self._copy_of_first(parameters)
+        self._copy_of_first(_parameters(seen.trace))
         self._has_one_start = True
 
     def _share(self, found: Callable[[], Iterable[tuple[str, nn.Module]]]) -> None:

@@ -17,10 +17,8 @@ from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
-from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.private import PARTICLE_PLATE
-from pyro_wae._core.programs import add_note
-from pyro_wae._core.random_state import restored_random_state
+from pyro_wae._core.programs import add_note, trial_run
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.costs import Cost
 from pyro_wae.step.condition import read_condition
@@ -105,9 +103,8 @@ class Observer:
 
     def _plate_nesting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
         # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
-        with restored_random_state(), poutine.block(), torch.no_grad(), batch_norm_at_rest():
+        with trial_run():
             traces = trace_pair(self.model, self.guide, args, kwargs, math.inf)
-        torch.clear_autocast_cache()  # torch 2.6 keeps casts without their gradient
         stacks = [
             node["cond_indep_stack"] for trace in traces for node in trace.nodes.values() if node["type"] == "sample"
         ]
