@@ -223,7 +223,7 @@ class Implicit(dist.Normal):
     [
         (lambda: Net(delta), r"deterministic at site 'z' \(Delta\).* infinite.*dist\.Normal\(loc, scale\)"),
         (
-            lambda: Net(lambda loc, scale: dist.Normal(loc, scale).mask(loc > 0)),
+            lambda: Net(prior=lambda x: dist.Normal(x.new_zeros(D), 1).mask(x > 0).to_event(1)),
             r"site 'z' one distribution.*Write \.mask\(mask\) in both",
         ),
         (
