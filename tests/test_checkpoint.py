@@ -213,7 +213,7 @@ def test_a_training_goes_back_to_its_own_checkpoint(loss, optim, tmp_path):
 
 def test_a_training_goes_back_to_before_its_first_step(tmp_path):
     seed(0)
-    make = functools.partial(JensenShannon, nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)))
+    make = functools.partial(JensenShannon, nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)).float())
     training = ByPyro(WAELoss(make()))
     save_checkpoint(tmp_path / "run.pt", **training.parts)
     losses = run(training, 0, STEPS)

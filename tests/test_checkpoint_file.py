@@ -124,7 +124,7 @@ def test_a_checkpoint_of_format_1_resumes_where_it_would_have_gone(route, path):
         torch.manual_seed(0)
         if torch.empty(8).bernoulli_(0.5).tolist() != [0, 0, 1, 0, 0, 0, 1, 1]:
             pytest.skip("it is loaded, and this torch drops other units with the same random state")
-    found = [step(torch.randn(8, 4)) for _ in range(8)]
+    found = [step(torch.randn(8, 4, dtype=torch.float32)) for _ in range(8)]
     # Bit by bit on the machine that wrote them; sums are rounded in another order elsewhere.
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -134,13 +134,13 @@ def test_the_former_training_resumes_bit_by_bit_from_a_new_file(route, path):
     pyro.set_rng_seed(0)
     parts, step = make_former_training(route)
     for _ in range(5):
-        step(torch.randn(8, 4))
+        step(torch.randn(8, 4, dtype=torch.float32))
     save_checkpoint(path, **parts)
-    expected = [step(torch.randn(8, 4)) for _ in range(3)]
+    expected = [step(torch.randn(8, 4, dtype=torch.float32)) for _ in range(3)]
     pyro.clear_param_store()
     parts, step = make_former_training(route)
     load_checkpoint(path, **parts)
-    assert [step(torch.randn(8, 4)) for _ in range(3)] == expected
+    assert [step(torch.randn(8, 4, dtype=torch.float32)) for _ in range(3)] == expected
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_other_versions_of_the_packages_are_read(path, monkeypatch):
 
 def test_a_checkpoint_holds_nothing_that_has_to_be_run(path):
     parts, step = make_former_training("svi gan")
-    step(torch.randn(8, 4))
+    step(torch.randn(8, 4, dtype=torch.float32))
     save_checkpoint(path, **parts)
     assert torch.load(path, weights_only=True)["versions"]["pyro_wae"] == pyro_wae.__version__
     with zipfile.ZipFile(path) as archive:

@@ -47,7 +47,7 @@ class Net(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def batch(step, dtype=torch.float32):
+def batch(step, dtype=None):
     """Data that depend on all three random states."""
     x = torch.randn(8 + random.randrange(3), D, dtype=dtype) + np.random.randn()  # noqa: NPY002
     return x, step, x[:, :1].clone()
