@@ -173,12 +173,12 @@ class Constraint(FittedBuffers, SteppedWeight):
         moves = self.step % stride == 0
         # A step may stand under autocast as a whole; phases of half precision would be off by more than the slack.
         with torch.autocast(codes.device.type, enabled=False):
-            waves, difference = self._measure(cost, codes, prior)
+            waves, is_finite = self._measure(cost, codes, prior)
             if moves and len(prior) >= LEAST_TRACE_ROWS:
                 of_prior = waves[-len(prior) :][:TRACE_ROWS]
                 share = max(1 / (self.step + 1), TRACE_SHARE * stride)
                 trace = torch.lerp(self.trace, trace_of_squared_covariance(of_prior) / FREQUENCIES**2, share)
-                self.trace = trace.where(difference.sum().isfinite(), self.trace)
+                self.trace = trace.where(is_finite, self.trace)
         self.step += 1
         if self.step >= 2:
             self._average(1, cost, MEMORY)
@@ -199,7 +199,7 @@ class Constraint(FittedBuffers, SteppedWeight):
         self.plateau = self.plateau.to(self.weight)
 
     def _measure(self, cost: Tensor, codes: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the difference of the features' means; returns the waves, and the difference if the step is finite."""
+        """Keeps the difference of the features' means; returns the waves, and whether the step is finite."""
         if self.frequencies.device != prior.device:
             self.to(prior.device)  # the state was loaded from elsewhere
         features = RandomFeatures(self.widths, self.frequencies)
@@ -210,10 +210,11 @@ class Constraint(FittedBuffers, SteppedWeight):
         rows, (n, m) = codes.flatten(0, 1), (codes.shape[0] * codes.shape[1], prior.shape[0])
         waves = features.waves(torch.cat([rows, prior]))
         signs = torch.cat([waves.new_full((n,), features.height / n), waves.new_full((m,), -features.height / m)])
-        # NaN where anything is not finite, and a row of zeros is an empty one. Looking would wait for an accelerator.
-        difference = signs @ waves + (cost - cost)
-        torch.nan_to_num(difference, out=self.differences[self.step % self.pool])
-        return waves, difference
+        difference = signs @ waves
+        # A row of zeros is an empty one. Reading whether a step is usable would wait for an accelerator.
+        is_finite = (cost + difference.sum()).isfinite()
+        self.differences[self.step % self.pool] = difference.where(is_finite, 0.0)
+        return waves, is_finite
 
     def _ascend(self, stride: int) -> None:
         norms = self.differences.square().sum(1)
