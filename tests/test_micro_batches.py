@@ -469,3 +469,24 @@ def test_an_autoguide_on_local_latents_trains_the_parameters_of_the_data_it_sees
     assert grads[0][0].shape == (40, D)
     for whole, split in zip(*grads, strict=True):
         assert_close(split, whole)
+
+
+def test_one_datum_left_over_does_not_make_the_prior_vary():
+    """One code shows no prior that is common to all; five data in runs of four and one have the loss of all at once."""
+    encoder, decoder, loc = nn.Linear(3, 2), nn.Linear(2, 3), nn.Parameter(torch.tensor([0.3, -0.2]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
+
+    x = torch.randn(5, 3)
+    losses = []
+    for size in (None, 4):
+        pyro.set_rng_seed(0)
+        losses.append(WAELoss(penalty_weight=10.0, micro_batch=size).loss(model, guide, x))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
