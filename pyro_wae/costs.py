@@ -80,7 +80,7 @@ class Cost(CallRepr, nn.Module):
         if mask is not None:
             kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if event_dim else mask
             costs = costs.where(kept, 0.0)
-        rows = site.rows(at_least_float32(costs) * site.scale * site.subsample_scale, 0)
+        rows = site.rows(at_least_float32(costs) * (site.scale * site.subsample_scale), 0)
         return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def _mean(distribution: Any) -> Tensor:
     if mean.device.type != "cpu":
         return mean
     # A sum that is finite has no part that is not, and takes a fraction of the time.
-    if not bool(mean.detach().sum().isfinite()) and not bool(mean.isfinite().all()):
+    if not math.isfinite(mean.detach().sum().item()) and not bool(mean.isfinite().all()):
         if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
             return mean  # parameters that are not finite are the net's fault, and reported as such
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._core.rows import joined
+from pyro_wae._core.rows import joined, working_precision
 from pyro_wae.penalties import Penalty, PenaltyContext
 from pyro_wae.penalties.base import beside
 from pyro_wae.step.condition import Condition
@@ -231,7 +231,8 @@ class Step:
         codes, draws = self.rows()
         for rows in (self.codes if self.codes.requires_grad else codes, draws):
             if rows is not None:
-                loss = loss.where(rows.detach().isfinite().all().to(loss.device), math.nan)
+                # 0 times what is not finite is NaN; in few digits a sum of large codes would be infinite too.
+                loss = loss + (0.0 * working_precision(rows.detach()).sum()).to(loss)
         costs = {site: value.detach() for site, value in means.items()}
         apart = {site: value.detach() for site, value in penalties.items() if site}
         terms = Terms(cost.detach(), penalty.detach(), factor, costs, apart)
