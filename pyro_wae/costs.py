@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +67,8 @@ class Cost(CallRepr, nn.Module):
         Raises:
             ValueError: If the distribution does not serve or the cost has the wrong shape; the message names the site.
         """
-        value, mask = _as_float(site.value), site.mask
+        value, mask = site.value, site.mask
+        value = value.float() if value.dtype in (torch.bool, torch.uint8) else value
         try:
             if mask is not None:
                 value = self.fill(site.distribution, value, mask)
@@ -113,7 +114,7 @@ class OutputCost(Cost):
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
         output = self._output_for(distribution, value)
-        return _sum_event(self.difference(at_least_float32(value), output), distribution.event_dim)
+        return _sum_event(self.difference(value, output), distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         # A masked element equals the output: it costs nothing and passes no gradient, NaN data included.
@@ -122,7 +123,15 @@ class OutputCost(Cost):
     def _output_for(self, distribution: Any, value: Tensor) -> Tensor:
         """G(z) in the shape of the data, and with their total where the family has a fixed one."""
         output = self.output(distribution)
-        return _checked_output(output if self.decode else with_own_total(distribution, output, value), value)
+        output = output if self.decode else with_own_total(distribution, output, value)
+        output = _as_float(checks.tensor("The generator's output", output, write="decode=lambda fn: fn.mean"))
+        try:
+            return output if output.shape == value.shape else output.expand(value.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the generator's output has shape {tuple(output.shape)}, the data {tuple(value.shape)}. "
+                "Give the distribution or decode= the data's shape."
+            ) from error
 
 
 class SquaredError(OutputCost):
@@ -157,7 +166,14 @@ class ExpectedSquaredError(SquaredError):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         squares = super().forward(distribution, value)
-        return squares + _sum_event(self._variance(distribution, value), distribution.event_dim)
+        try:
+            variance = _as_float(distribution.variance.expand(value.shape))
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{family(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
+                "cost=NegativeLogLikelihood()."
+            ) from error
+        return squares + _sum_event(variance, distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         if distribution.event_dim and mask.shape[-distribution.event_dim :].numel() > 1:
@@ -167,23 +183,13 @@ class ExpectedSquaredError(SquaredError):
             )
         return super().fill(distribution, value, mask)
 
-    @staticmethod
-    def _variance(distribution: Any, value: Tensor) -> Tensor:
-        try:
-            return at_least_float32(distribution.variance.expand(value.shape))
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{family(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
-                "cost=NegativeLogLikelihood()."
-            ) from error
-
 
 class NegativeLogLikelihood(Cost):
     """The cost of a random decoder, c(x, z) = -log p_G(x | z), in nats."""
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
-        value = at_least_float32(value) if value.is_floating_point() else value.float()  # Bernoulli takes no integers
+        value = value if value.is_floating_point() else value.float()  # Bernoulli takes no integers
         with torch.autocast(value.device.type, enabled=False):
             return -widened(distribution).log_prob(value)
 
@@ -215,7 +221,7 @@ class FunctionCost(OutputCost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
-        return self.function(at_least_float32(value), self._output_for(distribution, value))
+        return self.function(value, self._output_for(distribution, value))
 
     def per_datum(self, site: Site) -> Tensor:
         value = _as_float(site.value)
@@ -228,7 +234,7 @@ class FunctionCost(OutputCost):
                 output = torch.where(site.mask, output, output.detach())
         except ValueError as error:
             raise ValueError(f"At observed site '{site.name}': {error}") from error
-        x, g = (site.rows(at_least_float32(part), site.distribution.event_dim) for part in (value, output))
+        x, g = (site.rows(part, site.distribution.event_dim) for part in (value, output))
         particles, n = x.shape[:2]
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
         _check_costs(self.function, site.name, costs, (particles * n,))
@@ -343,9 +349,16 @@ def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:
     )
 
 
+def as_costs(cost: Any) -> Cost | dict[str, Cost]:
+    """The same of each observed site where they are a dict; the default is :class:`SquaredError`."""
+    if cost is None:
+        return SquaredError()
+    return {site: as_cost(own) for site, own in cost.items()} if isinstance(cost, Mapping) else as_cost(cost)
+
+
 def _as_float(value: Tensor) -> Tensor:
-    """Truth values and bytes as numbers."""
-    return value.float() if value.dtype in (torch.bool, torch.uint8) else value
+    """Truth values, bytes and half precision as float32; other numbers as they are."""
+    return value.float() if value.dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16) else value
 
 
 def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:
@@ -381,16 +394,3 @@ def _checked(distribution: Any, value: Any) -> Tensor:
         shapes = f"{tuple(value.shape)}, and an event of the distribution {tuple(distribution.event_shape)}"
         raise ValueError(f"value has shape {shapes}. Give the data in their own shape.")
     return _as_float(value)
-
-
-def _checked_output(output: Tensor, value: Tensor) -> Tensor:
-    output = _as_float(checks.tensor("The generator's output", output, write="decode=lambda fn: fn.mean"))
-    if output.shape == value.shape:
-        return at_least_float32(output)
-    try:
-        return at_least_float32(output.expand(value.shape))
-    except RuntimeError as error:
-        raise ValueError(
-            f"the generator's output has shape {tuple(output.shape)}, the data {tuple(value.shape)}. "
-            "Give the distribution or decode= the data's shape."
-        ) from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
-from pyro_wae.costs import Cost, SquaredError, as_cost
+from pyro_wae.costs import Cost, as_costs
 from pyro_wae.distributed import GroupLike
 from pyro_wae.hints import Hints, finite_slopes, what_is_not_finite, what_is_not_finite_before
 from pyro_wae.module import WAEModule
@@ -138,7 +138,7 @@ class WAELoss(CallRepr, ELBO):
             retain_graph=None if retain_graph is None else checks.flag("retain_graph", retain_graph),
         )
         self.penalty = as_option(penalty)
-        self.cost = _costs(cost)
+        self.cost = as_costs(cost)
         self.penalty_weight = self._default_weight() if penalty_weight is None else as_weight(penalty_weight)
         self.data_plate = data_plate
         self.prior_draws = checks.whole("prior_draws", prior_draws)
@@ -306,14 +306,6 @@ class WAELoss(CallRepr, ELBO):
     def _default_weight(self) -> Weight:
         # A prior that cannot be sampled can still be compared with, and gives a constraint nothing to measure by.
         return Constraint() if any(p.needs_prior_draws for p in each_penalty(self.penalty)) else Constant(100.0)
-
-
-def _costs(given: CostLike | Mapping[str, CostLike] | None) -> Cost | dict[str, Cost]:
-    if given is None:
-        return SquaredError()
-    if isinstance(given, Mapping):
-        return {site: as_cost(option) for site, option in given.items()}
-    return as_cost(given)
 
 
 def _nesting(given: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_wae._core.checks import accepted, number, text, whole
-from pyro_wae.costs import Cost, SquaredError, as_cost
+from pyro_wae.costs import Cost, as_costs
 from pyro_wae.diagnostics.alarms import Alarm, find_alarms
 from pyro_wae.diagnostics.comparison import Comparison, Moments, compare_site
 from pyro_wae.diagnostics.example_images import Pictures, check_shape, collect_pictures
@@ -183,7 +183,7 @@ def report(
         guide,
         (tuple(item) if isinstance(item, tuple | list) else (item,) for item in items),
         kwargs,
-        cost=_as_costs(cost),
+        cost=as_costs(cost),
         max_codes=max_codes,
         data_plate=data_plate,
         seed=own_seed,
@@ -208,14 +208,6 @@ def report(
         columns=gathered.columns,
         pictures=collect_pictures(model, guide, gathered, kwargs, shape=shape, data_plate=data_plate, seed=own_seed),
     )
-
-
-def _as_costs(cost: Any) -> Cost | dict[str, Cost]:
-    if cost is None:
-        return SquaredError()
-    if isinstance(cost, Mapping):
-        return {name: as_cost(own) for name, own in cost.items()}
-    return as_cost(cost)
 
 
 def _as_json(value: Any) -> Any:

@@ -7,13 +7,14 @@ A length that is left as ``None`` is taken from the prior draws when a penalty f
 from pyro_wae.kernels.base import Kernel, Product, Scaled, Sum
 from pyro_wae.kernels.conditional import Conditional, SameLabel, UnitMean
 from pyro_wae.kernels.function import FunctionKernel
-from pyro_wae.kernels.lengths import MultiScale, RadialKernel
 from pyro_wae.kernels.radial import (
     Energy,
     Gaussian,
     InverseMultiquadratic,
     Laplace,
     Matern,
+    MultiScale,
+    RadialKernel,
     RationalQuadratic,
 )
 

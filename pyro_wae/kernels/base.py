@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
-from pyro_wae._core.rows import at_least_float32, working_precision
+from pyro_wae._core.rows import at_least_float32, squared_distances, working_precision
 
 Scratch = tuple[Tensor, ...]
 """Tensors to work in, where taking fresh memory from the system would cost more than the arithmetic."""
 
+SCRATCH = 5
+"""The number of them."""
+
 
 class Kernel(CallRepr, nn.Module):
-    """A positive definite kernel; subclasses define :meth:`~Kernel.gram`.
+    """A positive definite kernel; subclasses define :meth:`~Kernel.gram`, or :meth:`~Kernel.profile`.
 
     Example:
         >>> import torch
@@ -65,8 +68,11 @@ class Kernel(CallRepr, nn.Module):
             return self.gram(x, y).to(at_least_float32(x).dtype)
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same as a call, unchecked and left in the working precision, for sums that nearly cancel."""
-        raise NotImplementedError
+        """The same as a call, unchecked and left in the working precision, for sums that nearly cancel.
+
+        By default it is the :meth:`profile` of a radial kernel.
+        """
+        return self.profile(self.scaled_squares(x, y))
 
     # Kernels of the distance alone
 
@@ -84,6 +90,12 @@ class Kernel(CallRepr, nn.Module):
         """The squared length in which a radial kernel measures, a scalar with the precision and device of ``like``."""
         return like.new_ones(())
 
+    def scaled_squares(self, x: Tensor, y: Tensor) -> Tensor:
+        """``|x - y|^2 / squared_unit`` for all pairs, in the working precision."""
+        first = working_precision(x)
+        squares = squared_distances(first, first if y is x else working_precision(y))
+        return squares / self.squared_unit(squares)
+
     def profile(self, u: Tensor) -> Tensor:
         """A radial kernel as a function of ``u >= 0``, elementwise."""
         raise NotImplementedError
@@ -95,7 +107,7 @@ class Kernel(CallRepr, nn.Module):
 
         Args:
             u: Any shape.
-            scratch: Three tensors of that shape or more to work in; what is returned may lie in them.
+            scratch: Five tensors of that shape to work in; what is returned may lie in them.
 
         Returns:
             Two tensors of the shape of ``u``.
@@ -182,8 +194,11 @@ class Kernel(CallRepr, nn.Module):
     @property
     def holds_function(self) -> bool:
         """Whether it, or a kernel that it is made of, :attr:`is_function`."""
-        # A radial kernel holds none, which is the quicker check.
-        return not self.is_radial and any(isinstance(part, Kernel) and part.is_function for part in self.modules())
+        return any(isinstance(part, Kernel) and part.is_function for part in self.modules())
+
+    def widened(self, rows: Tensor) -> Tensor:
+        """Rows in the precision in which it takes them: the working one, or their own where it holds a function."""
+        return rows if self.holds_function else working_precision(rows)
 
     @property
     def holds_only_definite(self) -> bool:
@@ -260,9 +275,7 @@ class Sum(Composite):
         return a + b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes = as_scratch(scratch, u, 2)
-        values.zero_()
-        slopes.zero_()
+        values, slopes = torch.zeros_like(u), torch.zeros_like(u)
         for value, slope in self.profiles_and_slopes(u):
             values += value
             slopes += slope
@@ -301,9 +314,7 @@ class Product(Composite):
         return a * b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes = as_scratch(scratch, u, 2)
-        values.fill_(1)
-        slopes.zero_()
+        values, slopes = torch.ones_like(u), torch.zeros_like(u)
         for value, slope in self.profiles_and_slopes(u):
             slopes.mul_(value).addcmul_(values, slope)
             values *= value
@@ -313,24 +324,7 @@ class Product(Composite):
         return " * ".join(map(repr, self.kernels))
 
 
-class OneKernel(Kernel):
-    """A function of one kernel, which is radial and smooth where that kernel is."""
-
-    kernel: Kernel
-
-    @property
-    def is_radial(self) -> bool:
-        return self.kernel.is_radial
-
-    @property
-    def is_smooth(self) -> bool:
-        return self.kernel.is_smooth
-
-    def squared_unit(self, like: Tensor) -> Tensor:
-        return self.kernel.squared_unit(like)
-
-
-class Scaled(OneKernel):
+class Scaled(Kernel):
     """A kernel times a positive number; usually written ``2.0 * k``.
 
     Raises:
@@ -342,6 +336,17 @@ class Scaled(OneKernel):
         super().__init__()
         self.kernel = checks.instance("Scaled's kernel", kernel, Kernel, "a kernel", write="2.0 * Gaussian()")
         self.factor = checks.number("Scaled's factor", factor, above=0, write="factor=1.0")
+
+    @property
+    def is_radial(self) -> bool:
+        return self.kernel.is_radial
+
+    @property
+    def is_smooth(self) -> bool:
+        return self.kernel.is_smooth
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        return self.kernel.squared_unit(like)
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         return self.factor * self.kernel.gram(x, y)
@@ -359,9 +364,3 @@ class Scaled(OneKernel):
 
     def __repr__(self) -> str:
         return f"{self.factor} * {self.kernel!r}"
-
-
-def as_scratch(scratch: Scratch | None, u: Tensor, count: int = 3) -> Scratch:
-    """The first tensors to work in; those that are not there are made."""
-    given = (scratch or ())[:count]
-    return given + tuple(torch.empty_like(u) for _ in range(count - len(given)))

@@ -11,8 +11,7 @@ from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels.base import Kernel
-from pyro_wae.kernels.lengths import MultiScale
-from pyro_wae.kernels.radial import Gaussian
+from pyro_wae.kernels.radial import Gaussian, MultiScale
 
 MOST_FITTED_PAIRS = 512**2
 """The largest number of pairs that :class:`UnitMean` takes its mean from at a time."""

@@ -2,25 +2,145 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae.kernels.base import Kernel, Scratch, as_scratch
-from pyro_wae.kernels.lengths import MultiScale, RadialKernel, working_squares
+from pyro_wae._core.fitted import FittedBuffers
+from pyro_wae.kernels.base import SCRATCH, Kernel, Scratch
+from pyro_wae.kernels.quadrature import matern_terms, multiquadratic_terms
 
 AUTHORS_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
-QUADRATURE_STEP = 0.4
-"""That of the trapezoidal rule by which several kernels are mixtures of Gaussians."""
-
 DEFAULT_LENGTHS = (0.05, 0.15, 0.5, 5.0)
 """Those of :meth:`Laplace.multiscale`, in its bandwidth."""
+
+
+class RadialKernel(FittedBuffers, Kernel):
+    """A kernel of the distance alone, ``f(|x - y|^2 / l^2)``; subclasses define :meth:`~Kernel.profile`.
+
+    Args:
+        length: The length l, or None to take it from the prior draws.
+        name: What the subclass calls its length: the attribute that keeps it, and the word in messages.
+
+    Raises:
+        TypeError: If the length is no number.
+        ValueError: If it is not positive and finite.
+    """
+
+    squared_length_factor = 1.0
+    """The squared length that is taken from the prior, over half the mean squared distance of its draws."""
+
+    squared_length: Tensor
+
+    def __init__(self, length: float | None, *, name: str) -> None:
+        super().__init__()
+        if length is not None:
+            length = checks.number(f"{type(self).__name__}'s {name}", length, above=0, write=f"{name}=1.0")
+        self._length_name = name
+        setattr(self, name, length)
+        self._given = None if length is None else length**2
+        if length is None:
+            self.register_fitted("squared_length")
+
+    @property
+    def is_set(self) -> bool:
+        return self._given is not None or self._is_fitted["squared_length"]
+
+    def take_length(self, half_mean_square: Tensor) -> None:
+        self.set_fitted("squared_length", half_mean_square * self.squared_length_factor)
+
+    @property
+    def is_radial(self) -> bool:
+        return type(self).gram is Kernel.gram
+
+    @property
+    def is_smooth(self) -> bool:
+        return True
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        """l^2 as a scalar with the precision and device of ``like``.
+
+        Raises:
+            ValueError: If the length has neither been given nor taken from prior draws.
+        """
+        if not self.is_set:
+            raise ValueError(
+                f"{self!r} has no length yet. Give one, as in {type(self).__name__}({self._length_name}=1.0), "
+                "or take it from prior draws: kernel.fit(prior)."
+            )
+        return self.squared_length.to(like) if self._given is None else like.new_tensor(self._given)
+
+    def profile_and_slope_at_scales(
+        self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum over factors c of the profile at ``u / c``, and its derivative, as ``profile_and_slope``."""
+        values, slopes = torch.zeros_like(u), torch.zeros_like(u)
+        for factor in factors:
+            value, slope = self.profile_and_slope(u / factor)
+            values += value
+            slopes.add_(slope, alpha=1 / factor)
+        return values, slopes
+
+
+class MultiScale(Kernel):
+    """The sum of one kernel at several lengths: the squared length times each factor.
+
+    Args:
+        kernel: A kernel with a length.
+        factors: Positive factors of its squared length.
+
+    Raises:
+        TypeError: If the kernel has no length.
+        ValueError: If there is no factor, or one is not positive.
+    """
+
+    kernel: RadialKernel
+
+    def __init__(self, kernel: RadialKernel, factors: Sequence[float]) -> None:
+        super().__init__()
+        write = "MultiScale(Gaussian(), (0.5, 1.0, 2.0)), or add kernels: k1 + k2"
+        self.kernel = checks.instance(
+            "MultiScale's kernel", kernel, RadialKernel, "a kernel that has a length", write=write
+        )
+        is_sequence = (
+            isinstance(factors, Iterable) and not isinstance(factors, bytes) and getattr(factors, "ndim", 1) > 0
+        )
+        factors = checks.accepted(
+            "MultiScale's factors", factors, is_sequence, "a sequence of numbers", write="factors=(0.5, 1.0, 2.0)"
+        )
+        self.factors = tuple(
+            checks.number("Each of MultiScale's factors", factor, above=0, write="factors=(0.5, 1.0, 2.0)")
+            for factor in factors
+        )
+        if not self.factors:
+            raise ValueError("MultiScale's factors must be one or more, found none. Write factors=(0.5, 1.0, 2.0).")
+
+    @property
+    def is_radial(self) -> bool:
+        return self.kernel.is_radial
+
+    @property
+    def is_smooth(self) -> bool:
+        return self.kernel.is_smooth
+
+    def squared_unit(self, like: Tensor) -> Tensor:
+        return self.kernel.squared_unit(like)
+
+    def profile(self, u: Tensor) -> Tensor:
+        total = self.kernel.profile(u / self.factors[0])
+        for factor in self.factors[1:]:
+            total = total + self.kernel.profile(u / factor)
+        return total
+
+    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        return self.kernel.profile_and_slope_at_scales(u, self.factors, scratch)
+
+    def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
+        return self.kernel.gaussian_terms(like, [own * factor for factor in factors for own in self.factors])
 
 
 class Gaussian(RadialKernel):
@@ -38,7 +158,7 @@ class Gaussian(RadialKernel):
         return torch.exp(-u / 2)
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = as_scratch(scratch, u)
+        values, slopes, *_ = scratch or _scratch(u)
         torch.exp(torch.mul(u, -0.5, out=values), out=values)
         return values, torch.mul(values, -0.5, out=slopes)
 
@@ -73,7 +193,7 @@ class InverseMultiquadratic(RadialKernel):
     def profile_and_slope_at_scales(
         self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor]:
-        values, slopes, terms = as_scratch(scratch, u)
+        values, slopes, terms, *_ = scratch or _scratch(u)
         for index, factor in enumerate(factors):
             torch.add(u, factor, out=terms).reciprocal_()
             if index:
@@ -85,7 +205,7 @@ class InverseMultiquadratic(RadialKernel):
         return values, slopes
 
     def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
-        weights, rates = like.new_tensor(_multiquadratic_terms(tuple(factors)))
+        weights, rates = like.new_tensor(multiquadratic_terms(tuple(factors)))
         return weights, rates / self.squared_unit(like)
 
     @classmethod
@@ -110,15 +230,12 @@ class Laplace(RadialKernel):
         return torch.exp(-_root(u))
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, inverse = as_scratch(scratch, u)
-        _inverse_root_into(u, inverse)
-        torch.mul(u, inverse, out=values).neg_().exp_()
-        return values, torch.mul(values, inverse, out=slopes).mul_(-0.5)
+        return self.profile_and_slope_at_scales(u, (1.0,), scratch)
 
     def profile_and_slope_at_scales(
         self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor]:
-        values, slopes, terms, roots, inverse = as_scratch(scratch, u, 5)
+        values, slopes, terms, roots, inverse = scratch or _scratch(u)
         torch.mul(u, _inverse_root_into(u, inverse), out=roots)
         for index, factor in enumerate(factors):
             rate = factor**-0.5
@@ -132,7 +249,7 @@ class Laplace(RadialKernel):
         return values, slopes.mul_(inverse)
 
     def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
-        weights, rates = like.new_tensor(_matern_terms(0.5, tuple(factors)))
+        weights, rates = like.new_tensor(matern_terms(0.5, tuple(factors)))
         return weights, rates / self.squared_unit(like)
 
     @classmethod
@@ -178,7 +295,7 @@ class Matern(RadialKernel):
         return (1 + t) * torch.exp(-t) if self.nu == 1.5 else (1 + t + t.square() / 3) * torch.exp(-t)
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, t = as_scratch(scratch, u)
+        values, slopes, t, *_ = scratch or _scratch(u)
         _inverse_root_into(u, slopes)
         torch.mul(u, slopes, out=t).mul_(math.sqrt(2 * self.nu))
         torch.neg(t, out=values).exp_()
@@ -193,7 +310,7 @@ class Matern(RadialKernel):
         return values, slopes.mul_(-5 / 6)
 
     def gaussian_terms(self, like: Tensor, factors: Sequence[float] = (1.0,)) -> tuple[Tensor, Tensor] | None:
-        weights, rates = like.new_tensor(_matern_terms(self.nu, tuple(factors)))
+        weights, rates = like.new_tensor(matern_terms(self.nu, tuple(factors)))
         return weights, rates / self.squared_unit(like)
 
 
@@ -216,7 +333,7 @@ class RationalQuadratic(RadialKernel):
         return (1 + u / (2 * self.alpha)) ** -self.alpha
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, base = as_scratch(scratch, u)
+        values, slopes, base, *_ = scratch or _scratch(u)
         torch.div(u, 2 * self.alpha, out=base).add_(1)
         torch.pow(base, -self.alpha, out=values)
         return values, torch.div(values, base, out=slopes).mul_(-0.5)
@@ -243,9 +360,6 @@ class Energy(Kernel):
         super().__init__()
         self.exponent = checks.number("Energy's exponent", exponent, above=0, below=2, write="Energy(1.0)")
 
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.profile(working_squares(x, y))
-
     @property
     def is_radial(self) -> bool:
         return True
@@ -254,48 +368,13 @@ class Energy(Kernel):
         return -(_root(u) ** self.exponent)
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, roots = as_scratch(scratch, u)
+        values, slopes, roots, *_ = scratch or _scratch(u)
         _inverse_root_into(u, slopes)
         if self.exponent == 1:
             torch.mul(u, slopes.neg_(), out=values)
             return values, slopes.mul_(0.5)
         torch.pow(torch.mul(u, slopes, out=roots), self.exponent, out=values).neg_()
         return values, slopes.square_().mul_(values).mul_(self.exponent / 2)
-
-
-@functools.lru_cache(maxsize=64)
-def _multiquadratic_terms(factors: tuple[float, ...]) -> np.typing.NDArray[np.float64]:
-    """Weights w and rates t with sum_f f c / (f c + r) near sum_a w_a exp(-t_a r / c), for every r >= 0.
-
-    c / (c + r) is the integral of exp(-t) exp(-t r / c) over t > 0. Gauss-Laguerre nodes are exact near the prior but
-    miss codes at 100 times its mean square: their error is 100 percent there.
-    """
-    return _trapezoid(factors, lambda t: t * math.exp(-t), -22.0, 4.2)
-
-
-@functools.lru_cache(maxsize=64)
-def _matern_terms(nu: float, factors: tuple[float, ...]) -> np.typing.NDArray[np.float64]:
-    """Weights w and rates g with sum_f k(r / sqrt(f)) near sum_a w_a exp(-g_a r^2), k of length 1, for every r >= 0.
-
-    A Matern kernel, and so the Laplace kernel for nu = 1/2, is the mean of exp(-nu r^2 / (2 v)) over v from a Gamma
-    distribution of shape nu and rate 1. With t = 1 / v that is an integral of t^-nu exp(-1 / t) / Gamma(nu) over log t.
-    """
-    weights, rates = _trapezoid(factors, lambda t: t**-nu * math.exp(-1 / t) / math.gamma(nu), -6.0, 17.0 / nu)
-    return np.array([weights, nu / 2 * rates])
-
-
-def _trapezoid(
-    factors: tuple[float, ...], density: Callable[[float], float], first: float, last: float
-) -> np.typing.NDArray[np.float64]:
-    """Weights and rates of the integral of ``density(t) exp(-t u)`` over log t between two values, summed over factors.
-
-    To both sides the integrand dies off exponentially, and the trapezoidal rule converges as fast. For a kernel at f
-    times the squared length, t is f times the rate: the integrals of all factors share one grid of rates.
-    """
-    first, last = first - math.log(max(factors)), last - math.log(min(factors))
-    rates = [math.exp(first + index * QUADRATURE_STEP) for index in range(math.ceil((last - first) / QUADRATURE_STEP))]
-    # An array, which takes a fraction of the time that lists take to become a tensor, at every step.
-    return np.array([[QUADRATURE_STEP * sum(density(t * f) for f in factors) for t in rates], rates])
 
 
 def _root(u: Tensor) -> Tensor:
@@ -307,3 +386,7 @@ def _root(u: Tensor) -> Tensor:
 def _inverse_root_into(u: Tensor, out: Tensor) -> Tensor:
     """1 / sqrt(u), or 0 where that would be infinite; a processor takes it in less time than the root."""
     return torch.threshold(u, torch.finfo(u.dtype).tiny, math.inf, out=out).rsqrt_()
+
+
+def _scratch(u: Tensor) -> Scratch:
+    return tuple(torch.empty_like(u) for _ in range(SCRATCH))

@@ -89,7 +89,7 @@ class CramerWold(Penalty):
                     f"CramerWold takes gamma from the prior's mean variance, found {variance.item():g}. Give it, as in "
                     "CramerWold(gamma=0.1)."
                 )
-            self.kernel.set_squared_length(4 * variance * (4 / (3 * n)) ** 0.4)
+            self.kernel.set_fitted("squared_length", 4 * variance * (4 / (3 * n)) ** 0.4)
         known = known_mean(self.kernel, context)
         return squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)
 
@@ -107,7 +107,7 @@ class _CramerWoldKernel(RadialKernel):
 
     def smoothing(self, like: Tensor) -> Tensor:
         """Gamma, as a tensor like another."""
-        return self.squared_length_like(like) / 4
+        return self.squared_unit(like) / 4
 
 
 def _height(gamma: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class NormalMixtureMean:
     variances: Tensor
 
     def at(self, x: Tensor) -> Tensor:
-        x = working_precision(x)
+        x = x.to(self.locs.dtype)
         values = []
         for index, (loc, variance) in enumerate(zip(self.locs, self.variances, strict=True)):
             heights, rates = self._widen(variance)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Conditional, Kernel, Laplace
 from pyro_wae.kernels.conditional import DefaultConditionKernels
 from pyro_wae.kernels.function import as_kernel
@@ -171,7 +170,7 @@ def squared_discrepancy(
     if known is None:
         return pair_total(kernel, (rows, prior), _terms(codes, prior, context, unbiased))
     # Cast once and not for each mean: their gradients nearly cancel, and have to meet before they are rounded.
-    rows = rows if kernel.holds_function else working_precision(rows)
+    rows = kernel.widened(rows)
     term = within(len(rows), len(codes), context.data_size) if unbiased else every(len(rows), len(rows))
     pairs = pair_total(kernel, (rows,), (term,))
     return pairs + known.norm() - 2 * row_total(known.at, rows, MOST_ROWS) / len(rows)

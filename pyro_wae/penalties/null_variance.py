@@ -79,7 +79,7 @@ def _centred_squares(kernel: Kernel, rows: Tensor) -> Tensor:
     m, offsets = len(rows), zeros(rows, len(rows))
     total, mean = zeros(rows), zeros(rows)
     with torch.no_grad():
-        rows = rows if kernel.holds_function else working_precision(rows)
+        rows = kernel.widened(rows)
         for block in blocks(m, m, symmetric=True, device=rows.device):
             values = _gram(kernel, rows, block)
             offsets[block.rows] += values.sum(1) / (m - 2)

@@ -9,7 +9,6 @@ All of it is in float64, as the sums of whole matrices are; see :func:`~pyro_wae
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Kernel
+from pyro_wae.kernels.base import SCRATCH
 
 MOST_PAIRS = 512**2
 """The largest number of pairs of rows whose matrix is made as a whole."""
@@ -37,7 +37,6 @@ OTHER_BLOCK = (1024, 4096)
 """The same for all other devices: enough to keep them busy."""
 
 
-@dataclass(frozen=True, eq=False)
 class PairTerm:
     """A weighted sum over pairs of rows of one set or of two. Row i has the datum i modulo n.
 
@@ -50,21 +49,17 @@ class PairTerm:
         right: Index of the set that is its columns.
     """
 
-    between: float
-    same: float
-    own: float
-    data: int | None
-    left: int = 0
-    right: int = 0
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether the pairs are those of one set, whose kernel values need to be taken once only."""
-        return self.left == self.right
+    def __init__(
+        self, between: float, *, same: float = 0.0, own: float = 0.0, data: int | None = None, left: int, right: int
+    ) -> None:
+        self.between, self.same, self.own, self.data = between, same, own, data
+        self.left, self.right = left, right
+        # Of the pairs of one set the kernel's values need to be taken once only.
+        self.is_symmetric = left == right
 
     def __rmul__(self, factor: float) -> PairTerm:
-        weights = {name: factor * getattr(self, name) for name in ("between", "same", "own")}
-        return dataclasses.replace(self, **weights)
+        between, same, own = (factor * weight for weight in (self.between, self.same, self.own))
+        return PairTerm(between, same=same, own=own, data=self.data, left=self.left, right=self.right)
 
     def diagonals(self, shape: Sequence[int], corner: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, float]]:
         """The diagonals of a block of the matrix of pairs whose weight is not ``between``.
@@ -106,7 +101,7 @@ class PairTerm:
 def every(rows: int, columns: int, left: int = 0, right: int = 0) -> PairTerm:
     """The mean over all pairs of rows of two sets."""
     weight = 1 / (rows * columns)
-    return PairTerm(weight, weight, weight, None, left, right)
+    return PairTerm(weight, same=weight, own=weight, left=left, right=right)
 
 
 def within(rows: int, repeats: int, data_size: int | None = None, of: int = 0) -> PairTerm:
@@ -121,12 +116,10 @@ def within(rows: int, repeats: int, data_size: int | None = None, of: int = 0) -
     """
     n = rows // repeats
     between = 1 / (repeats**2 * n * (n - 1))
-    if repeats == 1:
-        return PairTerm(between, 0.0, 0.0, None, of, of)
-    if data_size is None:
-        return PairTerm(between, 0.0, 0.0, n, of, of)
+    if repeats == 1 or data_size is None:
+        return PairTerm(between, data=None if repeats == 1 else n, left=of, right=of)
     same = 1 / (repeats * (repeats - 1) * n * data_size)
-    return PairTerm(between * (1 - 1 / data_size), same, 0.0, n, of, of)
+    return PairTerm(between * (1 - 1 / data_size), same=same, data=n, left=of, right=of)
 
 
 def across(rows: int, columns: int, n: int, data_size: int | None = None) -> PairTerm:
@@ -141,8 +134,8 @@ def across(rows: int, columns: int, n: int, data_size: int | None = None) -> Pai
     pairs = rows * columns
     between, same = 1 / (pairs - pairs // n), n / pairs
     if data_size is None:
-        return PairTerm(between, 0.0, 0.0, n, 0, 1)
-    return PairTerm(between * (1 - 1 / data_size), same / data_size, 0.0, n, 0, 1)
+        return PairTerm(between, data=n, left=0, right=1)
+    return PairTerm(between * (1 - 1 / data_size), same=same / data_size, data=n, left=0, right=1)
 
 
 def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
@@ -190,9 +183,8 @@ class _PairTotal(torch.autograd.Function):
 
 
 def _dense(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
-    if not kernel.holds_function:
-        # Once and not for each term: their gradients nearly cancel, and have to meet before they are rounded.
-        sets = tuple(working_precision(rows) for rows in sets)
+    # Once and not for each term: their gradients nearly cancel, and have to meet before they are rounded.
+    sets = tuple(kernel.widened(rows) for rows in sets)
     totals = (term.total(kernel.gram(sets[term.left], sets[term.right])) for term in terms)
     return functools.reduce(torch.add, totals)
 
@@ -289,7 +281,8 @@ class _RadialPairs:
         self.swapped[-2:] = self.swapped[-2:].flip(0)
         most = max(map(len, sets))
         height, width = _block_shape(most, centre.device)
-        self.scratch = [centre.new_empty(min(height, most) * min(max(width, height), most)) for _ in range(6)]
+        size = min(height, most) * min(max(width, height), most)
+        self.scratch = [centre.new_empty(size) for _ in range(1 + SCRATCH)]
 
     def add(self, term: PairTerm, block: Block) -> Tensor:
         """The sum over a block; its part of the gradients is added to them."""
@@ -344,7 +337,6 @@ class _AnyPairs:
 
     def __init__(self, kernel: Kernel, sets: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self.kernel, self.sets = kernel, sets
-        self.is_function = kernel.holds_function
         self.gradients = [zeros(rows, *rows.shape) if want else None for rows, want in zip(sets, wanted, strict=True)]
 
     def add(self, term: PairTerm, block: Block) -> Tensor:
@@ -371,8 +363,7 @@ class _AnyPairs:
         ]
 
     def _rows(self, index: int, part: slice) -> Tensor:
-        rows = self.sets[index][part].detach()
-        rows = rows if self.is_function else working_precision(rows)
+        rows = self.kernel.widened(self.sets[index][part].detach())
         return rows if self.gradients[index] is None else rows.requires_grad_()
 
 

@@ -153,7 +153,7 @@ class KernelStein(Penalty):
 
     def _unit(self, like: Tensor) -> Tensor:
         """The smallest squared length in the kernel."""
-        lengths = [part.squared_length_like(like) for part in self.kernel.modules() if isinstance(part, RadialKernel)]
+        lengths = [part.squared_unit(like) for part in self.kernel.modules() if isinstance(part, RadialKernel)]
         return torch.stack(lengths).amin()
 
 
