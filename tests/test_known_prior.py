@@ -170,6 +170,7 @@ NOT_FOUND = {
     "a mixture for each datum": flat_model(
         lambda x: dist.MixtureSameFamily(dist.Categorical(x.abs()), dist.Normal(TWO, SPREADS).to_event(1))
     ),
+    "a mixture for each step": inner_plate_model(mixture),  # together a mixture of four
     "correlated": flat_model(lambda x: dist.MultivariateNormal(x.new_zeros(2), torch.eye(2).double())),
 }
 

@@ -127,7 +127,7 @@ def test_the_features_product_is_the_mean_kernel():
     torch.manual_seed(0)
     prior, x = torch.randn(4000, D), 2 * torch.randn(6, D)
     features = RandomFeatures.draw(prior, 200_000, seed=1)
-    phi = features.of(x).double()
+    phi = features.waves(x).double() * features.height
     scale = 2 * prior.double().var(0).sum().item()
     kernel = InverseMultiquadratic.multiscale(scale**0.5, FACTORS)
     fine = Laplace.multiscale((scale / 2) ** 0.5, LENGTHS)
@@ -140,11 +140,10 @@ def test_the_trace_is_the_null_variance_of_the_features_kernel():
     torch.manual_seed(0)
     prior = torch.randn(3000, D)
     features = RandomFeatures.draw(prior, 64, seed=0)
-    phi = features.of(prior).double()
+    phi = features.waves(prior).double() * features.height
     expected = centred_square(phi @ phi.T)
-    found = torch.stack(
-        [trace_of_squared_covariance(features.of(torch.randn(100, D)).double()) for _ in range(200)]
-    ).mean()
+    waves = (features.waves(torch.randn(100, D)).double() for _ in range(200))
+    found = torch.stack([trace_of_squared_covariance(own * features.height) for own in waves]).mean()
     assert found == pytest.approx(expected.item(), rel=0.08)
 
 

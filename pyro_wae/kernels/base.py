@@ -40,7 +40,7 @@ class Kernel(CallRepr, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._compiles = False
+        self.compiles = False  # whether compile_profile has been called
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Computes the kernel on all pairs of rows.
@@ -142,12 +142,7 @@ class Kernel(CallRepr, nn.Module):
             raise TypeError(
                 f"Kernel.compile_profile takes a kernel of the distance alone, found {self!r}. Leave it as it is."
             )
-        self._compiles = True
-
-    @property
-    def compiles(self) -> bool:
-        """Whether :meth:`compile_profile` has been called."""
-        return self._compiles
+        self.compiles = True
 
     # Lengths
 

@@ -317,7 +317,8 @@ def join(
     joint = torch.cat([codes, columns.expand(len(codes), *columns.shape)], dim=2)
     draws = torch.cat([prior, columns.repeat(repeats, 1)], dim=1)
     # p(z, y) and p(z | y) differ by a factor that codes and prior draws of one datum share.
-    log_prob = None if context.prior_log_prob is None else _of_codes(context.prior_log_prob, d)
+    own = context.prior_log_prob
+    log_prob = None if own is None else lambda rows: own(rows[..., :d])
     return joint, draws, dataclasses.replace(
         context, condition=None, shared_data=True, prior=None, prior_log_prob=log_prob, kept=None
     )  # fmt: skip
@@ -338,10 +339,6 @@ def scaled_columns(penalty: object, context: PenaltyContext) -> Tensor:
             "compares labels by equality."
         )
     return condition if context.condition_scale is None else condition * context.condition_scale
-
-
-def _of_codes(log_prob: Callable[[Tensor], Tensor], d: int) -> Callable[[Tensor], Tensor]:
-    return lambda rows: log_prob(rows[..., :d])
 
 
 def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty:

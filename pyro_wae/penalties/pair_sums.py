@@ -369,11 +369,7 @@ class _AnyPairs:
 
 @functools.cache
 def _compiled() -> Callable[[Kernel, Tensor], tuple[Tensor, Tensor]]:
-    return cast(Callable[[Kernel, Tensor], tuple[Tensor, Tensor]], torch.compile(_call_profile_and_slope, dynamic=True))
-
-
-def _call_profile_and_slope(kernel: Kernel, u: Tensor) -> tuple[Tensor, Tensor]:
-    return kernel.profile_and_slope(u)
+    return torch.compile(lambda kernel, u: kernel.profile_and_slope(u), dynamic=True)
 
 
 def _learns(kernel: Kernel, sets: tuple[Tensor, ...]) -> bool:

@@ -328,17 +328,13 @@ class RandomFeatures:
         return len(self.widths) ** -0.5
 
     def waves(self, x: Tensor) -> Tensor:
-        """Maps rows (n, d) to cosines and sines (n, 2 F) in float32; d may be smaller than the frequencies'."""
+        """The features (n, 2 F) of rows (n, d) over their height, in float32; d may be less than the frequencies'."""
         waves = self.frequencies.new_empty(len(x), 2 * len(self.widths))
         cosines, phases = waves.chunk(2, 1)
         torch.mm(x.float(), self.frequencies[: x.shape[1]], out=phases)
         torch.cos(phases, out=cosines)
         phases.sin_()
         return waves
-
-    def of(self, x: Tensor) -> Tensor:
-        """Maps rows (n, d) to features (n, 2 F), as :meth:`waves` does."""
-        return self.waves(x).mul_(self.height)
 
 
 def trace_of_squared_covariance(features: Tensor) -> Tensor:
