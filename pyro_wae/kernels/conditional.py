@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,14 +148,12 @@ class DefaultConditionKernels(FittedBuffers, nn.ModuleDict):
 
     def of(self, condition: Tensor) -> Kernel:
         """The kernel for a condition of this kind."""
-        kernel = self._made("floats" if condition.is_floating_point() else "labels")
-        assert isinstance(kernel, Kernel)
-        return kernel
+        return self._made("floats" if condition.is_floating_point() else "labels")
 
-    def _made(self, kind: str) -> nn.Module:
+    def _made(self, kind: str) -> UnitMean:
         if kind not in self:
             self[kind] = UnitMean(SameLabel() if kind == "labels" else MultiScale(Gaussian(), (FLOAT_FACTOR,)))
-        return self[kind]
+        return cast(UnitMean, self[kind])
 
     def before_loading(self, saved: dict[str, Any]) -> None:
         for kind in {key.split(".")[0] for key in saved} & {"floats", "labels"}:

@@ -154,8 +154,15 @@ class Penalty(CallRepr, nn.Module):
         Raises:
             ValueError: If the condition is made of labels, and the penalty needs numbers.
         """
-        if context.condition is not None and self.needs_prior_draws and not self.reads_condition:
-            codes, prior, context = join(codes, prior, context, scaled_columns(self, context))
+        condition, scale = context.condition, context.condition_scale
+        if condition is not None and self.needs_prior_draws and not self.reads_condition:
+            if not condition.is_floating_point():
+                raise ValueError(
+                    f"{type(self).__name__} compares rows of numbers, and the condition holds labels "
+                    f"({condition.dtype}). Give it torch.nn.functional.one_hot(labels, classes).float() as the "
+                    "condition, or write MMD(), which compares labels by equality."
+                )
+            codes, prior, context = join(codes, prior, context, condition if scale is None else condition * scale)
         return self.estimate(codes, prior, context)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
@@ -322,23 +329,6 @@ def join(
     return joint, draws, dataclasses.replace(
         context, condition=None, shared_data=True, prior=None, prior_log_prob=log_prob, kept=None
     )  # fmt: skip
-
-
-def scaled_columns(penalty: object, context: PenaltyContext) -> Tensor:
-    """The condition in the units of a code, for a penalty that knows only rows of numbers.
-
-    Raises:
-        ValueError: If the condition is made of labels.
-    """
-    condition = context.condition
-    assert condition is not None
-    if not condition.is_floating_point():
-        raise ValueError(
-            f"{type(penalty).__name__} compares rows of numbers, and the condition holds labels ({condition.dtype}). "
-            "Give it torch.nn.functional.one_hot(labels, classes).float() as the condition, or write MMD(), which "
-            "compares labels by equality."
-        )
-    return condition if context.condition_scale is None else condition * context.condition_scale
 
 
 def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty:
