@@ -22,6 +22,7 @@ from pyro_wae.kernels import (
     RadialKernel,
     RationalQuadratic,
 )
+from pyro_wae.kernels.base import SCRATCH
 from pyro_wae.kernels.function import as_kernel
 from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, pair_sums
 from pyro_wae.penalties.null_variance import NullVariance, centred_square
@@ -200,7 +201,7 @@ def test_slopes_are_those_of_automatic_differentiation(name, scratch):
     kernel.fit(rows(30, 3))
     assert kernel.is_radial
     u = torch.logspace(-6, 6, 40, dtype=torch.float64).view(5, 8)
-    work = tuple(torch.full_like(u, math.nan) for _ in range(3)) if scratch else None
+    work = tuple(torch.full_like(u, math.nan) for _ in range(SCRATCH)) if scratch else None
     values, slopes = kernel.profile_and_slope(u, work)
     expected_values, expected_slopes = Kernel.profile_and_slope(kernel, u)
     torch.testing.assert_close(values, expected_values, rtol=1e-12, atol=1e-300)
