@@ -83,8 +83,12 @@ class Kernel(CallRepr, nn.Module):
 
     @property
     def is_smooth(self) -> bool:
-        """Whether it is radial and twice differentiable in each argument, also where they coincide."""
-        return False
+        """Whether it is radial and twice differentiable in each argument, also where they coincide.
+
+        By default it is where all kernels that it is made of are.
+        """
+        parts = [part for part in self.modules() if isinstance(part, Kernel) and part is not self]
+        return self.is_radial and len(parts) > 0 and all(part.is_smooth for part in parts)
 
     def squared_unit(self, like: Tensor) -> Tensor:
         """The squared length in which a radial kernel measures, a scalar with the precision and device of ``like``."""
@@ -248,10 +252,6 @@ class Composite(Kernel):
     def is_radial(self) -> bool:
         return all(kernel.is_radial for kernel in self.parts())
 
-    @property
-    def is_smooth(self) -> bool:
-        return all(kernel.is_smooth for kernel in self.parts())
-
     def profile(self, u: Tensor) -> Tensor:
         return functools.reduce(self.combine, (part.profile(u / part.squared_unit(u)) for part in self.parts()))
 
@@ -335,10 +335,6 @@ class Scaled(Kernel):
     @property
     def is_radial(self) -> bool:
         return self.kernel.is_radial
-
-    @property
-    def is_smooth(self) -> bool:
-        return self.kernel.is_smooth
 
     def squared_unit(self, like: Tensor) -> Tensor:
         return self.kernel.squared_unit(like)

@@ -123,10 +123,6 @@ class MultiScale(Kernel):
     def is_radial(self) -> bool:
         return self.kernel.is_radial
 
-    @property
-    def is_smooth(self) -> bool:
-        return self.kernel.is_smooth
-
     def squared_unit(self, like: Tensor) -> Tensor:
         return self.kernel.squared_unit(like)
 
