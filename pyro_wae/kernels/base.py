@@ -270,7 +270,9 @@ class Sum(Composite):
         return a + b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes = torch.zeros_like(u), torch.zeros_like(u)
+        values, slopes = scratch[:2] if scratch else (torch.empty_like(u), torch.empty_like(u))
+        values.zero_()
+        slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
             values += value
             slopes += slope
@@ -309,7 +311,9 @@ class Product(Composite):
         return a * b
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes = torch.ones_like(u), torch.zeros_like(u)
+        values, slopes = scratch[:2] if scratch else (torch.empty_like(u), torch.empty_like(u))
+        values.fill_(1)
+        slopes.zero_()
         for value, slope in self.profiles_and_slopes(u):
             slopes.mul_(value).addcmul_(values, slope)
             values *= value
