@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_wae import WAELoss
+from pyro_wae import WAELoss, priors
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, PosteriorKL, PriorLikelihood
+from pyro_wae.predict import sample
 
 N, D, X = 20, 2, 5
 NETS = {"hidden_features": (8, 8)}
 SLOW = {"CNF", "NAF", "UNAF"}  # they integrate, or invert by bisection
 ZUKO = {
-    **{name: {"transforms": 2, **NETS} for name in ("MAF", "NSF", "NICE", "SOSPF", "BPF", "NCSF", "GF")},
+    **{name: {"transforms": 2, **NETS} for name in ("MAF", "NSF", "NICE", "RealNVP", "SOSPF", "BPF", "NCSF", "GF")},
     **{name: {"transforms": 2, "signal": 4, **NETS} for name in ("NAF", "UNAF")},
     "CNF": NETS,
 }
@@ -87,6 +88,20 @@ def test_zukos_conditional_flows_are_encoders(zuko, to_pyro, family):
     flow = getattr(zuko.flows, family)(D, context=X, **ZUKO[family])
     net = Net(encoder=lambda x: to_pyro(flow(x)))
     gradients(MMD(Gaussian(1.0)) + 0.1 * PosteriorKL(), net, flow)
+
+
+@pytest.mark.parametrize(("family", "options"), [("MAF", NETS), ("GMM", {"components": 2})])
+def test_zukos_flows_and_mixtures_are_fitted_to_codes_and_sampled(zuko, family, options):
+    net, x, prior = Net(), 3 + torch.randn(200, X), getattr(zuko.flows, family)(D, **options)
+    codes = net.linear(x).detach()
+    before = prior().log_prob(codes).mean()
+    assert priors.fit(net.model, net.guide, x, prior=prior, steps=20) is prior
+    assert prior().log_prob(codes).mean() > before
+    pyro.set_rng_seed(1)
+    found = sample(net.model, x, num_samples=7, prior=prior)["x"]
+    pyro.set_rng_seed(1)
+    sample(net.model, x)  # takes the random numbers of a run of the model, which comes before the draws
+    torch.testing.assert_close(found, net.decoder(prior().sample((7,))).detach())
 
 
 INVERTIBLE = ("affine_autoregressive", "affine_coupling", "batchnorm", "householder", "matrix_exponential")
