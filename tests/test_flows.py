@@ -97,11 +97,12 @@ def test_zukos_flows_and_mixtures_are_fitted_to_codes_and_sampled(zuko, family, 
     before = prior().log_prob(codes).mean()
     assert priors.fit(net.model, net.guide, x, prior=prior, steps=20) is prior
     assert prior().log_prob(codes).mean() > before
-    pyro.set_rng_seed(1)
-    found = sample(net.model, x, num_samples=7, prior=prior)["x"]
-    pyro.set_rng_seed(1)
-    sample(net.model, x)  # takes the random numbers of a run of the model, which comes before the draws
-    torch.testing.assert_close(found, net.decoder(prior().sample((7,))).detach())
+    found = sample(net.model, x, num_samples=2000, prior=prior)["x"]
+    expected = net.decoder(prior().sample((2000,))).detach()
+    # Five standard errors of a difference of means of 2000; the model's own prior, N(0, I), is more than ten away.
+    error = (found.var(0) / 1000).sqrt()
+    assert ((found.mean(0) - expected.mean(0)).abs() < 5 * error).all()
+    assert ((net.decoder.bias - expected.mean(0)).abs() > 10 * error).any()
 
 
 INVERTIBLE = ("affine_autoregressive", "affine_coupling", "batchnorm", "householder", "matrix_exponential")
