@@ -59,11 +59,11 @@ test-defaults:
 test-oldest:
 	tools/oldest.sh
 
-# The model of scvi-tools, which pins its own versions, in an environment of its own: some minutes. The
-# picture of docs/works_with.md is drawn anew by PYRO_WAE_UMAP=docs/images/scvi_umap.png.
+# The model of scvi-tools, which pins its own versions, and the benchmark with real cells, in an environment of their own:
+# some minutes. The picture of docs/works_with.md is drawn anew by PYRO_WAE_UMAP=docs/images/scvi_umap.png.
 test-scvi:
 	$(MAKE) build/scvi/.test-scvi VENV=build/scvi
-	OMP_NUM_THREADS=1 build/scvi/bin/python -m pytest -s tests/test_scvi.py $(ARGS)
+	OMP_NUM_THREADS=1 build/scvi/bin/python -m pytest -s tests/test_scvi.py tests/test_benchmarks.py -k "scvi or single_cell" $(ARGS)
 
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m slow $(ARGS)

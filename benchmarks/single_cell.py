@@ -145,12 +145,13 @@ def page(report: Report) -> str:
         found = [row for row in report["results"] if row["contender"] == name]
         cells = [[f"{row[key]:{form}}" for row in found if row[key] is not None] for key, form in COLUMNS.items()]
         rows.append([name, *(", ".join(cell) or "-" for cell in cells)])
+    scvi_epochs = 1 if report["options"]["smoke"] else "its default, 400"
     header = ["", "cost of a held-out cell", "batch guessed", "type guessed", "standard deviations under the null"]
     return f"""{table(header, rows)}
 
 {made_by(report)}
 {TRAINED} training cells, {report["held_out"]} held out; a number for each seed. {report["options"]["epochs"]} epochs;
-scVI: its default, 400.
+scVI: {scvi_epochs}.
 
 - *cost*: the negative log-likelihood of the counts given a code.
 - *batch*, *type guessed*: accuracy by the 15 nearest codes, the mean over labels; 50% of the batches is guessing.

@@ -183,7 +183,10 @@ def what_is_not_finite(step: Step) -> str:
     assert step.terms is not None  # the loss has been added up
     for site, value in step.terms.costs.items():
         if found := _not_finite(value):
-            return f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
+            text = f"The cost of observed site '{site}' is {found}: look at the data and at the model's output."
+            if site in step.first.observed and _not_finite(step.first.observed[site].value) == "NaN":
+                text += " The data hold NaN. Leave what is missing out: dist.Normal(...).mask(~x.isnan()).to_event(1)."
+            return text
     for site, value in step.penalties.items():
         if found := _not_finite(value):
             where = f" of latent site '{site}'" if site else ""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_wae import WAELoss
 from pyro_wae._core import checks
+from pyro_wae._core.programs import tensors_of
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.diagnostics.hypothesis_test import new_generator
 from pyro_wae.step.observe import Observer
@@ -87,11 +88,13 @@ class WAE(LightningModule):
             pyro.set_rng_seed((torch.initial_seed() + self.global_rank) % 2**32)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss: Tensor = self.wae(*self.arguments(batch))
+        arguments = self.arguments(batch)
+        loss: Tensor = self.wae(*arguments)
         terms = self.wae.terms
         assert terms is not None  # it has just been set
         parts = {"cost": terms.cost, "penalty": terms.penalty, "weight": float(terms.weight)}
-        self.log_dict(parts, on_step=False, on_epoch=True, sync_dist=True)
+        data = next((len(tensor) for value in arguments for tensor in tensors_of(value)), 1)
+        self.log_dict(parts, on_step=False, on_epoch=True, batch_size=data, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -106,13 +109,14 @@ class WAE(LightningModule):
         self._rows.update(torch.cat([codes, prior], 1))
         terms = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms
         assert terms is not None  # the loss has been added up
-        self.log("val_cost", terms.cost, sync_dist=True)
+        seen = step.data if step.seen is None else int(step.seen.sum())
+        self.log("val_cost", terms.cost, batch_size=seen, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         rows = self._rows.compute()  # those of all processes
         self._rows.reset()
         chosen = torch.randperm(len(rows), generator=new_generator(0)[0])[: self.test_codes].to(rows.device)
-        self.log("val_p", two_sample_test(*rows[chosen].chunk(2, 1)).p_value, sync_dist=True)
+        self.log("val_p", two_sample_test(*rows[chosen].chunk(2, 1)).p_value, batch_size=1, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The latent codes of a batch."""

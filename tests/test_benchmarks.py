@@ -1,4 +1,5 @@
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def memory_of_a_micro_batch_and_gradient_of_all_data(report, printed):
     assert 1.5 < noise[64] / noise[256] < 2.7
 
 
+def cells_whose_batch_is_known(report, printed):
+    """After one epoch; principal components, which no epoch changes, show batch and type."""
+    rows = {row["contender"]: row for row in report["results"]}
+    nets = {'WAE, `condition="batch"`', "WAE, no condition", "scVI"}
+    assert set(rows) == nets | {"principal components"}
+    costs = [rows[name]["cost"] for name in nets]
+    assert 0 < max(costs) < 2 * min(costs)  # all of them likelihoods of the same counts
+    assert rows["principal components"]["batch"] > 0.9
+    assert rows["principal components"]["type"] > 0.8
+    assert all(0.4 < rows[name]["batch"] <= 1 for name in nets)
+
+
 def steps_beside_the_hand_written_one(report, printed):
     rows = {row["contender"]: row for row in report["results"]}
     assert {"SVI, Trace_ELBO", "SVI, Trace_MMD", "SVI, WAELoss", "nn.Module", "nn.Module, WAE-GAN"} < set(rows)
@@ -80,6 +93,7 @@ BENCHMARK_CHECKS = {
     "large_batches": memory_of_a_micro_batch_and_gradient_of_all_data,
     "peers": None,
     "scale": None,
+    "single_cell": cells_whose_batch_is_known,
     "step": steps_beside_the_hand_written_one,
     "two_sample_power": None,
 }
@@ -88,6 +102,8 @@ BENCHMARK_CHECKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARK_CHECKS)
 def test_benchmark_prints_its_page_and_writes_it_with_its_command_and_numbers(name, tmp_path):
+    if name == "single_cell" and not all(map(importlib.util.find_spec, ("scanpy", "scvi"))):
+        pytest.skip("needs scanpy and scvi-tools: make test-scvi")
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", "--out", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr

@@ -90,6 +90,15 @@ def test_a_stream_is_learnt_from_by_a_plate_of_known_size():
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+def test_of_a_sparse_matrix_of_scipy_the_line_is_named_that_makes_it_data():
+    rows, net = pytest.importorskip("scipy.sparse").csr_array(np.eye(10, X)), Net()
+    with pytest.raises(TypeError) as raised:
+        WAELoss().loss(net.model, net.guide, rows)
+    (note,) = raised.value.__notes__
+    assert "a sparse matrix (csr_array). Write torch.tensor(x.toarray()).float(), a batch at a time" in note
+    WAELoss().loss(net.model, net.guide, torch.tensor(rows.toarray()).to(torch.get_default_dtype()))
+
+
 # How N enters
 
 

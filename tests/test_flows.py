@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_wae import WAELoss
+from pyro_wae import WAELoss, priors
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, PosteriorKL, PriorLikelihood
+from pyro_wae.predict import sample
 
 N, D, X = 20, 2, 5
 NETS = {"hidden_features": (8, 8)}
 SLOW = {"CNF", "NAF", "UNAF"}  # they integrate, or invert by bisection
 ZUKO = {
-    **{name: {"transforms": 2, **NETS} for name in ("MAF", "NSF", "NICE", "SOSPF", "BPF", "NCSF", "GF")},
+    **{name: {"transforms": 2, **NETS} for name in ("MAF", "NSF", "NICE", "RealNVP", "SOSPF", "BPF", "NCSF", "GF")},
     **{name: {"transforms": 2, "signal": 4, **NETS} for name in ("NAF", "UNAF")},
     "CNF": NETS,
 }
@@ -87,6 +88,21 @@ def test_zukos_conditional_flows_are_encoders(zuko, to_pyro, family):
     flow = getattr(zuko.flows, family)(D, context=X, **ZUKO[family])
     net = Net(encoder=lambda x: to_pyro(flow(x)))
     gradients(MMD(Gaussian(1.0)) + 0.1 * PosteriorKL(), net, flow)
+
+
+@pytest.mark.parametrize(("family", "options"), [("MAF", NETS), ("GMM", {"components": 2})])
+def test_zukos_flows_and_mixtures_are_fitted_to_codes_and_sampled(zuko, family, options):
+    net, x, prior = Net(), 3 + torch.randn(200, X), getattr(zuko.flows, family)(D, **options)
+    codes = net.linear(x).detach()
+    before = prior().log_prob(codes).mean()
+    assert priors.fit(net.model, net.guide, x, prior=prior, steps=20) is prior
+    assert prior().log_prob(codes).mean() > before
+    found = sample(net.model, x, num_samples=2000, prior=prior)["x"]
+    expected = net.decoder(prior().sample((2000,))).detach()
+    # Five standard errors of a difference of means of 2000; the model's own prior, N(0, I), is more than ten away.
+    error = (found.var(0) / 1000).sqrt()
+    assert ((found.mean(0) - expected.mean(0)).abs() < 5 * error).all()
+    assert ((net.decoder.bias - expected.mean(0)).abs() > 10 * error).any()
 
 
 INVERTIBLE = ("affine_autoregressive", "affine_coupling", "batchnorm", "householder", "matrix_exponential")

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_wae import WAELoss
 from pyro_wae.penalties import MMD
@@ -202,10 +203,29 @@ def test_a_batch_may_be_a_dict(tmp_path):
         def guide(self, batch):
             return super().guide(batch["x"])
 
-    data = [{"x": torch.randn(5), "label": i % 2, "name": str(i)} for i in range(60)]
+    data = [{"name": str(i), "x": torch.randn(5), "label": i % 2} for i in range(60)]
     loader, run = torch.utils.data.DataLoader(data, 20), trainer(tmp_path, epochs=1)
     run.fit(WAE(Named(), loss=WAELoss(condition="label", micro_batch=10)), loader, loader)
     assert {"cost", "val_p"} <= set(run.callback_metrics)
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_the_mean_cost_is_that_of_all_data_whatever_else_a_batch_holds(tmp_path, left_out):
+    class Masked(Net):
+        def model(self, batch):
+            with poutine.mask(mask=batch["kept"]):
+                super().model(batch["x"])
+
+        def guide(self, batch):
+            super().guide(batch["x"])
+
+    x, net = torch.randn(50, 5), Masked()
+    kept = (torch.arange(50) < 30) | (torch.tensor(not left_out))
+    batches = [{"table": torch.zeros(7), "x": x[rows], "kept": kept[rows]} for rows in (slice(20), slice(20, 50))]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    (found,) = trainer(tmp_path).validate(WAE(net), loader, verbose=False)
+    costs = (x - net.decoder(x[:, :2])).square().sum(1)
+    assert found["val_cost"] == pytest.approx(costs[kept].mean().item(), rel=1e-5)
 
 
 def test_without_lightning_the_error_names_the_extra(monkeypatch):

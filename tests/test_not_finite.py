@@ -82,6 +82,28 @@ def test_a_loss_that_overflows_is_named(method):
 
 
 @pytest.mark.parametrize("is_validated", [True, False])
+def test_of_data_that_hold_nan_the_mask_is_named_that_leaves_them_out(is_validated):
+    def model(x, is_masked):
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(torch.zeros(N, D), 1).to_event(1))
+            observed = dist.Normal(z, 1).mask(~x.isnan()) if is_masked else dist.Normal(z, 1)
+            pyro.sample("x", observed.to_event(1), obs=x)
+
+    def guide(x, is_masked):
+        with pyro.plate("data", N):
+            pyro.sample("z", delta(x.nan_to_num() + 1))
+
+    x = X.masked_fill(torch.arange(N * D).reshape(N, D) == 3, torch.nan)
+    loss = WAELoss(penalty_weight=0.0)
+    found = "cost of observed site 'x' is NaN.* data hold NaN.*" + re.escape(".mask(~x.isnan()).to_event(1)")
+    with pyro.validation_enabled(is_validated):
+        with pytest.raises(ValueError, match=found):
+            loss.loss(model, guide, x, False)
+        # Off by 1 in each element that is there: all of N D but one, as a mean over N data.
+        assert loss.loss(model, guide, x, True) == pytest.approx((N * D - 1) / N)
+
+
+@pytest.mark.parametrize("is_validated", [True, False])
 def test_nan_in_one_of_several_particles(is_validated):
     calls = []
 

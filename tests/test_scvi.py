@@ -186,3 +186,17 @@ def test_scale_elbo_scales_the_loss_and_nothing_warns(cells, plan, scale):
     parts = loss.terms
     assert steps[-1] == pytest.approx(float(parts.cost + parts.weight * parts.penalty), rel=1e-4)
     assert [str(item.message) for item in found if "WAE" in str(item.message)] == []
+
+
+def test_a_model_is_saved_and_loaded_and_its_history_is_that_of_the_loss(cells, tmp_path):
+    CountsModel.setup_anndata(cells, batch_key="batch")
+    model, loss = CountsModel(cells), wae()
+    # 600 cells in batches of 599: without drop_last a last batch of one cell, which has no distribution.
+    options = {**OPTIONS, "batch_size": 599, "logger": None, "datasplitter_kwargs": {"drop_last": True}}
+    model.train(max_epochs=1, plan_kwargs={"loss_fn": loss}, **options)
+    found, parts = model.history["elbo_train"].iloc[0].item(), loss.terms
+    assert found == pytest.approx(float(parts.cost + parts.weight * parts.penalty), rel=1e-4)
+    model.save(tmp_path / "model")
+    loaded = CountsModel.load(tmp_path / "model", adata=cells, accelerator="cpu")
+    codes = [encode(one.module.model, one.module.guide, *tensors(cells))["z"] for one in (model, loaded)]
+    assert torch.equal(*codes)

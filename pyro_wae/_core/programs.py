@@ -161,6 +161,9 @@ def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def _what_is_wrong(value: Any, *, is_first: bool) -> str | None:
     """What an argument is that data are not, and what to write; None for a tensor of real numbers, and others."""
     if not isinstance(value, Tensor):
+        if hasattr(value, "toarray"):  # of SciPy
+            found = f"a sparse matrix ({type(value).__name__})"
+            return f"{found}. Write torch.tensor(x.toarray()).float(), a batch at a time"
         if hasattr(value, "__array__"):
             return f"{type(value).__name__}, and data are a tensor. Write torch.as_tensor(x)"
         # An option of the model may be anything.
