@@ -192,9 +192,11 @@ class Step:
                     )
             seen.update(given)
         seen.update(self.columns)
-        for _, _, own, penalty in self._parts(option):
-            codes = own.codes if own.condition is None else beside(own.codes, own.condition)
-            penalty.prepare_sites(codes, own.columns)
+        # What is made in an evaluation under torch.inference_mode() could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            for _, _, own, penalty in self._parts(option):
+                codes = own.codes if own.condition is None else beside(own.codes, own.condition)
+                penalty.prepare_sites(codes, own.columns)
 
     def compare(self, option: PenaltyOption, condition: Condition | None) -> dict[str, Tensor]:
         """The scaled penalty of each latent site or group, or under the name "" that of the joint code.
