@@ -181,6 +181,9 @@ class Runner:
         """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
         return nullcontext()
 
+    def agree(self, loss: Tensor) -> None:
+        """Compares the loss, which has been added up, between those who compute it."""
+
 
 def trace_pair(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], max_plate_nesting: float
@@ -220,14 +223,14 @@ def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
 def _common_scale(found: Run) -> float | Tensor:
     """The scale that all latent and observed sites have; where theirs differ, that around the data plate."""
     own = [site.scale for site in (*found.latents.values(), *found.observed.values())]
+    if len(set(own)) == 1 and not isinstance(own[0], Tensor):
+        return own[0] or 1.0
     plate = found.model.nodes.get(found.plate)
     outer = 1.0 if plate is None else scales(plate, found.plate)[0]
-    if any(isinstance(scale, Tensor) and scale.numel() != 1 for scale in (*own, outer)):
-        return 1.0
-    if not any(isinstance(scale, Tensor) for scale in own):
-        return own[0] if own[0] > 0 and all(scale == own[0] for scale in own) else outer or 1.0
-    device = next(scale.device for scale in own if isinstance(scale, Tensor))
-    alike = torch.stack([torch.as_tensor(scale, device=device).detach() for scale in own])
+    tensors = [scale for scale in (*own, outer) if isinstance(scale, Tensor)]
+    if not tensors or any(scale.numel() != 1 for scale in tensors):
+        return 1.0 if tensors else outer or 1.0
+    alike = torch.stack([torch.as_tensor(scale, device=tensors[0].device).detach() for scale in own])
     return torch.where((alike == alike[0]).all() & (alike[0] > 0), alike[0], outer)
 
 
