@@ -280,7 +280,8 @@ def _mean(distribution: Any) -> Tensor:
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
     support = _support(distribution)
     # Between whole numbers a mean may lie.
-    if not (support is constraints.real or getattr(support, "is_discrete", False) or bool(support.check(mean).all())):
+    is_discrete = support is not constraints.real and getattr(_support(component(distribution)), "is_discrete", False)
+    if not (support is constraints.real or is_discrete or bool(support.check(mean).all())):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
 
