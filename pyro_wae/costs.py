@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import distribution_tensors, family, innermost, widened
+from pyro_wae._core.distributions import component, distribution_tensors, family, widened
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.rows import Site, at_least_float32
@@ -286,7 +286,8 @@ def _mean(distribution: Any) -> Tensor:
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
     support = _support(distribution)
     # Between whole numbers a mean may lie.
-    if not (support is constraints.real or getattr(support, "is_discrete", False) or bool(support.check(mean).all())):
+    is_discrete = support is not constraints.real and getattr(_support(component(distribution)), "is_discrete", False)
+    if not (support is constraints.real or is_discrete or bool(support.check(mean).all())):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
 
@@ -299,7 +300,7 @@ def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
 
     Documents of different lengths share one ``total_count``, which their log_prob ignores.
     """
-    inner = innermost(distribution)
+    inner = component(distribution)
     if not (hasattr(inner, "total_count") and len(inner.event_shape) == 1):
         return mean
     ratio = value.sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
@@ -318,9 +319,7 @@ def _check_angles(distribution: Any, mean: Tensor) -> None:
     """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
     if distribution.has_rsample:
         return  # those of angles have none, and it is quicker to ask
-    part = innermost(distribution)
-    while isinstance(part, torch.distributions.MixtureSameFamily):
-        part = innermost(part.component_distribution)
+    part = component(distribution)
     if part.has_rsample or _support(part) is not constraints.real:
         return
     with torch.no_grad():

@@ -106,6 +106,20 @@ def check_same(what: str, names: Sequence[str], group: distributed.ProcessGroup)
         )
 
 
+def are_equal(loss: Tensor, group: distributed.ProcessGroup) -> bool:
+    """True; raises ValueError if ranks have computed other losses. What is not finite is reported elsewhere."""
+    bits = exchange(loss.cpu().double().reshape(1).view(torch.int64).tolist(), group)
+    losses = torch.tensor(bits).view(torch.float64).flatten().tolist()
+    for rank, other in enumerate(losses):
+        if abs(other - losses[0]) > 1e-4 * abs(losses[0]):
+            raise ValueError(
+                f"The loss of all ranks' data is {losses[0]:g} on rank 0 and {other:g} on rank {rank}: an option of "
+                "WAELoss differs, such as reduction, or what a function computes that was given as penalty_weight, "
+                "penalty or cost. Make the loss with the same arguments on all ranks."
+            )
+    return True
+
+
 @contextmanager
 def explained(group: distributed.ProcessGroup) -> Iterator[None]:
     try:

@@ -6,16 +6,18 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
-from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_wae._core.distributions import distribution_tensors, leaves
+from pyro_wae._core.programs import closure_of
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import depends_on_data
@@ -27,8 +29,13 @@ class _Training:
     """What is known of a loss in training, also when it is gone: model and guide, itself, and its number of steps."""
 
     program: Any
+    parts: list[weakref.ref[Any]]
     hints: weakref.ref[Hints]
     steps: int = 0
+
+    def is_of(self, program: Any) -> bool:
+        """Whether it trains this program; what is gone may have left its place in memory to another."""
+        return bool(self.program == program) and all(part() is not None for part in self.parts)
 
 
 MADE_ANEW = 4
@@ -56,8 +63,8 @@ class Hints:
 
     def evaluated(self, observer: Observer) -> None:
         """Before a loss whose weight has seen no step is evaluated: whether another one has been trained."""
-        program = _identity(observer)
-        if any(other.program == program and other.steps > 1 and other.hints() is not None for other in _trained):
+        program, _ = _identity(observer)
+        if any(other.steps > 1 and other.hints() is not None and other.is_of(program) for other in _trained):
             self._say(
                 "state",
                 "This WAELoss has not been trained, and another one has been, with the same model and guide. A WAELoss "
@@ -67,10 +74,10 @@ class Hints:
 
     def trained(self, observer: Observer, step: Step) -> None:
         """After a training step: whether the loss is used for another model, is made anew, or leaves something out."""
-        program = _identity(observer)
+        program, parts = _identity(observer)
         if self._training is None:
             self._made_anew(program)
-            self._training = _Training(program, weakref.ref(self))
+            self._training = _Training(program, parts, weakref.ref(self))
             _trained.append(self._training)
             del _trained[:-64]
         elif all(mine != other for mine, other in zip(self._training.program, program, strict=True)):
@@ -137,7 +144,7 @@ class Hints:
 
     def _made_anew(self, program: Any) -> None:
         youngest = _trained[-MADE_ANEW:]
-        are_gone = all(other.program == program and other.steps == 1 and other.hints() is None for other in youngest)
+        are_gone = all(other.steps == 1 and other.hints() is None and other.is_of(program) for other in youngest)
         if self.has_state and len(youngest) == MADE_ANEW and are_gone:
             self._say(
                 "anew",
@@ -216,16 +223,35 @@ def what_is_not_finite_before(step: Step) -> str | None:
     return None
 
 
-def _identity(observer: Observer) -> tuple[Any, Any]:
-    """What identifies model and guide, whatever handler they are wrapped in at the moment."""
-    return _mark(observer.model), _mark(observer.guide)
+def _identity(observer: Observer) -> tuple[tuple[Any, Any], list[weakref.ref[Any]]]:
+    """What identifies model and guide, and the modules and other objects that it names by their place in memory."""
+    parts: list[weakref.ref[Any]] = []
+    return (_mark(observer.model, parts), _mark(observer.guide, parts)), parts
 
 
-def _mark(program: Callable[..., Any]) -> tuple[Any, ...]:
-    program = poutine.unwrap(program)
-    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-    cells = getattr(program, "__closure__", None) or ()
-    return getattr(program, "__code__", None), id(owner), tuple(id(cell.cell_contents) for cell in cells)
+def _mark(program: Any, parts: list[weakref.ref[Any]], depth: int = 2) -> Any:
+    """What identifies a program, whatever handler is around it and whatever numbers it refers to at the moment."""
+    inner: Sequence[Any] = ()
+    owner = getattr(program, "__self__", None)
+    if isinstance(program, functools.partial):
+        inner = [program.func, *program.args, *program.keywords.values()]
+        if program.args[1:] and isinstance(program.args[0], Messenger):
+            return _mark(program.args[1], parts, depth)
+        if len(inner) == 1:
+            return _mark(program.func, parts, depth)
+    elif hasattr(program, "__code__"):
+        inner = closure_of(program) if program.__closure__ else ()
+    elif callable(around := getattr(program, "fn", None)) and not isinstance(program, nn.Module):
+        return _mark(around, parts, depth)  # a handler that traces or reparametrises
+    else:
+        owner = program
+    if owner is not None:
+        with suppress(TypeError):  # of a class that has no place for it
+            parts.append(weakref.ref(owner))
+    # A function that is made in each step is another one, of the same code; a distribution is not.
+    if inner and depth:
+        inner = [_mark(p, parts, depth - 1) for p in inner if callable(p) and not isinstance(p, dist.Distribution)]
+    return getattr(program, "__code__", None), id(owner), inner if depth else ()
 
 
 def _copy(has_state: bool, given: set[str]) -> Hints:

@@ -17,6 +17,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
+from pyro_wae._core.private import HANDLERS
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.costs import Cost, as_costs
 from pyro_wae.distributed import GroupLike
@@ -201,6 +202,8 @@ class WAELoss(CallRepr, ELBO):
         if step.loss.device.type == "cpu" or is_validation_enabled():
             self._value(step)
         if torch.is_grad_enabled():
+            if HANDLERS:  # as of an SVI that was given this method, which trains what it is told of
+                self._register()
             self._hints.trained(observer, step)
             self._show_weight(step)
         return step.loss
@@ -272,6 +275,9 @@ class WAELoss(CallRepr, ELBO):
                     raise ValueError(found) from error
                 raise
         step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
+        assert step.loss is not None  # it has been added up
+        if self.process_group is not None:
+            self._runner.agree(step.loss.detach())
         self.terms = step.terms
         return step
 

@@ -70,6 +70,19 @@ class WAEModule(ELBOModule):
         for name, module in loss.named_children():
             self.add_module(name, module)
 
+    def __setstate__(self, state: Any) -> None:
+        """Takes the state of a copy, which for plain functions has other nets than they run."""
+        super().__setstate__(state)
+        held = {id(module) for module in self.modules()}
+        if any(id(net) not in held for program in (self.model, self.guide) for net in owners(program)):
+            warnings.warn(
+                "This copy of a bound module has copies of the nets, and its model or guide is a function, which runs "
+                "those of the original: the copies have no influence. Make model and guide methods of one "
+                "torch.nn.Module: WAELoss()(net.model, net.guide).",
+                UserWarning,
+                stacklevel=2,
+            )
+
     @property
     def terms(self) -> Terms | None:
         """The parts of the last loss."""

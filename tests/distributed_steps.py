@@ -38,7 +38,7 @@ from pyro_wae.penalties import (
     PriorLikelihood,
     SlicedWasserstein,
 )
-from pyro_wae.weights import Constraint
+from pyro_wae.weights import Constraint, Schedule
 
 N, X, D = 14, 5, 2
 TIMEOUT = 6.0
@@ -360,6 +360,10 @@ def errors(rank, rows):
     found["one seed"] = one_step(net, rows)
     pyro.set_rng_seed(5 + rank)
     found["options"] = one_step(net, rows, prior_draws=2 if rank == last else 1)
+    factor = 2.0 if rank == last else 1.0
+    found["reduction"] = one_step(net, rows, reduction="sum" if rank == last else "mean")
+    found["weight's function"] = one_step(net, rows, penalty_weight=Schedule(lambda step: factor))
+    found["penalty's function"] = one_step(net, rows, penalty=lambda codes, prior: factor * codes.square().mean())
     found["sizes"] = one_step(Net(size=100 + rank), rows)
     found["density"] = one_step(Net(prior="deep"), rows, penalty=KernelStein(Gaussian(1.0)))
     loss = WAELoss(process_group="world")

@@ -6,11 +6,12 @@ import inspect
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from torch import nn
 
-from pyro_wae import kernels, penalties, weights
+from pyro_wae import WAELoss, kernels, penalties, weights
 from pyro_wae.kernels import Conditional, Energy, Gaussian, MultiScale, SameLabel, Scaled, UnitMean
 from pyro_wae.kernels.function import ModuleKernel, as_kernel
 from pyro_wae.penalties import MMD, Chain, FunctionPenalty, JensenShannon, KernelStein, PenaltyContext, ScaledPenalty
@@ -20,6 +21,7 @@ def f(*args):
     return args[0].sum()
 
 
+CODES, LEARNT = torch.zeros(4, 2), torch.zeros(4, 2, requires_grad=True)
 NEVER = ["no", b"1", [], {}, object(), torch.ones(2), np.ones(2), 1j]
 NO_NUMBER = [*NEVER, True, np.bool_(True), torch.tensor(True), [1.0]]
 NOT_FINITE = [math.nan, math.inf, -math.inf, np.float32("nan"), torch.tensor(math.inf)]
@@ -222,6 +224,18 @@ def test_a_wrong_value_is_an_error_that_names_the_argument_and_what_to_write(nam
         (lambda: penalties.SumPenalty(MMD(), f), ["SumPenalty's penalties must be a penalty"]),
         (lambda: as_kernel("rbf"), ["kernel must be a pyro_wae.kernels.Kernel or a function", "'rbf'", "MMD("]),
         (lambda: ModuleKernel(f), ["function must be a torch module"]),
+        (lambda: penalties.as_penalty(Gaussian()), ["found Gaussian(", "WAELoss(MMD(kernel))"]),
+        (lambda: penalties.as_penalty(2.0 * Gaussian() + Energy()), ["WAELoss(MMD(kernel))"]),
+        (lambda: WAELoss({"z": Gaussian()}), ["WAELoss(MMD(kernel))"]),
+        (lambda: MMD()(None, CODES), ["must be tensors", "found NoneType and Tensor", "penalty("]),
+        (lambda: MMD()(CODES.numpy(), CODES), ["must be tensors", "found ndarray and Tensor"]),
+        (lambda: MMD()(CODES, [1.0]), ["must be tensors", "found Tensor and list"]),
+        (lambda: MMD()(CODES, CODES, {"data_size": 3}), ["context must be a PenaltyContext", "data_size=60000"]),
+        (lambda: JensenShannon(optimizer=lambda _: None)(LEARNT, CODES), ["What optimizer returns must be", "Adam("]),
+        (
+            lambda: JensenShannon(optimizer=pyro.optim.Adam({}))(LEARNT, CODES),
+            ["What optimizer returns must be", "Adam("],
+        ),
         (lambda: penalties.as_penalty(MMD), ["penalty must be a pyro_wae.penalties.Penalty", "WAELoss(MMD())"]),
         (lambda: weights.Schedule(lambda step: -1.0)(), ["Schedule's weight of step 0", "-1.0"]),
         (lambda: weights.Schedule(lambda step: None)(), ["Schedule's weight of step 0", "NoneType"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 
@@ -221,6 +222,26 @@ ROUTES = {
     "sample": lambda x: WAELoss()(model, guide).sample(7, x),
     "code_rows": lambda x: predict.code_rows(model, guide, x),
 }
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("route", ["loss_and_grads", "micro-batches", "sample"])
+@pytest.mark.parametrize("batch", [{"x": X}, [X, X], (X,), Batch(X), {"x": {"a": X}}], ids=range(5))
+def test_a_batch_that_holds_tensors_is_not_what_is_wrong(batch, route):
+    """The error is the program's own, or says that there is nothing to split."""
+    with pytest.raises((TypeError, ValueError, AttributeError, KeyError, IndexError)) as caught:
+        ROUTES[route](batch)
+    assert not any("data are a tensor" in note for note in getattr(caught.value, "__notes__", []))
+
+
+def test_what_is_wrong_within_a_batch_is_named():
+    for value, found in ((X.numpy(), "ndarray"), (SPARSE, "a sparse tensor"), (META, "on the meta device")):
+        text = message(lambda value=value: ROUTES["loss"]({"x": X, "counts": value}))
+        assert f"Argument 1['counts'] of model and guide is {found}" in text
 
 
 TRAINED = list(ROUTES)[:6]

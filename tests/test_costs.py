@@ -544,3 +544,24 @@ def test_a_function_computes_with_bytes_as_with_numbers():
     distribution = dist.Normal(torch.ones(2, 2), 1.0).to_event(1)
     cost = FunctionCost(lambda x, g: (2 * x - g).abs().sum(1))
     torch.testing.assert_close(cost(distribution, x), torch.tensor([2.0, 908.0]))
+
+
+PARTS = {"Multinomial": lambda p: dist.Multinomial(1000, p, validate_args=False)}
+PARTS["DirichletMultinomial"] = lambda p: dist.DirichletMultinomial(50 * p, 1000, validate_args=False)
+MIXED = {
+    "mixture": lambda make, p: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(3, 2)), make(p[:, None].expand(3, 2, 4))
+    ),
+    "masked mixture": lambda make, p: dist.MaskedMixture(torch.tensor([True, False, True]), make(p), make(p)),
+    "mask of a mixture": lambda make, p: MIXED["mixture"](make, p).mask(torch.ones(3).bool()),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("mixed", MIXED)
+def test_documents_of_their_own_lengths_cost_nothing_where_the_shares_are_right_in_a_mixture_too(mixed, part):
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).expand(3, 4)
+    docs = p * torch.tensor([10.0, 100.0, 1000.0])[:, None]
+    costs = SquaredError()(MIXED[mixed](PARTS[part], p), docs)
+    torch.testing.assert_close(costs, torch.zeros(3), atol=1e-4, rtol=0)
+    assert (SquaredError()(MIXED[mixed](PARTS[part], p.flip(1)), docs) > 1).all()

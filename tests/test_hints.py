@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pyro
 import pytest
@@ -86,6 +87,81 @@ def test_a_loss_that_goes_on_with_another_model_is_said_once(penalty):
     assert "trained with another model and guide" in text
     assert "Make a WAELoss for each model" in text
     assert said(train, loss, other) == []
+
+
+class Callables:
+    """Model and guide that are objects, and no modules."""
+
+    def __init__(self, net):
+        self.net, self.model, self.guide = net, Call(net.model), Call(net.guide)
+
+
+class Call:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, x, **_):
+        return self.function(x)
+
+
+def model_of(net, x, beta=1.0):
+    return poutine.scale(net.model, beta)(x)
+
+
+def guide_of(net, x, beta=1.0):
+    return poutine.scale(net.guide, beta)(x)
+
+
+def closures(net, beta=1.0):
+    return lambda x: model_of(net, x, beta), lambda x: guide_of(net, x, beta)
+
+
+WAYS = {
+    "partials": lambda net, beta=1.0: (partial(model_of, net, beta=beta), partial(guide_of, net, beta=beta)),
+    "closures": closures,
+    "closures in a handler": lambda net, beta=1.0: tuple(poutine.scale(f, scale=beta) for f in closures(net)),
+    "objects": lambda net, beta=1.0: (net.calls.model, net.calls.guide),
+    "objects in a handler": lambda net, beta=1.0: (
+        poutine.reparam(net.calls.model, {}),
+        poutine.scale(net.calls.guide, 1.0),
+    ),
+}
+
+
+def with_calls():
+    """A net that keeps the objects which call it."""
+    net = AutoEncoder(3, 2)
+    object.__setattr__(net, "calls", Callables(net))
+    return net
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_program_is_made_of_identifies_it_and_not_its_numbers(way):
+    def step(loss, net, beta=1.0):
+        loss.loss_and_grads(*WAYS[way](net, beta), X)
+
+    loss, net, other = WAELoss(), with_calls(), with_calls()
+    assert [text for beta in (0.1, 0.2, 0.3) for text in said(step, loss, net, beta)] == []
+    with torch.no_grad():
+        assert "another one has been" in said(WAELoss().loss, *WAYS[way](net, 0.4), X)[0]
+        assert said(WAELoss().loss, *WAYS[way](other), X) == []
+    (text,) = said(step, loss, other)
+    assert "trained with another model and guide" in text
+    # Losses of models that are gone, whose places in memory the next ones take, are none made anew.
+    del loss, net, other
+    assert [text for _ in range(7) for text in said(step, WAELoss(), with_calls())] == []
+
+
+def test_a_program_may_refer_to_what_has_not_been_assigned_yet():
+    net = AutoEncoder(3, 2)
+
+    def model(x):
+        return net.model(x) if net.training else late
+
+    assert said(WAELoss().loss_and_grads, model, net.guide, X) == []
+    assert said(WAELoss()(model, net.guide), X) == []
+    if X.isnan().any():
+        late = X
 
 
 COSTS_WITHOUT_A_GRADIENT = {

@@ -16,6 +16,7 @@ from torch import nn
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.penalties import MMD, PenaltyContext, kernel_mean
+from pyro_wae.step.observe import Observer
 
 N = 12
 S = 1.1
@@ -314,3 +315,34 @@ def test_a_mean_first_needed_in_inference_can_be_trained_with():
     with torch.inference_mode():
         mmd(codes, torch.randn(4, 2), context)
     mmd(codes.requires_grad_(), torch.randn(4, 2), context).backward()
+
+
+MIXTURES = {
+    "MixtureOfDiagNormals": lambda n: dist.MixtureOfDiagNormals(
+        torch.randn(2, n), torch.rand(2, n) + 1, torch.zeros(2)
+    ),
+    "as many components": lambda n: dist.MixtureOfDiagNormals(
+        torch.randn(n, n), torch.rand(n, n) + 1, torch.arange(1.0 * n)
+    ),
+    "shared covariance": lambda n: dist.MixtureOfDiagNormalsSharedCovariance(
+        torch.randn(2, n), torch.rand(n) + 1, torch.zeros(2)
+    ),
+    "low rank": lambda n: dist.LowRankMultivariateNormal(torch.randn(n), torch.randn(n, n), torch.rand(n) + 1),
+}
+
+
+@pytest.mark.parametrize("n", [4, 7])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_prior_of_as_many_numbers_as_there_are_data_is_one_for_all(name, n):
+    prior = MIXTURES[name](n)
+
+    def model(x):
+        with pyro.plate("data", n):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", n):
+            pyro.sample("z", dist.Delta(x, event_dim=1))
+
+    assert not Observer(model, guide, prior_draws=1).observe((torch.randn(n, n),), {}).prior_varies

@@ -17,6 +17,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_wae import WAELoss
+from pyro_wae.checkpoint import save_checkpoint
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, LogVarianceL1, PosteriorKL
@@ -475,6 +476,48 @@ def test_the_line_is_shown_and_runs(line):
     assert line in message(broken)
     pyro.clear_param_store()
     fixed()
+
+
+@pytest.mark.parametrize("name", ["beta/topic", "w[0]", "layer 1", "a-b", "class", "net$$$weight", "1st"])
+def test_the_line_for_a_global_latent_is_python_whatever_its_name(name):
+    model, guide = pair()
+
+    def both(program):
+        def run(x, index, seen):
+            pyro.sample(name, delta(torch.ones(3)))
+            program(x, index, seen)
+
+        return run
+
+    line = message(go((both(model), both(guide)))).partition("the model, ")[2].partition(", and leave")[0]
+    line = line.removeprefix("in place of poutine.lift, ").replace("...", "torch.ones(3)")
+    names = {"pyro": pyro, "torch": torch, "net": nn.Linear(2, 2)}
+    exec(line, names)
+    assert (name if "net" not in name else "net$$$bias") in pyro.get_param_store()
+
+
+def test_the_line_that_saves_a_net_of_any_name_is_python(tmp_path):
+    net = nn.Linear(2, 2)
+    for name in ("my-net", "enc 1", "class"):
+        pyro.clear_param_store()
+        pyro.module(name, net)
+        line = message(lambda: save_checkpoint(tmp_path / "run.pt", other=nn.Linear(1, 1)))
+        ast.parse(line.partition("as in ")[2].partition(". If an")[0])
+
+
+@pytest.mark.parametrize("size", [N, 12])
+def test_a_latent_in_a_plate_of_its_own_is_told_how_all_data_share_it(size):
+    def both(program):
+        def run(x, index, seen):
+            with pyro.plate("weights", size):
+                pyro.sample("w", dist.Delta(torch.ones(size)))
+            program(x, index, seen)
+
+        return run
+
+    found = message(go(tuple(map(both, pair()))))
+    assert "w = pyro.param('w', ...)" in found
+    assert ("ambiguous" in found) == (size == N)
 
 
 def texts():

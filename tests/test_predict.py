@@ -9,9 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.zuko import ZukoToPyro
 from torch import nn
 
 from pyro_wae import WAELoss, priors
+from pyro_wae.diagnostics import classifier_test, two_sample_test
 from pyro_wae.predict import code_rows, decode, encode, interpolate, reconstruct, sample
 
 
@@ -425,3 +427,35 @@ def test_a_model_without_data_takes_a_prior_too():
 
     outputs = sample(free, 3, prior=dist.Delta(torch.tensor(5.0)), return_sites=["x"])
     torch.testing.assert_close(outputs, {"x": torch.full((3,), 10.0)})
+
+
+class Points(torch.distributions.Distribution):
+    """What a flow of zuko is to Pyro's wrapper, which has no ``sample`` and no ``repr``."""
+
+    arg_constraints: dict = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(self):
+        super().__init__(event_shape=torch.Size([2]), validate_args=False)
+
+    def rsample(self, shape=()):
+        return torch.tensor([1.0, 3.0]).expand(*shape, 2)
+
+
+def model_of_two(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Normal(2 * z, 1).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("way", ["sample", "module", "test", "classifier"])
+def test_a_prior_that_can_only_be_called_is_called(way):
+    x = torch.zeros(20, 2)
+    draws = {
+        "sample": lambda: sample(model_of_two, x, num_samples=3, prior=ZukoToPyro(Points()))["x"],
+        "module": lambda: WAELoss()(model_of_two, lambda x: None).sample(3, x, prior=ZukoToPyro(Points()))["x"],
+        "test": lambda: two_sample_test(torch.randn(20, 2), ZukoToPyro(Points()), permutations=19).p_value,
+        "classifier": lambda: classifier_test(torch.randn(20, 2), ZukoToPyro(Points())).p_value,
+    }[way]()
+    expected = torch.tensor([[2.0, 6.0]] * 3)
+    assert torch.equal(draws, expected) if way in ("sample", "module") else draws < 0.2

@@ -49,6 +49,36 @@ def test_a_scale_of_everything_leaves_the_balance_of_cost_and_penalty(scale, wei
     assert values[1] == pytest.approx([value * float(scale) for value in values[0]], rel=1e-5)
 
 
+INSIDE = {"latent": (0.5, 1.0, 1.0), "one observed site": (1.0, 0.1, 1.0), "all, by other factors": (4.0, 0.1, 2.0)}
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"num_particles": 2}], ids=str)
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_scale_around_a_program_that_scales_its_sites_leaves_the_balance(inside, options):
+    latent, first, second = INSIDE[inside]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=latent):
+                z = pyro.sample("z", normal(x, 2))
+            with poutine.scale(scale=first):
+                pyro.sample("x", around(z), obs=x)
+            with poutine.scale(scale=second):
+                pyro.sample("y", around(2 * z), obs=x)
+
+    guide = program(lambda x: delta(x + 1))[1]
+    x = torch.linspace(-1, 1, 12).reshape(6, 2)
+    values, starts = [], []
+    for factor, own in ((1.0, {}), (1e-3, options), (torch.tensor(7.0), options)):
+        pyro.set_rng_seed(2)
+        # Draws differ between the ways to run a step, and this penalty reads none.
+        loss = WAELoss(Seen(lambda codes: codes.square().mean()), **own)
+        values.append(loss.loss(poutine.scale(model, scale=factor), guide, x) / float(factor))
+        starts.append(float(loss.terms.weight))
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    assert starts == pytest.approx([0.1 * (first * 2 + second * (x + 2).square().sum(1).mean().item())] * 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(12, 3), (100, 10)])
 @pytest.mark.parametrize("kind", ["vectorised", "sequential", "nested", "likelihood", "function"])
 def test_a_subsampled_plate_inside_a_datum_stands_for_the_whole(kind, sizes):

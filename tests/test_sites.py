@@ -17,7 +17,7 @@ from references import Seen
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.costs import NegativeLogLikelihood
+from pyro_wae.costs import NegativeLogLikelihood, SquaredError
 from pyro_wae.predict import reconstruct
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plates.md").read_text(encoding="utf-8")
@@ -473,6 +473,35 @@ def test_a_factor_of_the_guide_may_have_the_name_of_what_the_model_observes():
     with pytest.warns(UserWarning, match="pyro.factor 'x_factor' is a term"):
         loss.loss_and_grads(model, guide, X)
     assert {name: cost.item() for name, cost in loss.terms.costs.items()} == pytest.approx({"x": D, "x_factor": 1.5})
+
+
+@pytest.mark.parametrize("order", ["yz", "zxy", "yzx"])
+def test_a_site_given_its_own_value_stays_one_beside_a_latent_whose_name_begins_with_its(order):
+    """Only what a reparametrisation has computed comes right after the site that it is computed from."""
+
+    def model(x):
+        with pyro.plate("data", N):
+            for site in order:
+                if site == "y":
+                    pyro.sample("y", delta(x), obs=x)
+                elif site == "z":
+                    z = pyro.sample("y_code", normal(x, D))
+                else:
+                    pyro.sample("x", around(z), obs=x)
+            if "x" not in order:
+                pyro.sample("x", around(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", N):
+            pyro.sample("y_code", delta(x + 1))
+
+    capture = Seen()
+    loss = WAELoss(capture, cost={"x": SquaredError(), "y": SquaredError()}, penalty_weight=0.0)
+    loss.loss(model, guide, X)
+    assert {name: cost.item() for name, cost in loss.terms.costs.items()} == pytest.approx({"x": D, "y": 0})
+    conditional = WAELoss(capture, condition="y", penalty_weight=0.0)
+    conditional.loss(model, guide, X)
+    assert list(conditional.terms.costs) == ["x"]
 
 
 @pytest.mark.parametrize("where", ["in", "outside"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from programs import AutoEncoder, around, normal
+from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
@@ -18,9 +22,9 @@ from pyro.optim import Adam
 from torch import nn
 
 from pyro_wae import WAELoss, weights
-from pyro_wae.costs import AbsoluteError, SquaredError
+from pyro_wae.costs import AbsoluteError, Cost, SquaredError
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
-from pyro_wae.penalties import MMD
+from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein
 
 N, D, X = 16, 3, 5
 
@@ -251,3 +255,115 @@ def test_an_autoguide_serves_a_subsampled_plate(make):
     losses = [svi.step(x) for _ in range(61)]
     assert capture.calls[0][0].shape == (8, X)
     assert losses[-1] < 0.5 * losses[0]
+
+
+class Learnt(Cost):
+    """A squared error with a scale to be learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, distribution, value):
+        return (value - distribution.mean).square().sum(-1) / self.log_scale.exp() + 3 * self.log_scale
+
+
+OWNED = {
+    "discriminator": lambda: {"penalty": JensenShannon(nn.Linear(2, 1), optimizer=None)},
+    "default discriminator": lambda: {"penalty": JensenShannon(optimizer=None)},
+    "discriminator of a site": lambda: {"penalty": {"z": 2.0 * JensenShannon(nn.Linear(2, 1), optimizer=None)}},
+    "cost": lambda: {"cost": Learnt()},
+}
+
+
+def by_svi(objective):
+    def train(loss, net, x):
+        svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=objective(loss))
+        for _ in range(2):
+            svi.step(x)
+
+    return train
+
+
+def by_parameters_of_a_trace(loss, net, x):
+    """The loop of Pyro's tutorial on objectives of one's own."""
+    with poutine.trace(param_only=True) as seen:
+        value = loss.differentiable_loss(net.model, net.guide, x)
+    value.backward()
+    torch.optim.Adam({site["value"].unconstrained() for site in seen.trace.nodes.values()}, lr=0.1).step()
+
+
+ROUTES_TO_PARAMETERS = {
+    "SVI": by_svi(lambda loss: loss),
+    "SVI with the method": by_svi(lambda loss: loss.differentiable_loss),
+    "SVI with a function": by_svi(lambda loss: lambda *args: loss.differentiable_loss(*args) + 1),
+    "parameters of a trace": by_parameters_of_a_trace,
+}
+
+
+@pytest.mark.parametrize("route", ROUTES_TO_PARAMETERS)
+@pytest.mark.parametrize("owned", OWNED)
+def test_what_a_loss_owns_is_trained_whichever_way_pyro_reads_the_parameters(owned, route):
+    loss, net, x = WAELoss(**OWNED[owned](), penalty_weight=1.0), AutoEncoder(3, 2), torch.randn(16, 3)
+    loss.loss(net.model, net.guide, x)  # makes what depends on the size of a code
+    owns = [module for name, module in loss.named_children() if name != "weight"]
+    before = copy.deepcopy([list(module.parameters()) for module in owns])
+    ROUTES_TO_PARAMETERS[route](loss, net, x)
+    moved = [
+        not torch.equal(p, q)
+        for was, module in zip(before, owns, strict=True)
+        for p, q in zip(was, module.parameters(), strict=True)
+    ]
+    assert moved
+    assert all(moved)
+
+
+def functions_of(net):
+    return lambda x: net.model(x), lambda x: net.guide(x)
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [copy.deepcopy, torch.optim.swa_utils.AveragedModel, lambda wae: copy.deepcopy({"wae": wae})["wae"]],
+    ids=["copy", "average", "inside"],
+)
+@pytest.mark.parametrize("bind", ["functions", "partials", "methods", "module"])
+def test_a_copy_that_would_run_the_nets_of_the_original_says_so(bind, twin):
+    net = AutoEncoder(3, 2)
+    programs = {
+        "functions": functions_of(net),
+        "partials": tuple(functools.partial(f) for f in functions_of(net)),
+        "methods": (net.model, net.guide),
+        "module": (poutine.scale(net.model, scale=0.5), net.guide),
+    }[bind]
+    wae = WAELoss(penalty_weight=0.0)(*programs)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        other = twin(wae)
+    x = torch.ones(4, 3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        is_own = other(x).item() == pytest.approx(3 * (0.5 if bind == "module" else 1))  # nets of zeros reconstruct 0
+    assert is_own == (bind in ("methods", "module"))
+    assert [str(w.message)[:33] for w in found] == ([] if is_own else ["This copy of a bound module has c"])
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [MMD, JensenShannon, MaxSlicedWasserstein, lambda: {"z": JensenShannon(nn.LazyLinear(1), optimizer=None)}],
+)
+def test_an_evaluation_in_inference_mode_comes_before_and_between_steps(penalty):
+    values = []
+    for evaluates in (False, True):
+        pyro.set_rng_seed(3)
+        net = AutoEncoder(3, 2)
+        loss, x = WAELoss(penalty(), penalty_weight=1.0), torch.randn(16, 3)
+        loss.loss(net.model, net.guide, x) if not evaluates else None
+        for _ in range(2):
+            if evaluates:
+                with torch.inference_mode():
+                    assert math.isfinite(loss.loss(net.model, net.guide, x))
+            pyro.set_rng_seed(4)
+            values.append(loss.loss_and_grads(net.model, net.guide, x))
+    assert values[:2] == pytest.approx(values[2:], rel=1e-4)

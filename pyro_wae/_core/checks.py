@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -170,6 +172,12 @@ def instance(name: str, value: T, kind: Any, what: str, *, write: str) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, found {_shown(value)}. Write {write}.")
     return value
+
+
+def variable(name: str) -> str:
+    """A name by which a line of code may call what has this name, which may hold anything."""
+    word = re.sub(r"\W", "_", name)
+    return word if word.isidentifier() and not keyword.iskeyword(word) else f"_{word}"
 
 
 def is_number(value: Any) -> bool:

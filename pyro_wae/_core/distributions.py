@@ -24,6 +24,14 @@ def innermost(distribution: Any) -> Any:
     return distribution
 
 
+def component(distribution: Any) -> Any:
+    """What lies inside all wrappers and mixtures."""
+    part = innermost(distribution)
+    while isinstance(part, torch.distributions.MixtureSameFamily | dist.MaskedMixture):
+        part = innermost(part.component0 if isinstance(part, dist.MaskedMixture) else part.component_distribution)
+    return part
+
+
 def family(distribution: Any) -> str:
     """The name of the family inside all wrappers, for messages."""
     return type(innermost(distribution)).__name__
@@ -39,18 +47,31 @@ def distribution_of(prior: Any, *, write: str) -> Any:
     Raises:
         TypeError: If it is neither.
     """
-    problem = f"prior must be a module whose call returns a distribution, or a distribution, found {prior!r}. "
+    # A name, because a distribution that can only be called may have no repr.
+    found = type(prior).__name__
+    problem = (
+        f"prior must be a module whose call returns a distribution, or a distribution, found {found}. Write {write}."
+    )
     if isinstance(prior, nn.Module):
         try:
             inspect.signature(prior.forward).bind()
         except TypeError as error:
-            raise TypeError(f"{problem}Write {write}.") from error
+            raise TypeError(problem) from error
     found = prior() if isinstance(prior, nn.Module) else prior
     if not hasattr(found, "sample"):
-        raise TypeError(f"{problem}Write {write}.")
+        raise TypeError(problem)
     if hasattr(found, "clear_cache"):
         found.clear_cache()  # of transforms, made with the parameters of the step before
     return found
+
+
+def drawn(prior: Any, count: int) -> Tensor:
+    """Independent draws of a distribution of one code; one that can only be called, as ``ZukoToPyro``, is called."""
+    with torch.no_grad():
+        try:
+            return prior.sample((count,))
+        except NotImplementedError:
+            return prior((count,))
 
 
 def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
 
 # A micro-batch runs again in the backward pass, after SVI's handlers have been left, and must run under them.
+# Where there are none, nobody reads which parameters a loss has.
 HANDLERS = runtime._PYRO_STACK
 
 # The plate that `pyro.infer.ELBO` makes for its vectorised particles.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.random_state import restored_random_state
@@ -81,7 +82,7 @@ def _modules_in(program: Any, seen: set[int]) -> Iterator[nn.Module]:
     read: list[Any] = []
     package = _package(program)
     if isinstance(program, FunctionType):
-        bound += [cell.cell_contents for cell in program.__closure__ or () if _is_filled(cell)]
+        bound += closure_of(program)
         bound += [*(program.__defaults__ or ()), *(program.__kwdefaults__ or {}).values()]
         if package not in LIBRARIES:
             names = dict.fromkeys(_global_names(program.__code__))
@@ -126,11 +127,13 @@ def _global_names(code: CodeType) -> Iterator[str]:
             yield from _global_names(constant)
 
 
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:  # the name has not been assigned yet
-        return False
+def closure_of(function: Any) -> list[Any]:
+    """What the names in a function's closure stand for, of those that have been assigned."""
+    contents = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            contents.append(cell.cell_contents)
+    return contents
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -152,8 +155,14 @@ def part_of(value: Any, rows: slice, length: int) -> Any:
 
 def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Adds a note to an error of a run of model or guide, if an argument is not what data usually are."""
-    named = [*((f"Argument {place}", value) for place, value in enumerate(args, 1)), *kwargs.items()]
-    notes = ((name, _what_is_wrong(value, is_first=not place)) for place, (name, value) in enumerate(named))
+    named: list[tuple[str, Any]] = [(f"Argument {place}", value) for place, value in enumerate(args, 1)]
+    named += kwargs.items()
+    notes: list[tuple[str, str | None]] = []
+    for place, (name, value) in enumerate(named):
+        if isinstance(value, Mapping):  # a batch, of which any item may be the data
+            notes += [(f"{name}[{key!r}]", _what_is_wrong(own, is_first=False)) for key, own in value.items()]
+        else:
+            notes.append((name, _what_is_wrong(value, is_first=not place)))
     if found := next(((name, note) for name, note in notes if note), None):
         error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
 
@@ -166,8 +175,11 @@ def _what_is_wrong(value: Any, *, is_first: bool) -> str | None:
             return f"{found}. Write torch.tensor(x.toarray()).float(), a batch at a time"
         if hasattr(value, "__array__"):
             return f"{type(value).__name__}, and data are a tensor. Write torch.as_tensor(x)"
-        # An option of the model may be anything.
-        return f"{type(value).__name__}, and data are a tensor. Write torch.tensor(x)" if is_first else None
+        # An option of the model may be anything, and a batch may be any object that holds tensors.
+        holds = any(isinstance(part, Tensor) for part in tree_leaves(getattr(value, "__dict__", value)))
+        return (
+            None if holds or not is_first else f"{type(value).__name__}, and data are a tensor. Write torch.tensor(x)"
+        )
     if value.layout is not torch.strided:
         return f"a sparse tensor ({value.layout}). Write x.to_dense(), a batch at a time"
     if value.is_meta:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import constraints as torch_constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_wae._core.checks import variable
 from pyro_wae.checkpoint.pieces import ModulePiece, Piece
 from pyro_wae.checkpoint.values import plain
 
@@ -37,7 +38,7 @@ def store_state(pieces: Mapping[str, Piece]) -> dict[str, Any]:
             state["values"][name] = p.detach()
         state["constraints"][name] = _encode(given[name])
     if lost:
-        module = lost[0].split("$$$")[0].split(".")[0]
+        module = variable(lost[0].split("$$$")[0].split(".")[0])
         raise ValueError(
             f"Parameters {lost} of Pyro's store belong to modules that the checkpoint does not see, as where model or "
             f"guide is a function. Give these modules too, as in save_checkpoint(path, svi=svi, {module}={module}). If "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.checks import whole
+from pyro_wae._core.distributions import drawn
 from pyro_wae._core.random_state import isolated_seed
 
 
@@ -101,15 +102,15 @@ def prior_rows(codes: Tensor, prior: Tensor | Any, *, prior_draws: int, seed: in
                 f"Write prior=dist.Normal(torch.zeros({d}), 1.0).to_event(1)."
             )
         with isolated_seed(seed, codes.device):
-            drawn = prior.sample((prior_draws * n,))
-        if not isinstance(drawn, Tensor) or drawn.shape != (prior_draws * n, d):
-            found = f"shape {tuple(drawn.shape)}" if isinstance(drawn, Tensor) else type(drawn).__name__
+            draws = drawn(prior, prior_draws * n)
+        if not isinstance(draws, Tensor) or draws.shape != (prior_draws * n, d):
+            found = f"shape {tuple(draws.shape)}" if isinstance(draws, Tensor) else type(draws).__name__
             raise ValueError(
                 f"prior must be the distribution of one code of {d} numbers, but prior.sample(({prior_draws * n},)) "
                 f"gave {found} in place of {(prior_draws * n, d)}. "
                 f"Write prior=dist.Normal(torch.zeros({d}), 1.0).to_event(1)."
             )
-        prior = drawn
+        prior = draws
     if prior.dtype != codes.dtype or prior.device != codes.device:
         raise ValueError(
             f"codes and prior must have one dtype and device, found {codes.dtype} on {codes.device} and {prior.dtype} "

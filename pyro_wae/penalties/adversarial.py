@@ -222,7 +222,9 @@ class JensenShannon(FittedBuffers, Penalty):
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
         are_finite = q.isfinite().all() & p.isfinite().all()
         if self._own is None:
-            self._own = optimizer(self.discriminator.parameters())
+            made, what = optimizer(self.discriminator.parameters()), "a torch.optim.Optimizer"
+            write = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
+            self._own = checks.instance("What optimizer returns", made, torch.optim.Optimizer, what, write=write)
             if self._state is not None:
                 self._own.load_state_dict(self._state)
         self._learn(True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.rows import at_least_float32
+from pyro_wae.kernels import Kernel
 
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "encoder_kl", "kept"), (Callable, "a function")),
@@ -131,15 +132,24 @@ class Penalty(CallRepr, nn.Module):
         Raises:
             ValueError: If a shape, dtype or device does not fit, or there are fewer than 2 rows.
         """
+        if not (isinstance(codes, Tensor) and isinstance(prior, Tensor | None)):
+            raise TypeError(
+                f"codes and prior must be tensors, of shapes (n, d) and (m, d), found {type(codes).__name__} and "
+                f"{type(prior).__name__}. Write penalty(torch.as_tensor(codes), torch.as_tensor(prior))."
+            )
+        context = PenaltyContext() if context is None else context
         if prior is None:
             if self.needs_prior_draws:
                 raise ValueError(f"{self!r} compares codes with prior draws, found none. Write penalty(codes, prior).")
             prior = codes.new_empty(2, codes.shape[-1])
+        if not isinstance(context, PenaltyContext):
+            raise TypeError(
+                f"context must be a PenaltyContext, found {context!r}. Write PenaltyContext(data_size=60000)."
+            )
         # Under autocast an encoder may give half precision where the prior is float32: they are compared in float32.
         codes, prior = at_least_float32(codes), at_least_float32(prior)
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
-        context = context or PenaltyContext()
         if context.condition is None:
             self.prepare_sites(codes, context.sites)
         else:
@@ -339,11 +349,11 @@ def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty
     """
     if isinstance(penalty, Penalty):
         return penalty
-    if callable(penalty) and not isinstance(penalty, type):
+    if callable(penalty) and not isinstance(penalty, type | Kernel):
         return FunctionPenalty(penalty)
     raise TypeError(
         f"penalty must be a pyro_wae.penalties.Penalty, a function f(codes, prior) or a dict of them by latent site, "
-        f"found {penalty!r}. Write WAELoss(MMD()) or WAELoss(lambda codes, prior: ...)."
+        f"found {penalty!r}. Write WAELoss(MMD()), WAELoss(MMD(kernel)) or WAELoss(lambda codes, prior: ...)."
     )
 
 

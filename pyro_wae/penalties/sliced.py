@@ -130,8 +130,10 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
             self.set_fitted("direction", direction.where(direction.isfinite().all(), last))
         return transport_along(direction[None], codes, prior, self.p).mean()
 
+    @torch.inference_mode(False)  # the ascent needs slopes in an evaluation too
     def search(self, codes: Tensor, prior: Tensor) -> Tensor:
         """The direction, of shape (d,), with the largest value that the ascent meets; the state stays as it is."""
+        codes, prior = codes.clone(), prior.clone()
         d = codes.shape[-1]
         starts = [codes.mean((0, 1))[None] - prior.mean(0), codes.new_empty(self.restarts, d).normal_()]
         if self.direction.shape == (d,):

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import distribution_of
+from pyro_wae._core.distributions import distribution_of, drawn
 from pyro_wae._core.rows import Site
 from pyro_wae.costs import with_own_total
 from pyro_wae.predict.runs import (
@@ -247,7 +247,7 @@ def _codes_of(
         shape, dim, _ = layout(next(iter(outputs.values())), plate)
         count = shape[dim]
     write = "sample(model, x, prior=priors.fit(model, guide, x, prior=MixturePrior(100, {d})))"
-    draws = distribution_of(prior, write=write.format(d="d")).sample((count,)).reshape(count, -1)
+    draws = drawn(distribution_of(prior, write=write.format(d="d")), count).reshape(count, -1)
     sizes = {site.name: site.value_rows()[0, 0].numel() for site in sites}
     d = sum(sizes.values())
     if draws.shape[1] != d:

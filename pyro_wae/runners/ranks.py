@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_wae._core.programs import trial_run
 from pyro_wae.distributed import (
     GroupLike,
+    are_equal,
     average_gradients,
     check_same,
     exchange,
@@ -61,8 +62,7 @@ class Ranks(Runner):
         self.group = group
         self.runner = runner
         self._seed = 0
-        self._has_one_start = False
-        self._has_one_state = False
+        self._has_one_start = self._has_one_state = self._has_agreed = False
 
     def observe(self, observer: Observer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         """Runs model and guide on this rank's data, and joins the steps of all ranks.
@@ -157,6 +157,9 @@ class Ranks(Runner):
             for own in devices:
                 torch.cuda.default_generators[own.index].manual_seed(self._seed)
             yield
+
+    def agree(self, loss: Tensor) -> None:
+        self._has_agreed = self._has_agreed or are_equal(loss, group_of(self.group))
 
     def rows(self, tree: Any, sizes: Sequence[int]) -> Any:
         """Sets the rows of all ranks behind one another.

@@ -12,6 +12,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_wae._core.checks import variable
 from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.rows import at_least_float32, working_precision
 from pyro_wae.step.program import Program, Run
@@ -96,7 +97,7 @@ def read_condition(
         raise ValueError(
             f"condition='{name}' is neither an observed site of the model nor an argument of this call. Its "
             f"observed sites are {list(run.observed)}, its arguments {list(given)}.{is_latent} "
-            f"Write pyro.sample('{name}', ..., obs={name}) in the data plate, or name an argument."
+            f"Write pyro.sample('{name}', ..., obs={variable(name)}) in the data plate, or name an argument."
         )
     return _flat(name, _rows_of(name, given[name], run)), False
 
@@ -129,7 +130,7 @@ def _flat(name: str, rows: Tensor) -> Tensor:
         raise ValueError(
             f"condition='{name}' has rows of shape {tuple(rows.shape[1:])} and {rows.dtype}; it takes one "
             "whole number for each datum, a label, or floats of any shape, which have a distance. Write "
-            f"{name}.float()."
+            f"{variable(name)}.float()."
         )
     return flat
 

@@ -25,7 +25,7 @@ from pyro_wae.step.condition import read_condition
 from pyro_wae.step.options import check_names
 from pyro_wae.step.parts import join
 from pyro_wae.step.prior import ReplaySubsamples, draw_prior, prior_varies
-from pyro_wae.step.program import Program, Run, data_frame, layout, subsample_scales
+from pyro_wae.step.program import Program, Run, data_frame, layout, scales, subsample_scales
 from pyro_wae.step.records import Step
 
 
@@ -143,6 +143,7 @@ class Observer:
             condition_is_masked=is_masked,
             data_size=found.data_size,
             prior_varies=varies,
+            common_scale=_common_scale(found),
         )
 
     def _cost(self, name: str) -> Cost | None:
@@ -180,6 +181,9 @@ class Runner:
         """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
         return nullcontext()
 
+    def agree(self, loss: Tensor) -> None:
+        """Compares the loss, which has been added up, between those who compute it."""
+
 
 def trace_pair(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], max_plate_nesting: float
@@ -214,6 +218,20 @@ def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
             shape = torch.broadcast_shapes(site.shape + site.distribution.event_shape, site.mask.shape)
             kept[name] = site.rows(site.mask.expand(shape), site.event_dim).expand(rows[name].shape)
     return side_by_side(rows, kept)
+
+
+def _common_scale(found: Run) -> float | Tensor:
+    """The scale that all latent and observed sites have; where theirs differ, that around the data plate."""
+    own = [site.scale for site in (*found.latents.values(), *found.observed.values())]
+    if len(set(own)) == 1 and not isinstance(own[0], Tensor):
+        return own[0] or 1.0
+    plate = found.model.nodes.get(found.plate)
+    outer = 1.0 if plate is None else scales(plate, found.plate)[0]
+    tensors = [scale for scale in (*own, outer) if isinstance(scale, Tensor)]
+    if not tensors or any(scale.numel() != 1 for scale in tensors):
+        return 1.0 if tensors else outer or 1.0
+    alike = torch.stack([torch.as_tensor(scale, device=tensors[0].device).detach() for scale in own])
+    return torch.where((alike == alike[0]).all() & (alike[0] > 0), alike[0], outer)
 
 
 def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -200,8 +200,9 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
             # The constraint of a Delta's point does not know the number of its dimensions.
             is_point = name == "v" and isinstance(value, dist.Delta)
             own = len(value.event_shape) if known is None or is_point else known.event_dim
-            if known is None and isinstance(part, Tensor) and part.shape[:inner] == value.batch_shape:
-                own = part.ndim - inner
+            # Nor do those of Pyro's mixtures of Normals.
+            if isinstance(part, Tensor) and part.shape[:inner] == value.batch_shape and not is_point:
+                own = part.ndim - inner if known is None else max(own, part.ndim - inner)
             if _varies(part, n, place, inner, own, depth - 1, look=look):
                 return True
         return False

@@ -337,9 +337,8 @@ def _check_point(sample: Sample) -> None:
 def _is_reparametrised(name: str, samples: Mapping[str, Sample]) -> bool:
     """Whether a reparametrisation has computed a site, which is then observed at the point of its own Delta."""
     # A user's own site may be given its own value, as a condition that is no random choice: nothing is drawn for it.
-    return samples[name].is_own_point and any(
-        other.startswith(f"{name}_") and not sample.node["is_observed"] for other, sample in samples.items()
-    )
+    names = list(samples)
+    return samples[name].is_own_point and names[max(names.index(name) - 1, 0)].startswith(f"{name}_")
 
 
 def is_imputed(name: str, sites: Container[str]) -> bool:

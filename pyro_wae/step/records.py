@@ -69,10 +69,10 @@ class Step:
         condition_is_masked: Whether a mask leaves some of the conditions out.
         data_size: Number of data that the data plate takes a part of; None where it takes all.
         prior_varies: Whether the prior of a datum's code may depend on the datum, as far as can be seen.
+        common_scale: The ``poutine.scale`` of everything, which is one of the whole loss.
         penalties: The scaled penalty of each latent site or group, "" that of the joint code, once it has been taken.
         terms: The parts of the loss, detached, once it has been taken.
-        balanced_cost: The mean cost, detached, in the unit that the penalty weight balances: a scale that all sites
-            have is one of the whole loss, and is left out.
+        balanced_cost: The mean cost, detached, in the unit that the penalty weight balances: without the common scale.
         loss: The sum of costs and weighted penalties, once it has been taken.
     """
 
@@ -90,6 +90,7 @@ class Step:
     condition_is_masked: bool
     data_size: int | None
     prior_varies: bool
+    common_scale: float | Tensor = 1.0
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
     terms: Terms | None = None
     balanced_cost: Tensor | None = None
@@ -191,9 +192,11 @@ class Step:
                     )
             seen.update(given)
         seen.update(self.columns)
-        for _, _, own, penalty in self._parts(option):
-            codes = own.codes if own.condition is None else beside(own.codes, own.condition)
-            penalty.prepare_sites(codes, own.columns)
+        # What is made in an evaluation under torch.inference_mode() could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            for _, _, own, penalty in self._parts(option):
+                codes = own.codes if own.condition is None else beside(own.codes, own.condition)
+                penalty.prepare_sites(codes, own.columns)
 
     def compare(self, option: PenaltyOption, condition: Condition | None) -> dict[str, Tensor]:
         """The scaled penalty of each latent site or group, or under the name "" that of the joint code.
@@ -223,7 +226,7 @@ class Step:
         """
         means = self._mean_costs()
         cost, penalty = _total(means.values()), _total(penalties.values())
-        balanced = cost.detach() / self._common_scale()
+        balanced = cost.detach() / self.common_scale
         factor = weight(balanced)
         loss = cost + factor * penalty.to(cost.device)
         if not per_datum:
@@ -256,16 +259,6 @@ class Step:
         """Number of data for which the mean stands: those of the data set, less the share that is masked."""
         whole = self.data_size or self.data
         return whole if self.seen is None else self.seen.sum().clamp(min=1) * (whole / self.seen.numel())
-
-    def _common_scale(self) -> float | Tensor:
-        """The ``poutine.scale`` that all latent and observed sites have, 1 where they have different ones."""
-        scales = [site.scale for run in self.runs[0] for site in (*run.latents.values(), *run.observed.values())]
-        if not any(isinstance(scale, Tensor) for scale in scales):
-            return scales[0] if scales[0] > 0 and all(scale == scales[0] for scale in scales) else 1.0
-        if any(isinstance(scale, Tensor) and scale.numel() != 1 for scale in scales):
-            return 1.0
-        found = torch.stack([torch.as_tensor(scale, device=self.codes.device).detach() for scale in scales])
-        return torch.where((found == found[0]).all() & (found[0] > 0), found[0], 1.0)
 
     def joint_scale(self) -> float | Tensor:
         """The one ``poutine.scale`` of the latent sites.

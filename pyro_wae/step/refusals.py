@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyro_wae._core.checks import variable
 from pyro_wae._core.distributions import family
 from pyro_wae._core.private import PARTICLE_PLATE
 
@@ -129,12 +130,14 @@ def _site_outside(latents: Sequence[Node], observed: Sequence[Node], plates: Pla
     own = plates[node["name"]]
     # A plate as large as the data's is rather the data under another name.
     has_own_plate = any(frame.size != size for frame in own.values())
-    if kind == "Latent":
-        has_own_plate = has_own_plate and not around_data & own.keys()
-    return _outside(node, kind, data_plate, size, has_own_plate=has_own_plate)
+    may_be_global = kind == "Latent" and bool(own) and not around_data & own.keys()
+    has_own_plate = has_own_plate and (may_be_global or kind == "Observed")
+    return _outside(node, kind, data_plate, size, has_own_plate=has_own_plate, may_be_global=may_be_global)
 
 
-def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *, has_own_plate: bool) -> str:
+def _outside(
+    node: Node, kind: str, data_plate: str | None, size: int | None, *, has_own_plate: bool, may_be_global: bool
+) -> str:
     name = node["name"]
     batch = _batch_shape(node)
     where = f"outside the data plate '{data_plate}'" if data_plate else "in no plate"
@@ -148,8 +151,12 @@ def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *,
     if kind == "Latent" and (math.prod(batch) == 1 or has_own_plate):
         values = "one value" if math.prod(batch) == 1 else f"one set of values, of batch shape {batch},"
         # A name with a dot is that of a module's attribute, to which no line of the model assigns a pyro.param.
-        line = f"self.{name} = nn.Parameter(...)" if "." in name else f"{name} = pyro.param('{name}', ...)"
-        place = "of the module, in place of PyroSample" if "." in name else "in the model"
+        line, place = f"{variable(name)} = pyro.param('{name}', ...)", "in the model"
+        if all(part.isidentifier() for part in name.split(".")) and "." in name:
+            line, place = f"self.{name} = nn.Parameter(...)", "of the module, in place of PyroSample"
+        elif "$$$" in name:  # a net's, which poutine.lift or pyro.random_module has made a site
+            net = name.partition("$$$")[0]
+            line, place = f"pyro.module('{net}', {variable(net)})", "in the model, in place of poutine.lift"
         return (
             f"Latent site '{name}' is global ({where}): it has {values} for all data, and a WAE compares the codes "
             f"of data. Make it a parameter {place}, {line}, and leave it out of the guide."
@@ -160,6 +167,7 @@ def _outside(node: Node, kind: str, data_plate: str | None, size: int | None, *,
     return (
         f"{kind} site '{name}' of batch shape {batch} is {where}. It is ambiguous which of its dimensions is the data. "
         f"Write, in model and guide: with pyro.plate({plate}): {statement}."
+        + (f" If all data share it: {variable(name)} = pyro.param('{name}', ...)." if may_be_global else "")
         + (f" {_PAIRS}" if kind == "Observed" and has_own_plate else "")
     )
 
