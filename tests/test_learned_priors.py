@@ -293,3 +293,11 @@ def test_of_a_mixture_with_many_components_mmd_takes_draws():
     assert MMD()(codes, draws, context) == MMD(closed_form=False)(codes, draws)
     few = MixturePrior(32, 2)()
     assert MMD()(codes, draws, PenaltyContext(prior=lambda: few)) != MMD(closed_form=False)(codes, draws)
+
+
+@pytest.mark.parametrize(("components", "is_drawn"), [(20, False), (32, False), (33, True)])
+def test_a_loss_takes_draws_of_as_many_components_as_mmd_does(components, is_drawn):
+    net, x, loss = Nets(MixturePrior(components, 2)), torch.randn(N, 4), WAELoss(MMD(), penalty_weight=1.0)
+    loss.loss(net.model, net.guide, x)  # takes the kernel's length from draws
+    first, second = (loss.loss(net.model, net.guide, x) for _ in range(2))
+    assert (first != second) == is_drawn

@@ -20,11 +20,8 @@ from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import innermost
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
+from pyro_wae.penalties.mmd import MOST_COMPONENTS
 from pyro_wae.step.program import Run, Sample, is_random, mask_of
-
-MOST_COMPONENTS = 10
-"""Components of a mixture up to which its distribution is given: what is done with it takes their pairs one by one,
-and soon takes longer than drawing."""
 
 
 def draw_prior(run: Run, times: int) -> Tensor | None:
@@ -88,7 +85,7 @@ def prior_of_one_code(run: Run) -> Any | None:
 
     Returns:
         A distribution with ``batch_shape`` () and ``event_shape`` (d,), or None where the family is not known to draw
-        each number by itself, or is no mixture of up to :data:`MOST_COMPONENTS` such families.
+        each number by itself, or is no mixture of such families with as few components as have a closed form.
     """
     (site,) = run.latents.values()
     outer = site.distribution.event_dim
