@@ -34,7 +34,7 @@ Program = Callable[..., Any]
 
 
 class WAELoss(CallRepr, ELBO):
-    """The loss of a Wasserstein auto-encoder, in place of ``Trace_ELBO()``: E c(x, G(z)) + weight * D(Q_Z, P_Z).
+    r"""The loss of a Wasserstein auto-encoder, in place of ``Trace_ELBO()``: :math:`E\,c(x,G(z)) + \lambda D(Q_Z,P_Z)`.
 
     The guide is the encoder Q(z|x), deterministic (``Delta``) or stochastic. The model holds the prior P_Z, which needs
     only to be sampled, and the decoder G. The cost c compares a datum with its reconstruction, and the penalty D
@@ -78,7 +78,7 @@ class WAELoss(CallRepr, ELBO):
             have no effect, because nothing here is enumerated or traced by ``torch.jit`` that could be warned of.
 
     Attributes:
-        terms: The :class:`~pyro_wae.step.records.Terms` of the last step, or None before the first.
+        terms: The :class:`~pyro_wae.Terms` of the last step, or None before the first.
 
     Raises:
         ValueError: If an argument is out of range, or, in a step, if model and guide do not fit; the message names

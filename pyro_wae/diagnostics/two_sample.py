@@ -109,7 +109,7 @@ def two_sample_test(
 
     Raises:
         TypeError: If codes are no tensor, the prior is neither tensor nor distribution, or a kernel cannot be called.
-        ValueError: If shape, dtype, device or a value of codes and prior does not fit, a kernel gives NaN, or rows or
+        ValueError: If shape, dtype, device or a value of codes and prior does not fit, a kernel returns NaN, or rows or
             permutations are too few to reject at the level at all.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012 (statistic);

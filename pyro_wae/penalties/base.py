@@ -33,13 +33,13 @@ class PenaltyContext:
         data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
         shared_data: Whether row i of the codes and row i of the prior draws (counted modulo the number of data)
             come from the same datum and so are not independent: with masks, or a prior that depends on the data.
-        prior: Gives the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
+        prior: Returns the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
             where it is not one distribution.
         prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
-        encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
-        encoder_kl: Gives the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
+        encoder_variance: Returns the variance of each number of a code given its datum, shape (K, n, d).
+        encoder_kl: Returns the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
         sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
-        kept: Gives which numbers of the codes are not masked, shape (K, n, d), or None if all are.
+        kept: Returns which numbers of the codes are not masked, shape (K, n, d), or None if all are.
         condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
             that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior draws then come in
             multiples of the data, as with ``shared_data``.

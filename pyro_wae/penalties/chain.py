@@ -17,14 +17,14 @@ from pyro_wae.penalties.mmd import MMD
 class Chain(Penalty):
     r"""A penalty on runs of consecutive steps, for codes that are sequences with a Markov prior.
 
-    The codes of the steps t - 1 and t are compared with their prior draws, for every t, and the values averaged::
+    The codes of the steps t - 1 and t are compared with their prior draws, for every t, and the values averaged,
 
-        sum_t n_t D(Q(z_{t-1}, z_t), P(z_{t-1}, z_t)) / sum_t n_t
+    .. math:: \sum_t n_t\, D(Q(z_{t-1}, z_t), P(z_{t-1}, z_t)) \,/\, \sum_t n_t
 
     with the number n_t of data that reach step t. The law of a Markov chain is that of its pairs: if both sides are
     Markov chains, the value is 0 only where the whole sequences have one law. Each comparison stays one of 2 d
-    numbers, where the joint code of T steps has T d: pairs tell more of long chains that forget fast, the joint code of
-    short or slow ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
+    numbers, where the joint code of T steps has T d: pairs detect more in long chains that forget fast, the joint code
+    in short or slow ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
     draws within a pair, in the mean over pairs.
 
     Steps are the latent sites in the model's order, as a loop in ``pyro.markov`` makes them; their number may change

@@ -25,7 +25,7 @@ MOST_COMPONENTS = 32
 
 
 class MMD(Penalty):
-    """The squared maximum mean discrepancy, E k(q, q') + E k(p, p') - 2 E k(q, p).
+    r"""The squared maximum mean discrepancy, :math:`E\,k(q, q') + E\,k(p, p') - 2\,E\,k(q, p)`.
 
     q are codes and p prior draws. The estimate is **unbiased, and therefore sometimes negative**: it scatters around 0
     when Q_Z = P_Z. Do not clamp it, which would make it biased. Pairs that are not independent are left out: a code
@@ -52,7 +52,7 @@ class MMD(Penalty):
 
     Raises:
         TypeError: If a kernel cannot be called, or an option is neither True nor False.
-        ValueError: If ``standardize`` is asked of the V-statistic.
+        ValueError: If ``standardize`` is True for the V-statistic.
         ValueError: When called, if the prior draws share their data with the codes and are no multiple of them.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6;
@@ -61,8 +61,10 @@ class MMD(Penalty):
     Example:
         >>> import torch
         >>> from pyro_wae.kernels import Gaussian
-        >>> codes = torch.zeros(10, 2, requires_grad=True)
-        >>> value = MMD(Gaussian(bandwidth=1.0))(codes, torch.randn(20, 2))
+        >>> codes = torch.tensor([[0.0], [2.0]], requires_grad=True)
+        >>> value = MMD(Gaussian(bandwidth=1.0))(codes, torch.tensor([[0.0], [2.0]]))
+        >>> print(f"{value:.4f}")  # exp(-2) - 1: unbiased, and negative here
+        -0.8647
         >>> value.backward()
     """
 

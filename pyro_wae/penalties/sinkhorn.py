@@ -20,22 +20,24 @@ DIAMETER_MULTIPLE = 4.0
 class Sinkhorn(FittedBuffers, Penalty):
     r"""The Sinkhorn divergence in the scale of W_p^p, with squared distances for p = 2.
 
-    It is made of three terms::
+    It is made of three terms,
 
-        S(q, p) = OT(q, p) - OT(q, q) / 2 - OT(p, p) / 2
-        OT(q, p) = min over couplings of E |z - z'|^p + p blur^p KL(coupling, q x p)
+    .. math:: S(q, p) = \mathrm{OT}(q, p) - \tfrac12 \mathrm{OT}(q, q) - \tfrac12 \mathrm{OT}(p, p), \qquad
+        \mathrm{OT}(q, p) = \min_\Gamma\, E_\Gamma |z - z'|^p + p\, b^p\, \mathrm{KL}(\Gamma, q \otimes p),
 
-    It goes to ``W_p^p = min E |z - z'|^p`` as blur goes to 0 (geomloss itself gives half of that for p = 2), and
+    with couplings :math:`\Gamma` of q and p, and the blur b.
+
+    It goes to :math:`W_p^p = \min E|z - z'|^p` as blur goes to 0 (geomloss itself returns half of that for p = 2), and
     for large blur to the squared distance of the means for p = 2, to half the energy distance for p = 1. It needs
     geomloss: ``pip install "pyro-wae[sinkhorn]"``.
 
-    The blur decides what the penalty can see of a finite batch. At a small one every code is sent to a draw of its
-    own, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 spreads, the cosine
-    between the gradient and that of W_2^2 between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the mean
-    penalty is least for codes of 0.71 and 0.32 times the right scale. The default, half a spread, has 0.83 and 0.54,
-    and 0.89 and 0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in higher
-    dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is never
-    negative up to convergence, and positive when Q_Z = P_Z.
+    The blur decides what the penalty resolves in a finite batch. At a small one every code is coupled with one sample
+    alone, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 spreads, the
+    cosine between the gradient and that of W_2^2 between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the
+    mean penalty is least for codes of 0.71 and 0.32 times the right scale. The default, half a spread, has 0.83 and
+    0.54, and 0.89 and 0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in
+    higher dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is
+    never negative up to convergence, and positive when Q_Z = P_Z.
 
     Each of K particles is compared with a K-th of the prior draws, or with all where K does not divide their
     number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.

@@ -18,9 +18,9 @@ STRIDE_RATIO = 0.8
 class SlicedWasserstein(Penalty):
     r"""The sliced Wasserstein distance to the power p: the mean over directions of W_p^p on a line.
 
-    For a unit vector t, uniform on the sphere and drawn afresh at every step::
+    For a unit vector t, uniform on the sphere and drawn afresh at every step,
 
-        E_t W_p^p(t.q, t.p) = E_t \int_0^1 |F^-1(s) - G^-1(s)|^p ds
+    .. math:: E_t W_p^p(t^\top q, t^\top p) = E_t \int_0^1 \lvert F^{-1}(s) - G^{-1}(s) \rvert^p\, ds
 
     with the quantile functions F^-1 of the projected codes and G^-1 of the projected prior draws. It is the power and
     not the root, whose gradient has a jump at 0. Numbers of codes and of prior draws may differ: the steps of the two
@@ -75,17 +75,13 @@ class SlicedWasserstein(Penalty):
 class MaxSlicedWasserstein(FittedBuffers, Penalty):
     r"""The max-sliced Wasserstein distance to the power p: W_p^p on the line where it is largest.
 
-    In one formula::
-
-        max_t W_p^p(t.q, t.p)   over unit vectors t
-
-    The direction is sought by projected gradient ascent on detached codes, at every step from the direction of
-    the last one, from the difference of the means and from random ones; the best that was met is taken. What is
-    found is a lower bound of the maximum, for the function is not concave. The gradient of the codes is that along the
-    direction found, held fixed; where two matchings tie there, the maximum has a kink, and it is one of several.
-    The direction belongs to the codes of the moment and is no
-    parameter: no optimiser trains it, and it stands in ``state_dict`` as a buffer. A step without gradients,
-    such as ``svi.evaluate_loss``, searches and keeps nothing.
+    It is :math:`\max_t W_p^p(t^\top q, t^\top p)` over unit vectors t. The direction is sought by projected gradient
+    ascent on detached codes, at every step from the direction of the last one, from the difference of the means and
+    from random ones; the best that was met is taken. What is found is a lower bound of the maximum, for the function is
+    not concave. The gradient of the codes is that along the direction found, held fixed; where two matchings tie there,
+    the maximum has a kink, and it is one of several. The direction belongs to the codes of the moment and is no
+    parameter: no optimiser trains it, and it stands in ``state_dict`` as a buffer. A step without gradients, such as
+    ``svi.evaluate_loss``, searches and keeps nothing.
 
     The maximum picks up sampling noise: with n codes in d dimensions the value at Q_Z = P_Z is of the order d / n.
     Take it for few dimensions and large batches.

@@ -20,9 +20,10 @@ class SphericalSlicedWasserstein(Penalty):
     r"""The sliced Wasserstein distance on the unit sphere to the power p: the mean over great circles of W_p^p.
 
     For a random plane with orthonormal basis U, of shape (d, 2), drawn afresh at every step, codes z on the sphere
-    go to the angle of U^T z::
+    go to the angle of U^T z. The value is
 
-        E_U W_p^p(angle q, angle p),   W_p^p = min over a of \int_0^1 |F^-1(s) - G^-1(s - a)|^p ds
+    .. math:: E_U W_p^p(\angle U^\top q, \angle U^\top p), \qquad
+        W_p^p = \min_a \int_0^1 \lvert F^{-1}(s) - G^{-1}(s - a) \rvert^p\, ds
 
     with the length of an arc in **turns**, the convention of the source and of POT: the whole circle has
     length 1, two points are never farther apart than 1/2, and the value is (2 pi)^p times less than in radians.
@@ -51,9 +52,9 @@ class SphericalSlicedWasserstein(Penalty):
     Example:
         >>> import torch
         >>> from torch.nn.functional import normalize
-        >>> codes = torch.randn(10, 3, requires_grad=True)
-        >>> value = SphericalSlicedWasserstein()(normalize(codes, dim=-1), normalize(torch.randn(25, 3), dim=-1))
-        >>> value.backward()
+        >>> codes = normalize(torch.ones(10, 2), dim=-1)
+        >>> print(f"{SphericalSlicedWasserstein()(codes, -codes):.4f}")  # half a turn, squared
+        0.2500
     """
 
     def __init__(self, projections: int = 50, *, p: float = 2) -> None:
