@@ -77,7 +77,7 @@ class WAE(LightningModule):
         self.wae = loss(model, guide)
         self.learning_rate = checks.number("learning_rate", learning_rate, above=0, write="learning_rate=1e-3")
         self.test_codes = checks.whole("test_codes", test_codes, least=2, write="test_codes=500")
-        self._rows = CatMetric(nan_strategy="error")  # a code and a prior draw, side by side
+        self._rows = CatMetric(nan_strategy="error")  # a code and a prior sample, side by side
 
     def arguments(self, batch: Any) -> tuple[Any, ...]:
         """What model and guide are called with: the items of a tuple or list, or the batch itself."""
@@ -104,7 +104,7 @@ class WAE(LightningModule):
         (codes,), prior = step.rows()
         assert prior is not None  # one draw for each code
         if step.prior_varies or step.kept is not None:
-            # A code and a prior draw of one datum are not independent: each datum gives the one or the other.
+            # A code and a prior sample of one datum are not independent: each datum gives the one or the other.
             codes, prior = codes[1::2], prior[:-1:2]
         self._rows.update(torch.cat([codes, prior], 1))
         terms = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms

@@ -178,7 +178,7 @@ def test_average_of_gradients_that_all_some_or_no_ranks_have(ranks):
     ("what", "kind", "says"),
     [
         ("one seed", "ValueError", "Ranks 0 and 1 have the same random state"),
-        ("options", "ValueError", "1 prior draws of each datum, without gradients. Rank "),
+        ("options", "ValueError", "1 prior samples of each datum, without gradients. Rank "),
         ("sizes", "ValueError", "size that differs between ranks: 100, 101"),
         ("density", "ValueError", "known only for the data of this rank"),
         ("nets", "ValueError", "(7) are not those of rank 0 (6)"),

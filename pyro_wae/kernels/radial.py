@@ -144,7 +144,7 @@ class Gaussian(RadialKernel):
 
     Args:
         bandwidth: s, in the units of a code; None takes s^2 = half the mean squared distance of
-            prior draws (d sigma^2 for N(0, sigma^2 I)).
+            prior samples (d sigma^2 for N(0, sigma^2 I)).
 
     Raises:
         TypeError: If the bandwidth is no number.
@@ -177,7 +177,7 @@ class InverseMultiquadratic(RadialKernel):
     Its tails are heavy: codes far from the prior still have a gradient.
 
     Args:
-        bandwidth: c, in the units of a code; None takes c^2 = the mean squared distance of prior draws
+        bandwidth: c, in the units of a code; None takes c^2 = the mean squared distance of prior samples
             (2 d sigma^2 for N(0, sigma^2 I), the choice of the source).
 
     Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, section 4.

@@ -34,8 +34,8 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class JensenShannon(FittedBuffers, Penalty):
     r"""The Jensen-Shannon divergence of Q_Z and P_Z in nats, estimated by a discriminator: WAE-GAN.
 
-    The discriminator's logit T distinguishes prior draws from codes by minimising :math:`E\,\mathrm{softplus}(-T(p)) +
-    E\,\mathrm{softplus}(T(q))`. At its optimum :math:`T = \log p/q`, and log 2 minus half of the minimum is the
+    The discriminator's logit T distinguishes prior samples from codes by minimising :math:`E\,\mathrm{softplus}(-T(p))
+    + E\,\mathrm{softplus}(T(q))`. At its optimum :math:`T = \log p/q`, and log 2 minus half of the minimum is the
     divergence. The value is a bound from below: a discriminator that lags behind underestimates the divergence.
 
     The encoder's term has the discriminator's parameters detached, the discriminator's term has the codes detached.
@@ -58,7 +58,7 @@ class JensenShannon(FittedBuffers, Penalty):
         prior_log_prob: Whether log p(z) is added to the logit; the module then learns only -log q(z).
         saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of
             -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
-        gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior draws, half each, in the
+        gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior samples, half each, in the
             discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
         gradient_penalty_every: The slope penalty is taken in one of so many steps of the discriminator, with as many
             times its weight ("lazy regularisation"): it costs more than the rest of the step and changes slowly.
@@ -270,5 +270,5 @@ def _log_prob(z: Tensor, n: int, context: PenaltyContext) -> Tensor:
             "prior_log_prob=True needs the prior's log density, and there is none here. Train through WAELoss with a "
             "prior that has a log_prob and without masks, or write JensenShannon(prior_log_prob=False)."
         )
-    # Prior draws that are no multiple of the data come from a caller whose density takes any number of rows.
+    # Prior samples that are no multiple of the data come from a caller whose density takes any number of rows.
     return context.prior_log_prob(z.unflatten(0, (-1, n)) if len(z) % n == 0 else z[None]).flatten()

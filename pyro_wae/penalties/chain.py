@@ -17,7 +17,7 @@ from pyro_wae.penalties.mmd import MMD
 class Chain(Penalty):
     r"""A penalty on runs of consecutive steps, for codes that are sequences with a Markov prior.
 
-    The codes of the steps t - 1 and t are compared with their prior draws, for every t, and the values averaged,
+    The codes of the steps t - 1 and t are compared with their prior samples, for every t, and the values averaged,
 
     .. math:: \sum_t n_t\, D(Q(z_{t-1}, z_t), P(z_{t-1}, z_t)) \,/\, \sum_t n_t
 
@@ -127,7 +127,7 @@ class Chain(Penalty):
     def _runs(
         self, codes: Tensor, prior: Tensor, context: PenaltyContext
     ) -> Iterator[tuple[Tensor, Tensor, PenaltyContext]]:
-        """Codes, prior draws and context of each run of steps."""
+        """Codes, prior samples and context of each run of steps."""
         size = self._size(codes.shape[-1], context.sites)
         kept = None if context.kept is None else context.kept()
         # Of fewer steps than a run has, the rest is 0 on both sides, as in every masked code.

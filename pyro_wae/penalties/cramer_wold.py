@@ -30,7 +30,7 @@ class CramerWold(Penalty):
         \varphi_d(s) = {}_1F_1(\tfrac12; \tfrac d2; -s),
 
     with :math:`\varphi_d` from :func:`~pyro_wae.penalties.cramer_wold.projected_gaussian`. It
-    compares codes with prior draws, whatever the prior. Where the context's prior is N(m, sigma^2 I), such as the
+    compares codes with prior samples, whatever the prior. Where the context's prior is N(m, sigma^2 I), such as the
     standard Normal, the terms of the prior have closed forms and no sampling noise:
 
     .. math:: E\,k(q, p) = \frac{E\,\varphi_d(\lVert q - m \rVert^2 / (2 \sigma^2 + 4 \gamma))}

@@ -53,7 +53,7 @@ class LogVarianceL1(_VarianceGuard):
     r"""An L1 penalty on the encoder's log-variances, weight times :math:`E_x \sum_j \lvert \log \sigma_j^2(x) \rvert`.
 
     It is 0 where every variance is 1, and pulls towards it with a constant force: superfluous dimensions keep a
-    variance of 1, pure noise, and the others do not. It needs no prior draws, and a guide with a variance.
+    variance of 1, pure noise, and the others do not. It needs no prior samples, and a guide with a variance.
 
     Args:
         weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.
@@ -81,7 +81,7 @@ class UnitVarianceKL(_VarianceGuard):
     r"""The encoder's divergence from unit variance at its own mean, :math:`E_x KL(N(\mu, \sigma^2), N(\mu, 1))`.
 
     That is :math:`E_x \sum_j (\sigma_j^2 - \log \sigma_j^2 - 1) / 2`, times the weight; it does not act on the means.
-    For a guide that is not Normal it is the same function of the variance. It needs no prior draws.
+    For a guide that is not Normal it is the same function of the variance. It needs no prior samples.
 
     Args:
         weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.

@@ -18,7 +18,7 @@ class PosteriorKL(Penalty):
     of which :math:`\alpha = 1` is a WAE and :math:`\alpha = 0, \lambda = 1` a VAE. The nets run once for both.
 
     In closed form where torch knows one for guide and prior, otherwise :math:`\log q(z \mid x) - \log p(z)` at the
-    code. Of several latent sites it is the sum. The guide is stochastic, and both have densities. Prior draws are not
+    code. Of several latent sites it is the sum. The guide is stochastic, and both have densities. Prior samples are not
     needed.
 
     Raises:

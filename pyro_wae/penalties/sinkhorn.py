@@ -39,7 +39,7 @@ class Sinkhorn(FittedBuffers, Penalty):
     higher dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is
     never negative up to convergence, and positive when Q_Z = P_Z.
 
-    Each of K particles is compared with a K-th of the prior draws, or with all where K does not divide their
+    Each of K particles is compared with a K-th of the prior samples, or with all where K does not divide their
     number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
     Memory holds several (n, m), (n, n) and (m, m) matrices for each particle: some thousand rows are the limit. Time
     is that of about 2 + log(4 spreads / blur) / log(1 / scaling) passes over each.
@@ -47,7 +47,7 @@ class Sinkhorn(FittedBuffers, Penalty):
     Args:
         p: 2 for squared distances, 1 for distances.
         blur: The length below which the coupling is smoothed, in the units of a code. Default: half the root mean
-            squared distance of independent prior draws (sqrt(d / 2) sigma for N(0, sigma^2 I)), taken once, detached,
+            squared distance of independent prior samples (sqrt(d / 2) sigma for N(0, sigma^2 I)), taken once, detached,
             and kept in ``state_dict``.
         scaling: Ratio of one blur to the next as it is lowered to its value, in (0, 1). Near 1 is slow and exact.
         debias: Whether to subtract the two self-terms. Without them the penalty is least for codes in too few places.
@@ -86,7 +86,7 @@ class Sinkhorn(FittedBuffers, Penalty):
         self.register_fitted("spread")
 
     def fit(self, prior: Tensor) -> None:
-        """Takes the spread from prior draws (m, d), once: the blur's unit, and where its descent begins.
+        """Takes the spread from prior samples (m, d), once: the blur's unit, and where its descent begins.
 
         Raises:
             ValueError: If it is not finite, or it is 0 and no blur was given.
@@ -97,7 +97,7 @@ class Sinkhorn(FittedBuffers, Penalty):
         number = spread.item()
         if not math.isfinite(number) or (number == 0 and self.blur is None):
             raise ValueError(
-                f"The prior draws have a spread (root mean squared distance) of {number:g}, from which {self!r} can "
+                f"The prior samples have a spread (root mean squared distance) of {number:g}, from which {self!r} can "
                 "take no blur. Look at the model's prior, or give the blur, as in Sinkhorn(blur=1.0)."
             )
         self.set_fitted("spread", spread)

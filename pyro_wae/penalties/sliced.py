@@ -22,8 +22,8 @@ class SlicedWasserstein(Penalty):
 
     .. math:: E_t W_p^p(t^\top q, t^\top p) = E_t \int_0^1 \lvert F^{-1}(s) - G^{-1}(s) \rvert^p\, ds
 
-    with the quantile functions F^-1 of the projected codes and G^-1 of the projected prior draws. It is the power and
-    not the root, whose gradient has a jump at 0. Numbers of codes and of prior draws may differ: the steps of the two
+    with the quantile functions F^-1 of the projected codes and G^-1 of the projected prior samples. It is the power and
+    not the root, whose gradient has a jump at 0. Numbers of codes and of prior samples may differ: the steps of the two
     quantile functions are merged, which is exact. Time is O(projections (n + m) log(n + m)), memory without the log.
 
     **Its value is positive even when Q_Z = P_Z**, because two finite samples of one law differ. At p = 2 that bias is
@@ -35,10 +35,10 @@ class SlicedWasserstein(Penalty):
     variance its gradient is of the size of the default :class:`~pyro_wae.penalties.MMD`'s, within a factor of two at
     d = 8 and d = 64, so the penalty weight can stay; for another variance divide the weight by it.
 
-    Of K particles each is compared with all the prior draws, and the values are averaged. Pooling their rows would
+    Of K particles each is compared with all the prior samples, and the values are averaged. Pooling their rows would
     have a smaller bias where the codes of one datum are independent, but not where they are equal. An encoder could
     then lower the penalty, at the same Q_Z, by spreading every datum's codes over the prior, as a VAE does. The bias of
-    the average is the same for both, and larger were the prior draws shared out among the particles.
+    the average is the same for both, and larger were the prior samples shared out among the particles.
 
     Args:
         projections: Number of directions, >= 1.
@@ -151,7 +151,7 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
 
 
 def transport_along(directions: Tensor, codes: Tensor, prior: Tensor, p: float) -> Tensor:
-    """W_p^p of codes (K, n, d) and prior draws (m, d) along each direction (J, d); shape (K, J)."""
+    """W_p^p of codes (K, n, d) and prior samples (m, d) along each direction (J, d); shape (K, J)."""
     # Moving both leaves every distance as it is, and spares the digits of codes far from 0.
     centre = (codes.detach().mean((0, 1)) + prior.detach().mean(0)) / 2
     x = ((codes - centre) @ directions.mT).mT  # (K, J, n)

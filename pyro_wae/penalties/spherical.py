@@ -42,7 +42,7 @@ class SphericalSlicedWasserstein(Penalty):
     Raises:
         TypeError: If projections is no whole number, or p no number.
         ValueError: If one is below 1 or not finite. In a call, if d < 2, or if the
-            norm of a code or of a prior draw differs from 1 by more than 1e-3. On an accelerator the norms are read
+            norm of a code or of a prior sample differs from 1 by more than 1e-3. On an accelerator the norms are read
             back at the first call only; later a code off the sphere makes the value NaN, which a WAELoss reports.
 
     Source: Bonet, Berg, Courty, Septier, Drumetz, Pham, "Spherical Sliced-Wasserstein", 2023, arXiv:2206.08776; for
@@ -83,7 +83,7 @@ class SphericalSlicedWasserstein(Penalty):
         on_sphere = ~(off[0].any() | off[1].any())
         if codes.device.type == "cpu" or not self._was_read_back:
             self._was_read_back = True
-            for name, norm, is_off in zip(("codes", "prior draws"), norms, off, strict=True):
+            for name, norm, is_off in zip(("codes", "prior samples"), norms, off, strict=True):
                 if bool(is_off.any()):
                     worst = norm.flatten()[(norm - 1).abs().nan_to_num().argmax()].item()
                     remedy = (
@@ -92,7 +92,7 @@ class SphericalSlicedWasserstein(Penalty):
                         else "dist.ProjectedNormal(x.new_zeros(d)) as the prior, or divide its draws by their norm"
                     )
                     raise ValueError(
-                        f"SphericalSlicedWasserstein takes codes and prior draws of norm 1, found {name} of norm "
+                        f"SphericalSlicedWasserstein takes codes and prior samples of norm 1, found {name} of norm "
                         f"{worst:.4g} (shape {tuple(norm.shape)} without the last dimension). Write {remedy}."
                     )
         return on_sphere

@@ -18,7 +18,7 @@ class Weight(CallRepr, nn.Module):
     """
 
     needs_prior_draws = False
-    """Whether :meth:`observe` reads the prior draws."""
+    """Whether :meth:`observe` reads the prior samples."""
 
     def forward(self, cost: Tensor | None = None) -> float | Tensor:
         """The weight of this step, in units of cost per unit of penalty.
@@ -34,7 +34,7 @@ class Weight(CallRepr, nn.Module):
         Args:
             cost: The mean cost, a detached scalar.
             codes: The codes of the step, detached, shape (K, n, d).
-            prior: Prior draws, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False and no penalty
+            prior: Prior samples, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False and no penalty
                 draws any.
         """
 
