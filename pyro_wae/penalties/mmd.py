@@ -42,7 +42,7 @@ class MMD(Penalty):
             deviation has a closed form, or is estimated from the first prior samples and kept in ``state_dict``. It
             counts data, not particles.
         closed_form: Whether means of the kernel against the prior are taken from
-            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian,
+            :func:`~pyro_wae.penalties.register_kernel_mean` where they are known, as for a Gaussian,
             inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
             then adds no noise. For more components, whose closed form takes longer than draws, draws are used.
         condition_kernel: Compares the conditions y where there are any, k_y in the product
