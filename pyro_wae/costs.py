@@ -159,7 +159,7 @@ class AbsoluteError(OutputCost):
 
 
 class ExpectedSquaredError(SquaredError):
-    r"""The expected squared error of a random decoder, :math:`E \lVert x - Y \rVert^2` for Y from P_G(. | z).
+    r"""The expected squared error of a random decoder, :math:`E \lVert x - Y \rVert^2` for a sample Y of it.
 
     It is the squared error of the mean, plus the variance of Y.
 

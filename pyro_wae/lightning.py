@@ -30,8 +30,9 @@ class WAE(LightningModule):
 
     A training step logs ``cost``, ``penalty`` and ``weight``. Validation logs ``val_cost``, the mean cost of held-out
     data, and ``val_p``, the p-value of :func:`~pyro_wae.diagnostics.two_sample_test` on their codes against prior
-    draws, taken over all batches and processes. Checkpoints and early stopping may monitor either. In several processes
-    each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of all.
+    samples, taken over all batches and processes. Checkpoints and early stopping may monitor either. In several
+    processes each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of
+    all.
 
     Args:
         model: The Pyro model, or a module that has ``.model`` and ``.guide``.

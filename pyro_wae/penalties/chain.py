@@ -25,7 +25,7 @@ class Chain(Penalty):
     Markov chains, the value is 0 only where the whole sequences have one law. Each comparison stays one of 2 d
     numbers, where the joint code of T steps has T d: pairs detect more in long chains that forget fast, the joint code
     in short or slow ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
-    draws within a pair, in the mean over pairs.
+    samples within a pair, in the mean over pairs.
 
     Steps are the latent sites in the model's order, as a loop in ``pyro.markov`` makes them; their number may change
     from batch to batch. Or, with ``step_size``, the cuts of a site that holds a whole sequence. Of ragged sequences, a

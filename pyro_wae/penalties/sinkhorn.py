@@ -55,7 +55,7 @@ class Sinkhorn(FittedBuffers, Penalty):
     Raises:
         ImportError: If geomloss is not installed.
         ValueError: If p is not 1 or 2, blur is not positive, or scaling lies outside (0, 1). In a call, if the prior
-            draws have no finite, positive spread to take the blur from.
+            samples have no finite, positive spread to take the blur from.
         TypeError: If p, blur or scaling is not a number, or debias neither True nor False.
 
     Source: Genevay, Peyre, Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018, arXiv:1706.00292;

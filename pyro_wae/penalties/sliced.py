@@ -86,7 +86,7 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
     The maximum picks up sampling noise: with n codes in d dimensions the value at Q_Z = P_Z is of the order d / n.
     Take it for few dimensions and large batches.
     A shift by v has the value ``|v|^2`` at p = 2, as W_2^2 itself. Of K particles each is compared with all the prior
-    draws, along one direction that maximises their mean; why, see :class:`SlicedWasserstein`.
+    samples, along one direction that maximises their mean; why, see :class:`SlicedWasserstein`.
 
     Args:
         steps: Steps of the ascent, >= 1.

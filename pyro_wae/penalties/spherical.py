@@ -33,7 +33,7 @@ class SphericalSlicedWasserstein(Penalty):
 
     **Its value is positive even when Q_Z = P_Z**: for the uniform law and p = 2 by 1/(12 n) + 1/(12 m), for every d;
     the largest value of all, that of two opposite points, is 1/4. Of K particles each is compared with all the prior
-    draws; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+    samples; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
 
     Args:
         projections: Number of great circles, >= 1.
