@@ -221,7 +221,7 @@ def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
     yield f"  two-sample test       p = {test.p_value:.3g} ({_verdict(test)})"
     yield f"  {'':22s}MMD^2 of {test.standardized:+.2f} standard deviations under the null"
     yield f"  classifier            p = {classifier.p_value:.3g} ({_verdict(classifier)})"
-    yield f"  {'':22s}right on {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%})"
+    yield f"  {'':22s}accuracy {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%})"
     yield f"  {'':50s}{'codes':>9s}{'prior':>9s}"
     rows = [
         ("largest discrepancy on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
