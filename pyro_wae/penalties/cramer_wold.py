@@ -181,7 +181,7 @@ def _chebyshev(a: float, b: float, nodes: int = 64) -> tuple[float, list[float]]
     angles = (torch.arange(nodes, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / nodes)
     s = centre / (angles / 2).tan().square()
     # 1F1 is the mean of exp(-s u) over u of Beta(a, b - a). In t = logit(u) the trapezoidal rule converges
-    # geometrically, and all its terms are positive, so that no digit is lost.
+    # geometrically, and all its terms are positive: no digit is lost.
     t = torch.arange(-130, 90, 0.15, dtype=torch.float64, device="cpu")
     log_weights = a * logsigmoid(t) + (b - a) * logsigmoid(-t)
     weights = (log_weights - log_weights.max()).exp()

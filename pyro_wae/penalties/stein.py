@@ -93,7 +93,7 @@ class KernelStein(Penalty):
         )
         with torch.inference_mode(False), torch.enable_grad():
             self._fit_to(context)
-            # A variable of its own, so that a derivative by it is the partial one: the codes may depend on each other.
+            # A variable of its own, by which a derivative is the partial one: the codes may depend on each other.
             z = (codes if differentiable else codes.detach()).clone()
             z = z if z.requires_grad else z.requires_grad_()
             score = self._score(z, context, create_graph=differentiable)
