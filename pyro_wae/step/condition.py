@@ -25,8 +25,8 @@ far apart."""
 class Condition(FittedBuffers):
     """The y that a model is conditional on, and the unit that it has beside the codes of each penalty.
 
-    A unit is taken at the first step: y then has :data:`SPREAD` times the standard deviation of the prior samples in
-    total, and is kept in ``state_dict``. It is for penalties that see y as further columns of a code; kernels on y have
+    In its unit, taken at the first step and kept in ``state_dict``, y has :data:`SPREAD` times the standard deviation
+    of the prior samples in total. It is for penalties that see y as further columns of a code; kernels on y have
     lengths of their own.
 
     Args:
