@@ -20,10 +20,10 @@ DEFAULT_LENGTHS = (0.05, 0.15, 0.5, 5.0)
 
 
 class RadialKernel(FittedBuffers, Kernel):
-    """A kernel of the distance alone, ``f(|x - y|^2 / l^2)``; subclasses define :meth:`~Kernel.profile`.
+    """A kernel of the distance alone, :math:`f(|x - y|^2 / l^2)`; subclasses define :meth:`~Kernel.profile`.
 
     Args:
-        length: The length l, or None to take it from the prior draws.
+        length: The length l, or None to take it from the prior samples.
         name: What the subclass calls its length: the attribute that keeps it, and the word in messages.
 
     Raises:
@@ -65,12 +65,12 @@ class RadialKernel(FittedBuffers, Kernel):
         """l^2 as a scalar with the precision and device of ``like``.
 
         Raises:
-            ValueError: If the length has neither been given nor taken from prior draws.
+            ValueError: If the length has neither been given nor taken from prior samples.
         """
         if not self.is_set:
             raise ValueError(
                 f"{self!r} has no length yet. Give one, as in {type(self).__name__}({self._length_name}=1.0), "
-                "or take it from prior draws: kernel.fit(prior)."
+                "or take it from prior samples: kernel.fit(prior)."
             )
         return self.squared_length.to(like) if self._given is None else like.new_tensor(self._given)
 
@@ -96,6 +96,10 @@ class MultiScale(Kernel):
     Raises:
         TypeError: If the kernel has no length.
         ValueError: If there is no factor, or one is not positive.
+
+    Example:
+        >>> MultiScale(Gaussian(bandwidth=1.0), (0.5, 1.0))(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([[0.5032]])
     """
 
     kernel: RadialKernel
