@@ -34,12 +34,12 @@ MMD_WEIGHT = 100
 
 
 def law(make: Make) -> Callable[[Tensor], Tensor]:
-    """What makes prior draws of normal ones: nothing, or on the sphere the division by their norm."""
+    """What makes prior samples of normal ones: nothing, or on the sphere the division by their norm."""
     return (lambda z: normalize(z, dim=-1)) if make is SphericalSlicedWasserstein else (lambda z: z)
 
 
 def mean_value(make: Make, n: int, d: int, batches: int, scale: float = 1.0) -> float:
-    """The mean penalty of n prior draws, multiplied by a scale, against n others; the same draws for every scale."""
+    """The mean penalty of n prior samples, multiplied by a scale, against n others; the same draws for every scale."""
     torch.manual_seed(0)
     values = []
     with torch.no_grad():
@@ -148,7 +148,7 @@ that of W_2^2 between the populations, for codes with one coordinate shifted by 
 
 {tables["blur"]}
 
-`SlicedWasserstein` when Q_Z = P_Z, for 4 particles of 100 data, d = 8, and 400 prior draws:
+`SlicedWasserstein` when Q_Z = P_Z, for 4 particles of 100 data, d = 8, and 400 prior samples:
 
 {tables["particles"]}
 """

@@ -3,7 +3,7 @@
     python benchmarks/gradient_variance.py
 
 The gradient of ``MMD(kernel, closed_form=True)`` has the noise of the codes alone; with ``closed_form=False`` that of
-the prior draws is added, and more draws for each code (``WAELoss(..., prior_draws=4)``) lower it. Measured are the
+the prior samples is added, and more draws for each code (``WAELoss(..., prior_draws=4)``) lower it. Measured are the
 variance given the codes, and the total variance, with fresh codes, of the gradient by the mean of an encoder.
 """
 
@@ -33,7 +33,7 @@ KERNELS: dict[str, Callable[[int], Kernel]] = {
 
 
 def estimates(kernel: Kernel, zdim: int, draws: list[int]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The penalties to compare, as functions of codes (n, d) and max(draws) n prior draws."""
+    """The penalties to compare, as functions of codes (n, d) and max(draws) n prior samples."""
     prior = dist.Normal(torch.zeros(zdim), 1.0).to_event(1)
     context = PenaltyContext(prior=lambda: prior)
     exact, sampled = MMD(kernel, closed_form=True), MMD(kernel, closed_form=False)
@@ -103,9 +103,9 @@ def page(report: Report) -> str:
 {options["codes"]} codes of {SHIFT} + {SCALE} N(0, I),
 prior N(0, I), kernels of the default length, {options["repeats"]} repeats.
 
-- *given the codes*: variance of the gradient by the codes, over prior draws, for one set of codes; summed over all
+- *given the codes*: variance of the gradient by the codes, over prior samples, for one set of codes; summed over all
   numbers and divided by the squared norm of the gradient without that noise.
-- *total*: variance, over codes and prior draws, of the gradient by the mean of an encoder whose codes are
+- *total*: variance, over codes and prior samples, of the gradient by the mean of an encoder whose codes are
   mean + {SCALE} N(0, I); summed and divided by the squared norm of its expectation.
 - *ms*: median wall time of a value and its gradient by the codes.
 """

@@ -3,7 +3,7 @@
     python benchmarks/kernel_penalty.py
 
 The penalties of this library stand beside others' ways to compute the same quantity. Each runs in a process of its own,
-on codes and prior draws in float32, with a gradient by the codes. Times on a CPU are those of the processor on one
+on codes and prior samples in float32, with a gradient by the codes. Times on a CPU are those of the processor on one
 thread, so that other work on the machine counts little, and are given in units of ``1 / (codes @ prior.T)``, taken in
 turns with them: a product of matrices and a division for each pair. Where there is CUDA, rows for it are added.
 """
@@ -186,7 +186,7 @@ def page(report: Report) -> str:
   memory that is there already.
 - *ms*: of the processor on one thread, median of {options["repeats"]} passes or more; of one pass from {ONCE:g} s on.
   On CUDA between two events.
-- *MiB*: by which the process grows beyond codes and prior draws.
+- *MiB*: by which the process grows beyond codes and prior samples.
 - *biased*: with the pairs of a row with itself, as geomloss and Trace_MMD have it.
 - MMD's kernel is `InverseMultiquadratic.multiscale(sqrt(2 d))`; the Gaussian's bandwidth is sqrt(d), the blur of the
   Sinkhorn divergence sqrt(d / 2). `Sinkhorn()` calls geomloss, which lowers the blur in steps, and POT iterates to a
@@ -194,12 +194,12 @@ def page(report: Report) -> str:
   scale here.
 
 **Digits.** Errors at n = {options["exact"]} relative to float64 and direct differences. *near*: codes of
-0.02 + 1.02 N(0, I); *noise*: the prior draws themselves, with {NOISE:g} N(0, I) on top.
+0.02 + 1.02 N(0, I); *noise*: the prior samples themselves, with {NOISE:g} N(0, I) on top.
 
 {table(["way", "d", "near: value", "gradient", "noise: value", "gradient"], digits)}
 
 {made_by(report)}
-As many prior draws as codes, a forward and a backward pass, a process for each row.
+As many prior samples as codes, a forward and a backward pass, a process for each row.
 {left_out}"""
 
 

@@ -3,7 +3,7 @@
     python benchmarks/scale.py
 
 A rank has n codes of d numbers and the nets' work for them; each rank compares the N = W n codes of all W ranks. So
-a step takes n c + N^2 b on a rank, and a rank receives (W - 1) n (8 d + 4) bytes of codes, prior draws and costs. The
+a step takes n c + N^2 b on a rank, and a rank receives (W - 1) n (8 d + 4) bytes of codes, prior samples and costs. The
 constants c and b are taken from one process; runs with several, over gloo, show what they foretell.
 """
 
@@ -45,7 +45,7 @@ def pair_flops(d: int) -> float:
 
 
 def bytes_received(ranks: int, codes: int, d: int) -> int:
-    """What a rank receives in a step: codes, prior draws and a cost of each datum of the others, in float32."""
+    """What a rank receives in a step: codes, prior samples and a cost of each datum of the others, in float32."""
     return (ranks - 1) * codes * (8 * d + 4)
 
 

@@ -289,7 +289,7 @@ Time of the processor of a step over that of plain torch in the same round, medi
 Plain torch takes {base}.
 Nets and batch size stand above each column, and a code has {options["zdim"]} numbers.
 All but Pyro's losses and WAE-GAN compare codes with the default `MMD()`; *plain torch* takes the authors' seven inverse
-multiquadratic kernels, in float32 and with prior draws. Its WAE-GAN has a discriminator of four layers of 512, which
+multiquadratic kernels, in float32 and with prior samples. Its WAE-GAN has a discriminator of four layers of 512, which
 takes one step and has no penalty on its slope.
 The penalty weight is a number, or where it is named the default, a `Constraint`.
 In the rows of *nn.Module* neither model nor guide calls `pyro.module`, since the bound module has the parameters.

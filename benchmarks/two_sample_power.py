@@ -27,7 +27,7 @@ def two_modes(n: int) -> Tensor:
 
 
 def with_hole(n: int) -> Tensor:
-    """Draws of the prior in 2 dimensions, without those within 0.4 of its middle: 7.7 percent of all."""
+    """Samples of the prior in 2 dimensions, without those within 0.4 of its middle: 7.7 percent of all."""
     rows = torch.randn(2 * n + 100, 2)
     return rows[rows.norm(dim=1) > 0.4][:n]
 
@@ -101,14 +101,14 @@ standard error of {0.5 / math.sqrt(options["runs"]):.2f}.
 - *one kernel*: the same with `aggregate=False`: `InverseMultiquadratic()`, its bandwidth from the prior.
 - *classifier*: `classifier_test(codes, prior)`.
 
-Processor seconds of one test as it is by default, one thread, d = 8, n codes and n prior draws:
+Processor seconds of one test as it is by default, one thread, d = 8, n codes and n prior samples:
 
 {tables["seconds"]}
 """
 
 
 BENCH = Benchmark(__file__, page, smoke={"n": 100, "runs": 1, "permutations": 19, "sizes": [100]})
-BENCH.option("--n", type=int, default=1000, help="codes, and prior draws")
+BENCH.option("--n", type=int, default=1000, help="codes, and prior samples")
 BENCH.option("--runs", type=int, default=10)
 BENCH.option("--permutations", type=int, default=99)
 BENCH.option("--level", type=float, default=0.05)

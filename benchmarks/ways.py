@@ -63,7 +63,7 @@ def direct_differences(q: Tensor, p: Tensor) -> Tensor:
 
 
 def stacked(q: Tensor, p: Tensor) -> Tensor:
-    """One matrix of codes and prior draws together."""
+    """One matrix of codes and prior samples together."""
     n, both = len(q), torch.cat([q, p])
     gram = of_squares(by_product(both, both), q.shape[1])
     return unbiased(gram[:n, :n], gram[n:, n:], gram[:n, n:])
@@ -148,7 +148,7 @@ class Way:
     Args:
         quantity: What is computed; the same in all ways of one name.
         make: Gives the loss for codes of d numbers.
-        keeps_digits: Whether its errors are measured: those of the unbiased estimate with prior draws.
+        keeps_digits: Whether its errors are measured: those of the unbiased estimate with prior samples.
         is_for: The devices that it runs on.
     """
 

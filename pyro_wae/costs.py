@@ -46,7 +46,7 @@ class Cost(CallRepr, nn.Module):
         super().__init__()
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
-        """Gives the cost of each element of the batch.
+        """Computes the cost of each element of the batch.
 
         Args:
             distribution: A Pyro distribution, P_G(. | z).
@@ -59,7 +59,7 @@ class Cost(CallRepr, nn.Module):
         raise NotImplementedError
 
     def per_datum(self, site: Site) -> Tensor:
-        """Gives the cost of each datum, masked elements left out and scaled as the user asked.
+        """Computes the cost of each datum, without masked elements, times the scale of ``poutine.scale``.
 
         Returns:
             Shape (K, n): event dimensions and inner plates summed.
@@ -93,7 +93,7 @@ class OutputCost(Cost):
     """A cost of the data and the generator's output G(z); subclasses define :meth:`difference`.
 
     Args:
-        decode: Gives G(z) from the site's distribution; None takes :func:`generator_output`, its mean.
+        decode: Maps the site's distribution to G(z); None takes :func:`generator_output`, its mean.
     """
 
     def __init__(self, *, decode: Decode | None = None) -> None:
@@ -135,12 +135,12 @@ class OutputCost(Cost):
 
 
 class SquaredError(OutputCost):
-    """The sum of squares, ``c(x, g) = |x - g|^2``, the default.
+    r"""The sum of squares, :math:`c(x, g) = \lVert x - g \rVert^2`, the default.
 
     It is the plain sum. The authors' code multiplies by 0.05: a penalty weight of 10 there is 200 here.
 
     Args:
-        decode: Gives G(z) from the site's distribution; None takes its mean.
+        decode: Maps the site's distribution to G(z); None takes its mean.
     """
 
     def difference(self, value: Tensor, output: Tensor) -> Tensor:
@@ -148,10 +148,10 @@ class SquaredError(OutputCost):
 
 
 class AbsoluteError(OutputCost):
-    """The sum of absolute differences, ``c(x, g) = |x - g|_1``.
+    r"""The sum of absolute differences, :math:`c(x, g) = \lVert x - g \rVert_1`.
 
     Args:
-        decode: Gives G(z) from the site's distribution; None takes its mean.
+        decode: Maps the site's distribution to G(z); None takes its mean.
     """
 
     def difference(self, value: Tensor, output: Tensor) -> Tensor:
@@ -159,7 +159,15 @@ class AbsoluteError(OutputCost):
 
 
 class ExpectedSquaredError(SquaredError):
-    """The expected squared error of a random decoder, ``E|x - Y|^2 = |x - E Y|^2 + Var Y`` for Y ~ P_G(. | z)."""
+    r"""The expected squared error of a random decoder, :math:`E \lVert x - Y \rVert^2` for a sample Y of it.
+
+    It is the squared error of the mean, plus the variance of Y.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> ExpectedSquaredError()(dist.Normal(torch.zeros(1, 3), 2.0).to_event(1), torch.ones(1, 3))
+        tensor([15.])
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +193,13 @@ class ExpectedSquaredError(SquaredError):
 
 
 class NegativeLogLikelihood(Cost):
-    """The cost of a random decoder, c(x, z) = -log p_G(x | z), in nats."""
+    r"""The cost of a random decoder, :math:`c(x, z) = -\log p_G(x \mid z)`, in nats.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> NegativeLogLikelihood()(dist.Bernoulli(torch.full((1, 2), 0.5)).to_event(1), torch.ones(1, 2))
+        tensor([1.3863])
+    """
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
@@ -207,7 +221,7 @@ class FunctionCost(OutputCost):
         function: Called with x and g of shape (n, ...), the data dimension first and inner plates after it; returns
             shape (n,), one cost for each datum. A masked element reaches it with x equal to g. Half precision is cast
             up to float32 first.
-        decode: Gives G(z) from the site's distribution; None takes its mean.
+        decode: Maps the site's distribution to G(z); None takes its mean.
 
     Raises:
         ValueError: When used, if the function returns another shape.

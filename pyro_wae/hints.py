@@ -98,8 +98,8 @@ class Hints:
             if (name := depends_on_data(step.first)) is not None:
                 warnings.warn(
                     f"The prior of latent site '{name}' differs between data, and WAELoss compares all codes with all "
-                    "prior draws, whatever they are conditional on: samples need not belong to their inputs. Name what "
-                    "the prior depends on, an argument of the model or an observed site: WAELoss(condition='y').",
+                    "prior samples, whatever they are conditional on: samples need not belong to their inputs. Name "
+                    "what the prior depends on, an argument of the model or an observed site: WAELoss(condition='y').",
                     UserWarning,
                     stacklevel=4,
                 )
@@ -115,7 +115,7 @@ class Hints:
                 self._say(
                     f"gradient {name}",
                     f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but "
-                    "cannot be reparameterised: prior draws give them no gradient. Take a prior with rsample, or "
+                    "cannot be reparameterised: prior samples give them no gradient. Take a prior with rsample, or "
                     "detach them.",
                 )
 
@@ -211,7 +211,7 @@ def what_is_not_finite_before(step: Step) -> str | None:
         if found := _not_finite(codes[..., columns]):
             return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
         if prior is not None and (found := _not_finite(prior[..., columns])):
-            return f"The prior draws of latent site '{site}' hold {found}: look at the model's prior."
+            return f"The prior samples of latent site '{site}' hold {found}: look at the model's prior."
     if step.condition is not None and (found := _not_finite(step.condition)):
         return f"The condition '{step.condition_name}' holds {found}: look at the data."
     for site, columns in step.columns.items() if step.codes.requires_grad else ():

@@ -30,8 +30,9 @@ class WAE(LightningModule):
 
     A training step logs ``cost``, ``penalty`` and ``weight``. Validation logs ``val_cost``, the mean cost of held-out
     data, and ``val_p``, the p-value of :func:`~pyro_wae.diagnostics.two_sample_test` on their codes against prior
-    draws, taken over all batches and processes. Checkpoints and early stopping may monitor either. In several processes
-    each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of all.
+    samples, taken over all batches and processes. Checkpoints and early stopping may monitor either. In several
+    processes each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of
+    all.
 
     Args:
         model: The Pyro model, or a module that has ``.model`` and ``.guide``.
@@ -77,7 +78,7 @@ class WAE(LightningModule):
         self.wae = loss(model, guide)
         self.learning_rate = checks.number("learning_rate", learning_rate, above=0, write="learning_rate=1e-3")
         self.test_codes = checks.whole("test_codes", test_codes, least=2, write="test_codes=500")
-        self._rows = CatMetric(nan_strategy="error")  # a code and a prior draw, side by side
+        self._rows = CatMetric(nan_strategy="error")  # a code and a prior sample, side by side
 
     def arguments(self, batch: Any) -> tuple[Any, ...]:
         """What model and guide are called with: the items of a tuple or list, or the batch itself."""
@@ -104,7 +105,7 @@ class WAE(LightningModule):
         (codes,), prior = step.rows()
         assert prior is not None  # one draw for each code
         if step.prior_varies or step.kept is not None:
-            # A code and a prior draw of one datum are not independent: each datum gives the one or the other.
+            # A code and a prior sample of one datum are not independent: each datum gives the one or the other.
             codes, prior = codes[1::2], prior[:-1:2]
         self._rows.update(torch.cat([codes, prior], 1))
         terms = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms

@@ -35,11 +35,11 @@ Program = Callable[..., Any]
 
 
 class WAELoss(CallRepr, ELBO):
-    """The loss of a Wasserstein auto-encoder, in place of ``Trace_ELBO()``: E c(x, G(z)) + weight * D(Q_Z, P_Z).
+    r"""The loss of a Wasserstein auto-encoder, in place of ``Trace_ELBO()``: :math:`E\,c(x,G(z)) + \lambda D(Q_Z,P_Z)`.
 
     The guide is the encoder Q(z|x), deterministic (``Delta``) or stochastic. The model holds the prior P_Z, which needs
     only to be sampled, and the decoder G. The cost c compares a datum with its reconstruction, and the penalty D
-    compares the codes of all data in a batch *together*, draws of the aggregated posterior Q_Z, with prior draws. The
+    compares the codes of all data in a batch *together*, draws of the aggregated posterior Q_Z, with prior samples. The
     loss is a mean per datum; it does not depend on the size of batch or data set, and may be negative, because the
     default penalty is unbiased. Make it once, before the training loop: it keeps the penalty weight that it finds.
 
@@ -59,7 +59,7 @@ class WAELoss(CallRepr, ELBO):
         max_plate_nesting: Bound on nested plates, needed with ``vectorize_particles``; guessed by one more run
             of model and guide at the first step if not given.
         retain_graph: Passed to ``backward``.
-        prior_draws: Prior draws for each code; more of them lower the penalty's variance. They are not decoded.
+        prior_draws: Prior samples for each code; more of them lower the penalty's variance. They are not decoded.
         condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, one of
             its arguments, or a key of an argument that is a dict. The penalty then compares the joint of (z, y) with
             that of (z', y), z' ~ p(z | y), and not only the marginals. Whole numbers are labels, one for each datum;
@@ -79,7 +79,7 @@ class WAELoss(CallRepr, ELBO):
             have no effect, because nothing here is enumerated or traced by ``torch.jit`` that could be warned of.
 
     Attributes:
-        terms: The :class:`~pyro_wae.step.records.Terms` of the last step, or None before the first.
+        terms: The :class:`~pyro_wae.Terms` of the last step, or None before the first.
 
     Raises:
         ValueError: If an argument is out of range, or, in a step, if model and guide do not fit; the message names

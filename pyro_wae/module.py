@@ -22,7 +22,7 @@ class WAEModule(ELBOModule):
     """A WAE loss bound to its model and guide, for plain torch optimisers and everything that takes a module.
 
     ``parameters()`` and ``state_dict()`` hold the model, the guide and what the penalty and cost own: a discriminator,
-    a bandwidth. Model and guide may be modules or methods of one. A call gives the differentiable loss.
+    a bandwidth. Model and guide may be modules or methods of one. A call returns the differentiable loss.
 
     Args:
         model: A Pyro model: a module, a module's method, or a function.

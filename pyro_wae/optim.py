@@ -55,7 +55,7 @@ class SharedOptim(CallRepr, PyroOptim):
 
     Args:
         optim_constructor: A class of torch optimisers, such as :class:`torch.optim.Adam`. Others may be given if they
-            read ``param_groups`` anew at each step and treat each parameter for itself.
+            read ``param_groups`` again at each step and treat each parameter for itself.
         optim_args: The optimiser's arguments, or a function that returns them for the name of a parameter, as it stands
             in Pyro's store with a dot for every ``$$$``: ``"decoder.weight"``. A ``"fused"`` or ``"foreach"`` in
             them is obeyed; ``{"fused": False}`` serves sparse gradients.

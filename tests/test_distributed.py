@@ -178,7 +178,7 @@ def test_average_of_gradients_that_all_some_or_no_ranks_have(ranks):
     ("what", "kind", "says"),
     [
         ("one seed", "ValueError", "Ranks 0 and 1 have the same random state"),
-        ("options", "ValueError", "1 prior draws of each datum, without gradients. Rank "),
+        ("options", "ValueError", "1 prior samples of each datum, without gradients. Rank "),
         ("reduction", "ValueError", "an option of WAELoss differs, such as reduction"),
         ("weight's function", "ValueError", "a function computes that was given as penalty_weight"),
         ("penalty's function", "ValueError", "a function computes that was given as penalty_weight, penalty or cost"),

@@ -140,7 +140,7 @@ def test_a_model_that_changes_between_runs(validation):
                 pyro.sample(self.name(), around(x))
 
     changing = Changing(1)
-    with raises(ValueError, "ran again for prior draws", "did not sample site 'z'", "same sites in every run"):
+    with raises(ValueError, "ran again for prior samples", "did not sample site 'z'", "same sites in every run"):
         step(changing.model, changing.guide)
     changing = Changing(2)
     with raises(ValueError, "Runs of one step", "'z': (1, 3)", "'other': (1, 3)", "write the choice into the site"):
@@ -169,7 +169,7 @@ def test_two_subsampled_plates_in_doubt(validation):
 
 @pytest.mark.parametrize("penalty", [None, gap])
 def test_fewer_than_two_data(validation, penalty):
-    with raises(ValueError, "at least 2 data and 2 prior draws, found 1 and 1", "drop_last=True"):
+    with raises(ValueError, "at least 2 data and 2 prior samples, found 1 and 1", "drop_last=True"):
         step(x=x_of(1), penalty=penalty)
     with raises(ValueError, "at least 2 data", "found 1 and 4"):
         step(x=x_of(1), penalty=penalty, prior_draws=4)

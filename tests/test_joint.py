@@ -21,7 +21,7 @@ N, D = 12, 2
 
 
 def by_pairs(kernel, condition_kernel, codes, prior, y):
-    """The U-statistic over pairs of different data, pair by pair: codes (K, n, d), prior draws (J, n, d), y (n, c)."""
+    """The U-statistic over pairs of different data, pair by pair: codes (K, n, d), prior (J, n, d), y (n, c)."""
     total, n = 0.0, len(y)
     for sign, a, b in ((1, codes, codes), (1, prior, prior), (-2, codes, prior)):
         pairs = [
@@ -182,8 +182,8 @@ def test_the_mean_is_zero_where_the_codes_of_each_condition_follow_its_prior(kin
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["labels", "floats"])
 def test_the_standardised_estimate_has_unit_variance_when_codes_match(kind):
-    # Null: codes are draws of the prior. 1000 values have a variance with a standard error of some 0.06 (their law has
-    # heavier tails than the normal's); 4 of them are allowed. Seed 0.
+    # Null: codes are samples of the prior. 1000 values have a variance with a standard error of some 0.06 (their law
+    # has heavier tails than the normal's); 4 of them are allowed. Seed 0.
     n = 60
     y = (torch.arange(n) % 4)[:, None] if kind == "labels" else rows(n, 1)
     penalty = MMD(standardize=True)
@@ -237,7 +237,7 @@ def test_only_the_joint_penalty_makes_codes_independent_of_the_label(condition):
 def test_plain_tensors_of_other_shapes_are_named():
     with pytest.raises(ValueError, match=r"shape \(n, c\).*found \(12,\)"):
         MMD()(rows(N, D), rows(N, D), PenaltyContext(condition=torch.arange(N)))
-    with pytest.raises(ValueError, match="12 data found 12 rows of the condition and 13 prior draws"):
+    with pytest.raises(ValueError, match="12 data found 12 rows of the condition and 13 prior samples"):
         MMD()(rows(N, D), rows(13, D), PenaltyContext(condition=rows(N, 1)))
     with pytest.raises(ValueError, match="12 data found 5 rows of the condition"):
         SlicedWasserstein()(rows(N, D), rows(N, D), PenaltyContext(condition=rows(5, 1)))

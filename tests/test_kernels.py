@@ -507,7 +507,7 @@ def test_a_prior_without_spread_gives_no_length(prior, found):
 
 
 def test_a_single_prior_draw_gives_no_length():
-    with pytest.raises(ValueError, match="at least 2 prior draws, found 1"):
+    with pytest.raises(ValueError, match="at least 2 prior samples, found 1"):
         Gaussian().fit(rows(1))
 
 

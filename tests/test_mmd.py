@@ -221,13 +221,13 @@ def test_null_of_five_particles_has_mean_0_and_pooling_them_has_not(m):
 
 
 def shared_offset(particles=1, repeats=1):
-    """Codes and prior draws that are N(offset, I) with one offset for each of 20 data: q_i = p_i."""
+    """Codes and prior samples that are N(offset, I) with one offset for each of 20 data: q_i = p_i."""
     offset = 2 * rows(20, 2)
     return rows(particles, 20, 2) + offset, (rows(repeats, 20, 2) + offset).flatten(0, 1)
 
 
 def shared_mask(particles=1, repeats=1):
-    """Codes and prior draws of N(3, I) with the same random elements set to 0, as ragged sequences have them."""
+    """Codes and prior samples of N(3, I) with the same random elements set to 0, as ragged sequences have them."""
     mask = torch.rand(20, 4) < torch.rand(20, 1)
     return (rows(particles, 20, 4) + 3) * mask, ((rows(repeats, 20, 4) + 3) * mask).flatten(0, 1)
 
@@ -277,7 +277,7 @@ def outcomes(atoms, count):
 
 
 def expectation(particles, *, shared_with=None, repeats=1, data_size=None):
-    """The exact mean of the estimate over batches of 2 of 4 data, the particles and the prior draws."""
+    """The exact mean of the estimate over batches of 2 of 4 data, the particles and the prior samples."""
     mmd = MMD(Gaussian(1.0))
     context, values = PenaltyContext(data_size=data_size, shared_data=shared_with is not None), []
     for batch in itertools.combinations(range(4), 2):
@@ -332,7 +332,7 @@ def test_an_encoder_needs_not_be_the_prior_to_have_penalty_0():
 
 
 def test_descent_on_the_penalty_alone_moves_codes_onto_the_prior():
-    """Free codes lose nine tenths of their exact squared Wasserstein distance to prior draws."""
+    """Free codes lose nine tenths of their exact squared Wasserstein distance to prior samples."""
     fresh = rows(100, 2)
 
     def wasserstein(x):
@@ -420,7 +420,7 @@ def test_shapes_that_do_not_fit_are_refused(codes, prior):
     ],
 )
 def test_fewer_than_two_rows_are_refused(codes, prior, found):
-    with pytest.raises(ValueError, match=rf"at least 2 data and 2 prior draws, found {found}\. .*drop_last=True"):
+    with pytest.raises(ValueError, match=rf"at least 2 data and 2 prior samples, found {found}\. .*drop_last=True"):
         MMD()(rows(*codes), rows(*prior))
 
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:pyro.factor 'f' is a term of the
     ("part", "found"),
     [
         ("codes", "codes of latent site 'z' hold _.*guide's output"),
-        ("prior", "prior draws of latent site 'z' hold _"),
+        ("prior", "prior samples of latent site 'z' hold _"),
         ("cost", "cost of observed site 'x' is _.*model's output"),
         ("penalty", "The penalty is _, though the codes are finite"),
         ("penalty of weight 0", "The penalty is _, though the codes are finite"),
@@ -131,7 +131,7 @@ PENALTIES = {
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("name", PENALTIES)
-@pytest.mark.parametrize("part", ["codes", "prior draws", "condition"])
+@pytest.mark.parametrize("part", ["codes", "prior samples", "condition"])
 def test_what_a_penalty_takes_from_its_first_draws_is_not_what_is_named(part, name, bad):
     """A kernel without a length, a unit of the condition or a discriminator comes before the loss is looked at."""
     weight = nn.Parameter(torch.ones(()))
@@ -139,7 +139,7 @@ def test_what_a_penalty_takes_from_its_first_draws_is_not_what_is_named(part, na
     def model(x, y):
         with pyro.plate("data", N):
             first = torch.arange(N) == 0
-            pyro.sample("z", around(torch.zeros(N, D).masked_fill((part == "prior draws") & first[:, None], bad)))
+            pyro.sample("z", around(torch.zeros(N, D).masked_fill((part == "prior samples") & first[:, None], bad)))
             pyro.sample("w", normal(x, D))
             pyro.sample("x", around(torch.zeros(N, D)), obs=x)
 

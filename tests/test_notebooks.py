@@ -164,8 +164,9 @@ def test_charts_are_at_most_640_pixels_wide():
     assert Image.open(io.BytesIO(shrink(a_png([(255, 0, 0, 255)] * 900)))).size[0] == 640
 
 
-def test_stored_pictures_are_smaller_and_shrink_once():
-    noise = [(*random.Random(index).randbytes(3), 255) for index in range(600)]
+def test_stored_pictures_are_smaller_keep_many_colours_and_shrink_once():
+    noise = [(*random.Random(index).randbytes(3), 255) for index in range(900)]
+    assert pixels_of(shrink(a_png(noise))) == [value for pixel in noise for value in pixel[:3]]
     cell = cell_with_picture()
     cell["outputs"][0]["data"]["image/png"] = base64.b64encode(a_png(noise)).decode()
     notebook = a_notebook(cell)

@@ -65,7 +65,7 @@ class Case:
         make: Makes the penalty.
         bias: Its mean there, as documented; 0 where the estimate is unbiased.
         sphere: Whether codes lie on the unit sphere.
-        reads_prior: Whether it reads prior draws.
+        reads_prior: Whether it reads prior samples.
         written: Whether its repr is Python.
         exact: Whether its gradient by the codes is the derivative of its value.
     """
@@ -89,11 +89,11 @@ class Case:
         return normalize(z, dim=-1) if self.sphere else z
 
     def fitted(self):
-        """The penalty, its lengths and units taken from prior draws that no test looks at."""
+        """The penalty, its lengths and units taken from prior samples that no test looks at."""
         if self._fitted is None:
             pyro.set_rng_seed(123)
             self._fitted = self.make().double()
-            # A standardised MMD keeps its unit after 8192 prior draws.
+            # A standardised MMD keeps its unit after 8192 prior samples.
             for _ in range(9 if isinstance(self._fitted, MMD) and self._fitted.standardize else 1):
                 if not list(self._fitted.parameters()):
                     self._fitted(self.rows(4), self.rows(1000))
@@ -567,7 +567,7 @@ def test_prior_draws_are_required_by_those_that_read_them():
     for case in CASES.values():
         penalty, codes = case.make().double(), case.rows(20)
         if case.reads_prior:
-            with pytest.raises(ValueError, match=r"compares codes with prior draws, found none\. Write penalty\("):
+            with pytest.raises(ValueError, match=r"compares codes with prior samples, found none\. Write penalty\("):
                 penalty(codes)
         else:
             assert penalty(codes).isfinite()

@@ -80,7 +80,7 @@ def test_reconstructions_put_each_output_below_its_input():
 def test_codes_and_prior_draws_both_clouds_on_the_same_limits():
     figure = codes_and_prior(torch.randn(50, 8), torch.randn(70, 8))
     left, right = figure.axes
-    assert [axes.get_title() for axes in figure.axes] == ["codes", "prior draws"]
+    assert [axes.get_title() for axes in figure.axes] == ["codes", "prior samples"]
     assert len(left.collections[0].get_offsets()) == 50
     assert len(right.collections[0].get_offsets()) == 70
     assert left.get_xlim() == right.get_xlim()

@@ -117,7 +117,7 @@ def test_codes_off_the_sphere_are_refused_at_every_call():
     with pytest.raises(ValueError, match=r"found codes of norm 1\.01 .* codes / codes\.norm\(dim=-1, keepdim=True\)"):
         penalty(off, prior)
     penalty(codes * 1.0005, prior)
-    with pytest.raises(ValueError, match=r"found prior draws of norm 2 .* dist\.ProjectedNormal"):
+    with pytest.raises(ValueError, match=r"found prior samples of norm 2 .* dist\.ProjectedNormal"):
         penalty(codes, prior * 2)
 
 

@@ -27,7 +27,7 @@ def standard_normal(d):
 
 
 def null_values(penalty, d, n, m, *, context=None, codes=None, replicates=400):
-    """Values of the penalty on codes that are draws of the prior, once its unit rests on enough draws."""
+    """Values of the penalty on codes that are samples of the prior, once its unit rests on enough draws."""
     for _ in range(math.ceil(ENOUGH / m)):
         penalty(rows(4, d), rows(m, d), context)
     return torch.stack(
@@ -324,7 +324,7 @@ def test_the_loss_of_matching_codes_has_mean_0_and_deviation_1(d):
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_fewer_than_four_draws_are_refused_unless_the_prior_is_known(m):
-    with pytest.raises(ValueError, match=rf"at least 4 prior draws, found {m}\. Raise the batch"):
+    with pytest.raises(ValueError, match=rf"at least 4 prior samples, found {m}\. Raise the batch"):
         MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2))
     assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2), standard_normal(2)).isfinite()
     assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(4, 2)).isfinite()

@@ -63,7 +63,7 @@ CASES = {
     "has no finite mean to compare the data with": "no mean",
     "the cost ... returned": lambda: step(cost=lambda x, g: (x - g).square().sum()),
     "The penalty ... must return a scalar tensor": lambda: step(penalty=lambda codes, prior: codes.sum(1)),
-    "needs at least 2 data and 2 prior draws": lambda: step(x=X[:1]),
+    "needs at least 2 data and 2 prior samples": lambda: step(x=X[:1]),
     "must have one floating dtype": lambda: step(pair(prior=lambda x: normal(x.double()))),
     "must be on one device": lambda: MMD()(X, torch.zeros(8, 3, device="meta")),
     "The guide is deterministic at site": lambda: step(penalty=MMD() + UnitVarianceKL()),

@@ -32,6 +32,7 @@ METADATA = {
 }
 KEPT_OF_CELLS = ("tags", "mystnb", "smoke")
 COLOURS, PIXELS = 256, 640
+VISIBLE = 2.0  # mean difference of a channel, in 255ths
 
 
 def notebooks(*beginnings: str) -> list[Path]:
@@ -57,8 +58,11 @@ def tidy(notebook: Any) -> Any:
 
 
 def shrink(png: bytes) -> bytes:
-    """A smaller PNG: all 256 greys of a picture without colours; of any other 640 pixels in width, and 256 colours."""
-    from PIL import Image
+    """A smaller PNG: all 256 greys of a picture without colours, 640 pixels in width and 256 colours of a chart.
+
+    Photographs and other pictures of which 256 colours would lose something that can be seen keep all theirs.
+    """
+    from PIL import Image, ImageChops, ImageStat
 
     picture = Image.open(io.BytesIO(png))
     if picture.mode in ("L", "P"):
@@ -72,8 +76,10 @@ def shrink(png: bytes) -> bytes:
         # Charts of many points are large files.
         width = min(PIXELS, pixels.width)
         height = math.ceil(pixels.height * width / pixels.width)
-        pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = pixels.quantize(COLOURS, dither=Image.Dither.NONE)
+        resized = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        chart = resized.quantize(COLOURS, dither=Image.Dither.NONE)
+        if max(ImageStat.Stat(ImageChops.difference(chart.convert("RGB"), resized)).mean) < VISIBLE:
+            pixels = chart
     small = io.BytesIO()
     pixels.save(small, format="png", optimize=True)
     return small.getvalue()

@@ -6,7 +6,7 @@
 The encoder maps each digit to a latent code of eight numbers, and the decoder maps a code to a digit. Training
 minimises the squared error of the reconstructions (the cost) and a distance between the distribution of all codes and
 the prior (the penalty). The prior is a mixture of Normals that is learnt along with the nets, or N(0, I). A sample is
-a decoded draw of the prior. Pictures and figures are written to results/demo/.
+a decoded prior sample. Pictures and figures are written to results/demo/.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def evaluate(
     outputs, codes = wae.decoder(wae.encoder(images)), wae.encoder(heldout)
     prior = wae.prior()
     mmd = MMD(closed_form=False)
-    # The sampling noise of the estimate is its deviation between two sets of prior draws, which do match.
+    # The sampling noise of the estimate is its deviation between two sets of prior samples, which do match.
     null = torch.stack([mmd(prior.sample((len(codes),)), prior.sample((len(codes),))) for _ in range(20)])
     tested = codes[torch.linspace(0, len(codes) - 1, min(TESTED, len(codes))).long()]
     drawn = torch.cat([wae.decoder(prior.sample((len(tested),))) for _ in range(10)])
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"""
     cost of a test digit (squared error)              {reached["test_cost"]:8.2f}
     MMD^2 of held-out codes and prior                 {reached["heldout_mmd2"]:+8.4f}   p = {p_value:.2f}
-    ... of prior draws and prior                      {0:+8.4f} +- {reached["null_mmd2_std"]:.4f}
+    ... of prior samples and prior                    {0:+8.4f} +- {reached["null_mmd2_std"]:.4f}
     Frechet distance of held-out reconstructions      {reached["reconstructions_frechet"]:8.1f}
     Frechet distance of samples                       {reached["samples_frechet"]:8.1f}
     samples that a classifier reads at > 90 %         {100 * reached["samples_read"]:8.0f} of 100

@@ -30,7 +30,7 @@ def overview(inputs: Tensor, outputs: Tensor, samples: Tensor, codes: Tensor, pr
         outputs: Their reconstructions, of the same shape.
         samples: Samples of the model, of the same shape.
         codes: Shape (m, d) with d >= 2.
-        prior: Prior draws, of the same shape.
+        prior: Prior samples, of the same shape.
         labels: The class of each code, from 0 to 9, shape (m,).
     """
     points, draws, classes = (rows.cpu().numpy() for rows in (codes, prior, labels))

@@ -10,10 +10,10 @@ from pyro_wae.diagnostics.comparison import Comparison
 from pyro_wae.diagnostics.gathering import BatchNormComparison
 
 NARROW = 0.25
-"""Variance along a line, as a share of what prior draws show among themselves, below which codes are too narrow."""
+"""Variance along a line, as a share of what prior samples show among themselves, below which codes are too narrow."""
 
 CROWDED = 0.05
-"""Share of prior draws without a near code, or the reverse, above which it is an alarm; 0.01 are expected."""
+"""Share of prior samples without a near code, or the reverse, above which it is an alarm; 0.01 are expected."""
 
 COLLAPSED_NOISE = 1e-3
 """Share of the encoder's noise in the variance of codes below which it is as good as deterministic."""
@@ -56,7 +56,7 @@ def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
     if rejecting:
         yield (
             "mismatch",
-            f"{' and '.join(rejecting)} can distinguish codes from prior draws; the direction of largest "
+            f"{' and '.join(rejecting)} can distinguish codes from prior samples; the direction of largest "
             f"discrepancy is {found.loadings()}, with {found.direction.distance:.2g} prior standard deviations "
             f"({found.direction.distance_null:.2g} of sampling noise)",
         )
@@ -69,11 +69,11 @@ def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
     n = found.two_sample.n
     allowed = max(CROWDED, 0.01 + 4 * math.sqrt(0.02 / n))
     if found.coverage.holes > allowed:
-        yield "hole", f"{found.coverage.holes:.1%} of prior draws have no code nearby, where 1% are expected"
+        yield "hole", f"{found.coverage.holes:.1%} of prior samples have no code nearby, where 1% are expected"
     if found.coverage.stray > allowed:
-        yield "stray", f"{found.coverage.stray:.1%} of codes have no prior draw nearby, where 1% are expected"
+        yield "stray", f"{found.coverage.stray:.1%} of codes have no prior sample nearby, where 1% are expected"
     if found.coverage.outliers:
-        yield "outliers", f"codes far from every prior draw, of data number {_some(found.coverage.outliers)}"
+        yield "outliers", f"codes far from every prior sample, of data number {_some(found.coverage.outliers)}"
     if 0 < found.noise.share < COLLAPSED_NOISE:
         yield "noise", f"the encoder's noise has collapsed to {found.noise.share:.2g} of the codes' variance"
     if found.noise.share > ALL_NOISE:

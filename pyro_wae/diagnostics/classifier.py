@@ -1,4 +1,4 @@
-"""A classifier as a two-sample test: can a small net distinguish held-out codes from prior draws?"""
+"""A classifier as a two-sample test: can a small net distinguish held-out codes from prior samples?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class ClassifierTest(HypothesisTest):
     Args:
         p_value: The probability of so high an accuracy, or a higher one, of guesses.
         level: Level at which the test was to reject.
-        accuracy: Share of held-out rows that were classified right: 1/2 in the mean where codes are draws of the prior.
+        accuracy: Share of held-out rows that were classified right: 1/2 in the mean where codes are samples of the
+            prior.
         low: Lower end of the accuracy's confidence interval at 1 - ``level``.
         high: Upper end.
         held_out: Number of held-out rows, half of them codes.
@@ -50,9 +51,9 @@ def classifier_test(
     level: float = 0.05,
     seed: int = 0,
 ) -> ClassifierTest:
-    """Tests whether codes are draws of the prior, by the accuracy of a small classifier on held-out rows.
+    """Tests whether codes are samples of the prior, by the accuracy of a small classifier on held-out rows.
 
-    A net of two hidden layers is trained on one half of the codes and as many prior draws, and evaluated on the other
+    A net of two hidden layers is trained on one half of the codes and as many prior samples, and evaluated on the other
     half. The result is easy to interpret, since 50 % is a guess, and needs no kernel. It has half the rows for each
     purpose, so :func:`two_sample_test` detects smaller differences.
 
@@ -61,13 +62,13 @@ def classifier_test(
 
     Args:
         codes: Shape (n, d), an independent draw a row.
-        prior: Prior draws of shape (m, d), or the distribution of one code (anything with ``sample(shape)``), of which
-            n draws are taken. Of n != m rows only the smaller number of each is used: a guess is right half of
+        prior: Prior samples of shape (m, d), or the distribution of one code (anything with ``sample(shape)``), of
+            which n draws are taken. Of n != m rows only the smaller number of each is used: a guess is right half of
             the time.
         width: Width of the hidden layers.
         steps: Steps of Adam, each on all rows of the training half. More overfit, unless codes are many and
             their difference is intricate.
-        level: The probability of rejecting codes that are draws of the prior, at most.
+        level: The probability of rejecting codes that are samples of the prior, at most.
         seed: Seed of halves, net and draws. The global random state is restored.
 
     Returns:
@@ -96,7 +97,7 @@ def classifier_test(
     held_out = 2 * (each // 2)
     if 0.5**held_out > level:
         raise ValueError(
-            f"{len(rows)} codes and {len(draws)} prior draws leave {held_out} held-out rows, too few to reject at "
+            f"{len(rows)} codes and {len(draws)} prior samples leave {held_out} held-out rows, too few to reject at "
             f"level={level:g}. Give {2 * math.ceil(-math.log2(level) / 2)} of each at the least, and better hundreds."
         )
     halves = []

@@ -17,11 +17,11 @@ from pyro_wae.diagnostics.two_sample import TwoSampleTest, two_sample_test
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, transport_along
 
 FAR_QUANTILE = 0.99
-"""A point is far from a sample if its nearest neighbour there is farther than this share of prior draws have theirs."""
+"""A point is far from a set if its nearest neighbour there is farther than this share of prior samples have theirs."""
 
 OUTLIER_FACTOR, OUTLIER_DISTANCE = 2.0, 1.0
-"""An outlier is so many times farther from the nearest prior draw than any prior draw is, and so many deviations away.
-In few dimensions the outermost draws alone would be outliers by the first, and in many by the second."""
+"""An outlier is so many times farther from the nearest prior sample than any of these is, and so many deviations away.
+In few dimensions the outermost samples alone would be outliers by the first, and in many by the second."""
 
 NEGLIGIBLE = 1e-6
 """A coordinate of the prior is constant if its deviation is below this share of its size, and a line if the variance is
@@ -44,7 +44,7 @@ class Yardstick:
 
     @classmethod
     def of_draws(cls, prior: Tensor) -> Yardstick:
-        """Measures prior draws of shape (m, d)."""
+        """Measures prior samples of shape (m, d)."""
         spread = prior.std(0)
         constant = spread <= NEGLIGIBLE * prior.abs().amax(0)
         return cls(prior.mean(0), spread.where(~constant, 1.0))
@@ -65,9 +65,9 @@ class Moments:
         prior_spread: The prior's standard deviation.
         narrowest: Variance of the codes over the prior's along the line where that is smallest; None with fewer than
             two codes for each coordinate.
-        narrowest_null: The same of a second set of prior draws.
+        narrowest_null: The same of a second set of prior samples.
         widest: The same where it is largest.
-        widest_null: The same of a second set of prior draws.
+        widest_null: The same of a second set of prior samples.
         eigenvalue_ratio: Largest over smallest eigenvalue of the codes' covariance; None where that is singular.
         prior_eigenvalue_ratio: That of the prior's.
     """
@@ -86,12 +86,12 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstDirection:
-    """The direction of largest discrepancy between codes and prior draws.
+    """The direction of largest discrepancy between codes and prior samples.
 
     Args:
         weights: Unit vector, in coordinates measured in prior standard deviations.
         distance: The Wasserstein distance W_2 along it, in prior standard deviations.
-        distance_null: The same between two sets of prior draws, along their own direction of largest discrepancy.
+        distance_null: The same between two sets of prior samples, along their own direction of largest discrepancy.
     """
 
     weights: tuple[float, ...]
@@ -104,12 +104,12 @@ class Coverage:
     """Regions that the prior covers and the codes do not, and the reverse.
 
     Args:
-        radius: The 0.99 quantile of the distances from prior draws to the nearest of a second set of them, in
+        radius: The 0.99 quantile of the distances from prior samples to the nearest of a second set of them, in
             prior standard deviations.
-        holes: Share of prior draws with no code within the radius; 0.01 are expected if codes match the prior.
-        stray: Share of codes with no prior draw within the radius; 0.01 likewise.
-        outliers: Codes that lie at least one prior standard deviation, and twice as far as any prior draw, from the
-            nearest prior draw: their places in the data.
+        holes: Share of prior samples with no code within the radius; 0.01 are expected if codes match the prior.
+        stray: Share of codes with no prior sample within the radius; 0.01 likewise.
+        outliers: Codes that lie at least one prior standard deviation, and twice as far as any prior sample, from the
+            nearest prior sample: their places in the data.
     """
 
     radius: float
@@ -175,7 +175,7 @@ def compare_site(
     """Compares the columns of one site.
 
     Returns:
-        The comparison, and for each prior draw whether it lies in a hole.
+        The comparison, and for each prior sample whether it lies in a hole.
     """
     codes, prior, second = (x[:, columns] for x in (gathered.codes, gathered.prior, gathered.second))
     yardstick = Yardstick.of_draws(second)
@@ -183,7 +183,7 @@ def compare_site(
     order = torch.randperm(len(x), generator=new_generator(seed)[0], device="cpu").to(x.device)
     mine, theirs = order, order
     if gathered.paired:
-        # A code and a prior draw of the same datum are not independent: each datum gives the one or the other.
+        # A code and a prior sample of the same datum are not independent: each datum gives the one or the other.
         mine, theirs = order[: len(order) // 2], order[len(order) // 2 :]
     found, in_hole = coverage(codes, prior, second, yardstick)
     outliers = tuple(gathered.positions[list(found.outliers)].tolist())
@@ -215,7 +215,7 @@ def moments(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick) 
 
     Args:
         codes: Shape (n, d).
-        prior: Prior draws, shape (n, d).
+        prior: Prior samples, shape (n, d).
         second: As many more, for the sampling noise.
         yardstick: The prior's mean and standard deviation.
     """
@@ -264,13 +264,13 @@ def worst_direction(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yar
 
 
 def coverage(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick) -> tuple[Coverage, Tensor]:
-    """Counts prior draws without codes and codes without prior draws; arguments as of :func:`moments`.
+    """Counts prior samples without codes and codes without prior samples; arguments as of :func:`moments`.
 
     Distances of nearest neighbours say little in many dimensions, where all are about equal: a hole is then seen only
     if it is wide.
 
     Returns:
-        The shares, and for each prior draw whether it lies in a hole, shape (n,).
+        The shares, and for each prior sample whether it lies in a hole, shape (n,).
     """
     x, y, null = (yardstick.measure(rows) for rows in (codes, prior, second))
     expected = _nearest(null, y)

@@ -30,11 +30,11 @@ class Pictures:
     """Images of one observed site, with values in [0, 1], shape (n, h, w) or (n, channels, h, w).
 
     Args:
-        samples: New data.
+        samples: Samples of the model.
         inputs: Data.
         outputs: Their reconstructions.
-        paths: Straight ways between the codes of two data, one after the other.
-        steps: Number of images on each.
+        paths: Latent interpolations between two data, one after the other.
+        steps: Number of images in each.
     """
 
     samples: Tensor

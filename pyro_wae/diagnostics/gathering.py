@@ -46,7 +46,7 @@ class BatchNormComparison:
         training: How many of them were in train mode when the report was made.
         code_shift: Root mean square of the difference between the two codes of a datum, in prior standard deviations.
         penalty_train: Mean over batches of the unbiased squared MMD, in train mode.
-        penalty_eval: The same in eval mode, against the same prior draws.
+        penalty_eval: The same in eval mode, against the same prior samples.
         penalty_error: Standard error of the mean difference of the two; None of fewer than three batches.
         cost_train: Mean cost per datum, all observed sites together, in train mode.
         cost_eval: The same in eval mode.
@@ -70,12 +70,12 @@ class Gathered:
 
     Args:
         codes: Shape (n, d), masked elements 0.
-        prior: Prior draws of the same layout and masks.
+        prior: Prior samples of the same layout and masks.
         second: As many more.
         columns: The columns of each latent site.
         positions: The place of each row in the data, shape (n,).
         noise: Variance that the guide's noise gives each coordinate, shape (d,).
-        paired: Whether a code and the prior draw in its row may depend on the same datum.
+        paired: Whether a code and the prior sample in its row may depend on the same datum.
         costs: By observed site.
         batch_norm: None without such layers.
         first: The first batch's arguments, and its run.

@@ -16,7 +16,7 @@ from pyro_wae._core.random_state import isolated_seed
 
 @dataclass(frozen=True, kw_only=True)
 class HypothesisTest:
-    """The result of a test of the null hypothesis that codes are draws of the prior.
+    """The result of a test of the null hypothesis that codes are samples of the prior.
 
     Args:
         p_value: The probability of so large a difference, or a larger one, under the null.
@@ -78,7 +78,7 @@ def as_rows(codes: Tensor, name: str) -> Tensor:
 
 
 def prior_rows(codes: Tensor, prior: Tensor | Any, *, prior_draws: int, seed: int) -> Tensor:
-    """Prior draws beside checked codes: the tensor that was given, or fresh draws of a distribution.
+    """Prior samples beside checked codes: the tensor that was given, or fresh draws of a distribution.
 
     Args:
         codes: Shape (n, d).
@@ -130,7 +130,7 @@ def new_generator(seed: int) -> tuple[torch.Generator, int]:
     """A generator and a seed for :func:`isolated_seed`, without a stream in common with each other or the seed.
 
     The stream of the seed itself is likely the one the codes came from: ``torch.manual_seed(0)`` at the top of a script
-    must not make a test with ``seed=0`` draw the codes once more as prior draws, or permute them by their own values.
+    must not make a test with ``seed=0`` draw the codes once more as prior samples, or permute them by their own values.
 
     Raises:
         TypeError: If the seed is no whole number.

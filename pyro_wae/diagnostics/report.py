@@ -38,8 +38,8 @@ class Report:
         batch_norm: The codes in the two modes of BatchNorm layers; None without such layers.
         alarms: Problems that were found; empty if there are none.
         codes: Codes of all sites joined, shape (n, d).
-        prior: Prior draws, shape (n, d).
-        in_hole: Which prior draws have no code nearby, shape (n,).
+        prior: Prior samples, shape (n, d).
+        in_hole: Which prior samples have no code nearby, shape (n,).
         columns: The columns of each latent site.
         pictures: Samples, reconstructions and interpolations of observed sites that hold images.
     """
@@ -69,10 +69,10 @@ class Report:
         return {"codes": len(self.codes), "comparisons": comparisons, **others}
 
     def plot(self, *, cmap: str = "gray") -> Figure:
-        """Draws codes and prior draws, and images where an observed site holds such.
+        """Draws codes and prior samples, and images where an observed site holds such.
 
-        From the top: codes and prior draws in the plane of largest discrepancy; the quantiles of each coordinate of the
-        codes against those of the prior; then for each site that holds images samples, reconstructions and latent
+        From the top: codes and prior samples in the plane of largest discrepancy; the quantiles of each coordinate of
+        the codes against those of the prior; then for each site that holds images samples, reconstructions and latent
         interpolations.
 
         Args:
@@ -84,7 +84,7 @@ class Report:
         return draw_report(self.joint, (self.codes, self.prior), self.in_hole, self.pictures, cmap=cmap)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.codes)} codes against as many prior draws, one code for each datum"]
+        lines = [f"{len(self.codes)} codes against as many prior samples, one code for each datum"]
         for name, comparison in self.comparisons.items():
             lines += ["", *_comparison_lines(name, comparison)]
         lines.append("")
@@ -119,10 +119,10 @@ def report(
 
     Pass held-out data, and call ``.eval()`` on modules first: they run in the mode they are in. Parameters, BatchNorm's
     running statistics and the random state do not change. Every figure of the codes stands beside that of a second set
-    of prior draws, which shows the sampling noise.
+    of prior samples, which shows the sampling noise.
 
     One code of each datum is used, because the particles of one datum are not independent. Coordinates are in units of
-    the mean and the standard deviation of prior draws that are not tested. Masked data are left out.
+    the mean and the standard deviation of prior samples that are not tested. Masked data are left out.
 
     Args:
         model: The Pyro model.
@@ -139,7 +139,7 @@ def report(
         data_plate: Name of the plate that holds the data; found if not given.
         shape: Shape of an image, ``(h, w)`` or ``(channels, h, w)``, for one observed site or a dict by site. A
             site whose data have such a shape themselves is taken for images without it.
-        seed: Seed of the guide's draws, prior draws, permutations and classifier.
+        seed: Seed of the guide's draws, prior samples, permutations and classifier.
         kwargs: Keyword arguments of model and guide.
 
     Returns:
@@ -221,15 +221,15 @@ def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
     yield f"  two-sample test       p = {test.p_value:.3g} ({_verdict(test)})"
     yield f"  {'':22s}MMD^2 of {test.standardized:+.2f} standard deviations under the null"
     yield f"  classifier            p = {classifier.p_value:.3g} ({_verdict(classifier)})"
-    yield f"  {'':22s}right on {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%})"
+    yield f"  {'':22s}accuracy {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%})"
     yield f"  {'':50s}{'codes':>9s}{'prior':>9s}"
     rows = [
         ("largest discrepancy on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
         ("least variance on a line over the prior's", shape.narrowest, shape.narrowest_null),
         ("largest variance on a line over the prior's", shape.widest, shape.widest_null),
         ("largest over smallest eigenvalue of covariance", shape.eigenvalue_ratio, shape.prior_eigenvalue_ratio),
-        ("prior draws with no code nearby", found.coverage.holes, 0.01),
-        ("codes with no prior draw nearby", found.coverage.stray, 0.01),
+        ("prior samples with no code nearby", found.coverage.holes, 0.01),
+        ("codes with no prior sample nearby", found.coverage.stray, 0.01),
     ]
     for label, value, null in rows:
         yield f"  {label:50s}{_number(value):>9s}{_number(null):>9s}"

@@ -30,7 +30,7 @@ def draw_report(
     *,
     cmap: str,
 ) -> Figure:
-    """Draws the figure that :meth:`pyro_wae.diagnostics.Report.plot` describes, from codes and prior draws as rows."""
+    """Draws the figure of :meth:`pyro_wae.diagnostics.Report.plot`, from codes and prior samples as rows."""
     shape = joint.moments
     yardstick = Yardstick(
         *(torch.tensor(x, dtype=torch.float64, device="cpu") for x in (shape.prior_mean, shape.prior_spread))
@@ -55,7 +55,7 @@ def draw_report(
             basis, names = _plane(joint, codes, prior)
             draw_clouds(part, codes @ basis, prior @ basis, names, marked=in_hole.cpu().numpy())
             part.suptitle("Plane of largest discrepancy")
-            part.supxlabel("orange: prior draws with no code nearby", fontsize=13)
+            part.supxlabel("orange: prior samples with no code nearby", fontsize=13)
         part = next(parts)
         draw_quantiles(part, codes, prior, joint.coordinates)
         part.suptitle("Quantiles, in prior standard deviations")

@@ -35,13 +35,13 @@ class TwoSampleTest(HypothesisTest):
     """The result of :func:`two_sample_test`; ``str(result)`` is a line of text.
 
     Args:
-        p_value: The probability of so large a statistic, or a larger one, if codes are draws of the prior.
+        p_value: The probability of so large a statistic, or a larger one, if codes are samples of the prior.
         level: Level at which the test was to reject.
         statistic: The unbiased estimate of the squared maximum mean discrepancy; it may be negative.
         standardized: The statistic in standard deviations under the null: those over all permutations, where its mean
             is 0.
         n: Number of codes.
-        m: Number of prior draws.
+        m: Number of prior samples.
         permutations: Number of random permutations.
         kernel: The kernel of the statistic; of an aggregated test, the one with the largest standardised statistic.
         aggregate: Whether that kernel was chosen among several. Only the p-value is corrected for the choice, and not
@@ -75,9 +75,9 @@ def two_sample_test(
     prior_draws: int = 1,
     seed: int = 0,
 ) -> TwoSampleTest:
-    """Tests whether codes are draws of the prior, by the maximum mean discrepancy and its permutations.
+    """Tests whether codes are samples of the prior, by the maximum mean discrepancy and its permutations.
 
-    If they are, codes and prior draws are exchangeable: the statistic is one of ``permutations + 1`` values that are
+    If they are, codes and prior samples are exchangeable: the statistic is one of ``permutations + 1`` values that are
     equally likely to be the largest, and its rank among them is a p-value that is **exact at every n, d and kernel**,
     with no asymptotics: at most a share ``level`` of tests rejects. Where no two values tie, the p-value is uniform on
     1/(permutations + 1), ..., 1.
@@ -92,14 +92,14 @@ def two_sample_test(
 
     Args:
         codes: Shape (n, d).
-        prior: Prior draws of shape (m, d), or the distribution of one code (anything with ``sample(shape)``), which is
-            then drawn from.
+        prior: Prior samples of shape (m, d), or the distribution of one code (anything with ``sample(shape)``), which
+            is then drawn from.
         kernel: One kernel to test with, as :class:`~pyro_wae.penalties.MMD` takes it, symmetric in its arguments. A
-            length that is still unset is taken from other draws of the prior than the tested ones, or, where the
+            length that is still unset is taken from other samples of the prior than the tested ones, or, where the
             prior is a tensor, from the pooled rows; the kernel itself is left as it was.
         aggregate: Whether several kernels are aggregated where none is given. False takes ``InverseMultiquadratic()``.
         permutations: Number B of random permutations. With (B + 1) level a whole number the size is exactly the level.
-        level: The probability of rejecting codes that are draws of the prior.
+        level: The probability of rejecting codes that are samples of the prior.
         prior_draws: Draws for each code where the prior is a distribution; more give the test more power.
         seed: Seed of permutations and draws. The global random state is neither used nor changed.
 
@@ -109,7 +109,7 @@ def two_sample_test(
 
     Raises:
         TypeError: If codes are no tensor, the prior is neither tensor nor distribution, or a kernel cannot be called.
-        ValueError: If shape, dtype, device or a value of codes and prior does not fit, a kernel gives NaN, or rows or
+        ValueError: If shape, dtype, device or a value of codes and prior does not fit, a kernel returns NaN, or rows or
             permutations are too few to reject at the level at all.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012 (statistic);
@@ -139,7 +139,7 @@ def two_sample_test(
         tested = [kind(length) for kind in (Gaussian, Laplace) for length in lengths]
     else:
         tested = [as_kernel(InverseMultiquadratic() if kernel is None else copy.deepcopy(kernel))]
-        # A length from the tested prior draws alone would tell which rows they are, and the rows could no longer
+        # A length from the tested prior samples alone would tell which rows they are, and the rows could no longer
         # change places.
         others = pooled if isinstance(prior, Tensor) else prior_rows(rows, prior, prior_draws=1, seed=draw_seed + 1)
         tested[0].fit(others)
@@ -171,7 +171,7 @@ def _check_resolution(n: int, m: int, permutations: int, level: float) -> None:
     least = (2 if n == m else 1) / math.comb(n + m, n)
     if least > level:
         raise ValueError(
-            f"{n} codes and {m} prior draws can give no p-value below {least:.2g} and so never reject at "
+            f"{n} codes and {m} prior samples can give no p-value below {least:.2g} and so never reject at "
             f"level={level:g}. Give more codes or draws."
         )
 

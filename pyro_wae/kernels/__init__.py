@@ -1,6 +1,6 @@
 """Kernels k(x, y) on codes, as modules without trainable parameters.
 
-A length that is left as ``None`` is taken from the prior draws when a penalty first sees them; see
+A length that is left as ``None`` is taken from the prior samples when a penalty first sees them; see
 :meth:`Kernel.fit`. Kernels add and multiply: ``Gaussian() + 0.5 * Laplace()``.
 """
 

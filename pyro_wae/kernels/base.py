@@ -152,18 +152,18 @@ class Kernel(CallRepr, nn.Module):
 
     @property
     def is_set(self) -> bool:
-        """Whether its own length, if it has one, was given or has been taken from prior draws."""
+        """Whether its own length, if it has one, was given or has been taken from prior samples."""
         return True
 
     def take_length(self, half_mean_square: Tensor) -> None:
-        """Sets its own length from half the mean squared distance of independent prior draws, a scalar."""
+        """Sets its own length from half the mean squared distance of independent prior samples, a scalar."""
 
     def unset(self) -> list[Kernel]:
         """Itself and the kernels that it is made of, as far as they have no length yet."""
         return [part for part in self.modules() if isinstance(part, Kernel) and not part.is_set]
 
     def fit(self, prior: Tensor) -> None:
-        """Sets every length that is still unset, from draws of the prior.
+        """Sets every length that is still unset, from samples of the prior.
 
         The squared length is half the mean squared distance of two independent draws, which for
         N(0, sigma^2 I) in d dimensions is d sigma^2; kernels state their own multiple of it. It is
@@ -180,11 +180,11 @@ class Kernel(CallRepr, nn.Module):
         if not unset:
             return
         if len(prior) < 2:
-            raise ValueError(f"A kernel's length needs at least 2 prior draws, found {len(prior)}.")
+            raise ValueError(f"A kernel's length needs at least 2 prior samples, found {len(prior)}.")
         half_mean_square = working_precision(prior.detach()).var(0).sum()
         if not (torch.isfinite(half_mean_square) and half_mean_square > 0):
             raise ValueError(
-                f"The prior draws have a total variance of {half_mean_square.item():g}, from which no length "
+                f"The prior samples have a total variance of {half_mean_square.item():g}, from which no length "
                 f"can be taken for {unset[0]!r}. Give the length, as in Gaussian(bandwidth=1.0)."
             )
         for part in unset:

@@ -39,7 +39,7 @@ class SameLabel(Kernel):
 
 
 class UnitMean(FittedBuffers, Kernel):
-    """A kernel divided by its mean; a product with it keeps the other's size: ``(k(x, y) / E k + a) / (1 + a)``.
+    """A kernel divided by its mean, :math:`(k(x, y) / E k + a) / (1 + a)`; a product with it keeps the other's size.
 
     Args:
         kernel: Any kernel with a positive mean.
@@ -66,7 +66,7 @@ class UnitMean(FittedBuffers, Kernel):
         self.register_fitted("mean")
 
     def fit(self, prior: Tensor) -> None:
-        """Takes the lengths, and the mean over all pairs of rows, from the first rows that it sees."""
+        """Takes the lengths, and the mean over all pairs of rows, from the first rows that it receives."""
         self.kernel.fit(prior)
         if self.is_fitted("mean"):
             return
@@ -89,7 +89,7 @@ class UnitMean(FittedBuffers, Kernel):
 
 
 class Conditional(Kernel):
-    """``k((z, y), (z', y')) = k_z(z, z') k_y(y, y')``, for codes z beside what they are conditional on, y.
+    """The product :math:`k_z(z, z'), k_y(y, y')`, for codes z beside what they are conditional on, y.
 
     Both sides must have the same y: an :class:`Energy` kernel on the codes then serves too, which in a plain
     :class:`Product` it does not.

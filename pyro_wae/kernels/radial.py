@@ -20,10 +20,10 @@ DEFAULT_LENGTHS = (0.05, 0.15, 0.5, 5.0)
 
 
 class RadialKernel(FittedBuffers, Kernel):
-    """A kernel of the distance alone, ``f(|x - y|^2 / l^2)``; subclasses define :meth:`~Kernel.profile`.
+    """A kernel of the distance alone, :math:`f(|x - y|^2 / l^2)`; subclasses define :meth:`~Kernel.profile`.
 
     Args:
-        length: The length l, or None to take it from the prior draws.
+        length: The length l, or None to take it from the prior samples.
         name: What the subclass calls its length: the attribute that keeps it, and the word in messages.
 
     Raises:
@@ -65,12 +65,12 @@ class RadialKernel(FittedBuffers, Kernel):
         """l^2 as a scalar with the precision and device of ``like``.
 
         Raises:
-            ValueError: If the length has neither been given nor taken from prior draws.
+            ValueError: If the length has neither been given nor taken from prior samples.
         """
         if not self.is_set:
             raise ValueError(
                 f"{self!r} has no length yet. Give one, as in {type(self).__name__}({self._length_name}=1.0), "
-                "or take it from prior draws: kernel.fit(prior)."
+                "or take it from prior samples: kernel.fit(prior)."
             )
         return self.squared_length.to(like) if self._given is None else like.new_tensor(self._given)
 
@@ -96,6 +96,10 @@ class MultiScale(Kernel):
     Raises:
         TypeError: If the kernel has no length.
         ValueError: If there is no factor, or one is not positive.
+
+    Example:
+        >>> MultiScale(Gaussian(bandwidth=1.0), (0.5, 1.0))(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([[0.5032]])
     """
 
     kernel: RadialKernel
@@ -140,11 +144,19 @@ class MultiScale(Kernel):
 
 
 class Gaussian(RadialKernel):
-    """The Gaussian kernel, ``k(x, y) = exp(-|x - y|^2 / (2 s^2))``.
+    r"""The Gaussian kernel, :math:`k(x, y) = \exp(-\lVert x - y \rVert^2 / (2 s^2))`.
 
     Args:
         bandwidth: s, in the units of a code; None takes s^2 = half the mean squared distance of
-            prior draws (d sigma^2 for N(0, sigma^2 I)).
+            prior samples (d sigma^2 for N(0, sigma^2 I)).
+
+    Raises:
+        TypeError: If the bandwidth is no number.
+        ValueError: If it is not positive and finite.
+
+    Example:
+        >>> Gaussian(bandwidth=1.0)(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor([[1.0000, 0.3679]])
     """
 
     def __init__(self, bandwidth: float | None = None) -> None:
@@ -164,15 +176,19 @@ class Gaussian(RadialKernel):
 
 
 class InverseMultiquadratic(RadialKernel):
-    """The inverse multiquadratic kernel, ``k(x, y) = c^2 / (c^2 + |x - y|^2)``.
+    r"""The inverse multiquadratic kernel, :math:`k(x, y) = c^2 / (c^2 + \lVert x - y \rVert^2)`.
 
     Its tails are heavy: codes far from the prior still have a gradient.
 
     Args:
-        bandwidth: c, in the units of a code; None takes c^2 = the mean squared distance of prior draws
+        bandwidth: c, in the units of a code; None takes c^2 = the mean squared distance of prior samples
             (2 d sigma^2 for N(0, sigma^2 I), the choice of the source).
 
     Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, section 4.
+
+    Example:
+        >>> InverseMultiquadratic(bandwidth=1.0)(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor([[1.0000, 0.3333]])
     """
 
     squared_length_factor = 2.0
@@ -211,10 +227,14 @@ class InverseMultiquadratic(RadialKernel):
 
 
 class Laplace(RadialKernel):
-    """The Laplace kernel, ``k(x, y) = exp(-|x - y| / s)``, with the Euclidean distance.
+    r"""The Laplace kernel, :math:`k(x, y) = \exp(-\lVert x - y \rVert / s)`, with the Euclidean distance.
 
     Args:
         bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
+
+    Example:
+        >>> Laplace(bandwidth=1.0)(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor([[1.0000, 0.2431]])
     """
 
     def __init__(self, bandwidth: float | None = None) -> None:
@@ -260,9 +280,10 @@ class Laplace(RadialKernel):
 
 
 class Matern(RadialKernel):
-    """The Matern kernel of half-integer order, with ``t = sqrt(2 nu) |x - y| / s``.
+    r"""The Matern kernel of half-integer order, with :math:`t = \sqrt{2 \nu}\, \lVert x - y \rVert / s`.
 
-    nu = 1/2: ``exp(-t)``; nu = 3/2: ``(1 + t) exp(-t)``; nu = 5/2: ``(1 + t + t^2 / 3) exp(-t)``.
+    It is :math:`e^{-t}` for nu = 1/2, :math:`(1 + t) e^{-t}` for nu = 3/2, :math:`(1 + t + t^2 / 3) e^{-t}` for nu =
+    5/2.
 
     Args:
         nu: 0.5, 1.5 or 2.5.
@@ -272,6 +293,10 @@ class Matern(RadialKernel):
         ValueError: For another nu.
 
     Source: Rasmussen, Williams, "Gaussian Processes for Machine Learning", 2006, equation 4.17.
+
+    Example:
+        >>> Matern(1.5, bandwidth=1.0)(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor([[1.0000, 0.2978]])
     """
 
     def __init__(self, nu: float, bandwidth: float | None = None) -> None:
@@ -311,14 +336,18 @@ class Matern(RadialKernel):
 
 
 class RationalQuadratic(RadialKernel):
-    """The rational quadratic kernel, ``k(x, y) = (1 + |x - y|^2 / (2 alpha s^2))^-alpha``.
+    r"""The rational quadratic kernel, :math:`k(x, y) = (1 + \lVert x - y \rVert^2 / (2 \alpha s^2))^{-\alpha}`.
 
     Args:
-        alpha: The weight of the tails, > 0; alpha to infinity gives :class:`Gaussian`.
+        alpha: The weight of the tails, > 0; as alpha grows, the kernel goes to :class:`Gaussian`.
         bandwidth: s, in the units of a code; None as in :class:`Gaussian`.
 
     Raises:
         ValueError: If alpha is not positive.
+
+    Example:
+        >>> RationalQuadratic(0.5, bandwidth=1.0)(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor([[1.0000, 0.5774]])
     """
 
     def __init__(self, alpha: float, bandwidth: float | None = None) -> None:
@@ -336,18 +365,22 @@ class RationalQuadratic(RadialKernel):
 
 
 class Energy(Kernel):
-    """The negative distance, ``k(x, y) = -|x - y|^exponent``.
+    r"""The negative distance, :math:`k(x, y) = -\lVert x - y \rVert^a`.
 
     It is positive definite only on differences of distributions, which is what a maximum mean
     discrepancy needs; the discrepancy is then the energy distance. It has no length to choose.
 
     Args:
-        exponent: In (0, 2).
+        exponent: a, in (0, 2).
 
     Raises:
         ValueError: For an exponent outside (0, 2).
 
     Source: Szekely, Rizzo, "Energy statistics", 2013, doi:10.1016/j.jspi.2013.03.018.
+
+    Example:
+        >>> Energy()(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor([[-0.0000, -1.4142]])
     """
 
     is_definite = False

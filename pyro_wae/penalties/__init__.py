@@ -1,4 +1,4 @@
-"""Penalties: estimates of D(Q_Z, P_Z) from codes and prior draws, usable with plain PyTorch."""
+"""Penalties: estimates of D(Q_Z, P_Z) from codes and prior samples, usable with plain PyTorch."""
 
 from pyro_wae.penalties.adversarial import JensenShannon
 from pyro_wae.penalties.base import FunctionPenalty, Penalty, PenaltyContext, ScaledPenalty, SumPenalty, as_penalty

@@ -34,20 +34,20 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class JensenShannon(FittedBuffers, Penalty):
     r"""The Jensen-Shannon divergence of Q_Z and P_Z in nats, estimated by a discriminator: WAE-GAN.
 
-    The discriminator's logit T tells prior draws from codes by lowering
-    E softplus(-T(p)) + E softplus(T(q)); at its optimum T = log p/q, and log 2 minus half of that is the divergence.
-    The value is this estimate, from below: a discriminator that lags behind shows less than there is.
+    The discriminator's logit T distinguishes prior samples from codes by minimising :math:`E\,\mathrm{softplus}(-T(p))
+    + E\,\mathrm{softplus}(T(q))`. At its optimum :math:`T = \log p/q`, and log 2 minus half of the minimum is the
+    divergence. The value is a bound from below: a discriminator that lags behind underestimates the divergence.
 
-    The encoder's term sees the discriminator with detached parameters, the discriminator's sees detached codes.
-    By default the discriminator has an optimiser of its own and takes two steps for each of the encoder's; nobody
-    else's optimiser, checkpoint hook or gradient reducer then sees a gradient of it. With ``optimizer=None`` one
+    The encoder's term has the discriminator's parameters detached, the discriminator's term has the codes detached.
+    By default the discriminator has an optimiser of its own and takes two steps for each of the encoder's. No other
+    optimiser, checkpoint hook or gradient reducer then receives a gradient of it. With ``optimizer=None`` one
     backward pass serves both players, and whatever optimiser is given the discriminator's parameters trains it: SVI's
     own does, with a learning rate of its own through a callable ``optim_args``, and so does a plain torch optimiser of
     ``WAELoss(...)(model, guide).parameters()``. A ``penalty_weight`` of 0 then trains no discriminator.
 
     The penalty on the discriminator's slope is what keeps codes apart. While they still lie in a small cluster, an
     unbounded discriminator is steep there and moves all of them the same way, more strongly than the cost can pull them
-    apart, until they are one point that flees the discriminator.
+    apart, until they are one point that moves away from the discriminator.
 
     The discriminator's own optimiser leaves out steps that are not finite. On an accelerator, where finding out would
     wait for it, such a step has a gradient of zeros.
@@ -58,7 +58,7 @@ class JensenShannon(FittedBuffers, Penalty):
         prior_log_prob: Whether log p(z) is added to the logit; the module then learns only -log q(z).
         saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of
             -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
-        gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior draws, half each, in the
+        gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior samples, half each, in the
             discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
         gradient_penalty_every: The slope penalty is taken in one of so many steps of the discriminator, with as many
             times its weight ("lazy regularisation"): it costs more than the rest of the step and changes slowly.
@@ -205,7 +205,7 @@ class JensenShannon(FittedBuffers, Penalty):
         return {"optimizer": self._state if self._own is None else self._own.state_dict(), "taken": self._taken}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores what :meth:`get_extra_state` gave."""
+        """Restores what :meth:`get_extra_state` returned."""
         self._state = copy.deepcopy(state["optimizer"])  # which another optimiser may still be writing to
         self._taken = state.get("taken", 0)  # which former states have not
         self._own = None  # made anew from the state, which may also be that before the first step
@@ -272,5 +272,5 @@ def _log_prob(z: Tensor, n: int, context: PenaltyContext) -> Tensor:
             "prior_log_prob=True needs the prior's log density, and there is none here. Train through WAELoss with a "
             "prior that has a log_prob and without masks, or write JensenShannon(prior_log_prob=False)."
         )
-    # Prior draws that are no multiple of the data come from a caller whose density takes any number of rows.
+    # Prior samples that are no multiple of the data come from a caller whose density takes any number of rows.
     return context.prior_log_prob(z.unflatten(0, (-1, n)) if len(z) % n == 0 else z[None]).flatten()

@@ -1,4 +1,4 @@
-"""What a penalty is, what it is told beside codes and prior draws, and how a plain function becomes one."""
+"""What a penalty is, what it is told beside codes and prior samples, and how a plain function becomes one."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class PenaltyContext:
 
     Args:
         data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
-        shared_data: Whether row i of the codes and row i of the prior draws (counted modulo the number of data)
+        shared_data: Whether row i of the codes and row i of the prior samples (counted modulo the number of data)
             come from the same datum and so are not independent: with masks, or a prior that depends on the data.
-        prior: Gives the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
+        prior: Returns the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
             where it is not one distribution.
         prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
-        encoder_variance: Gives the variance of each number of a code given its datum, shape (K, n, d).
-        encoder_kl: Gives the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
+        encoder_variance: Returns the variance of each number of a code given its datum, shape (K, n, d).
+        encoder_kl: Returns the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
         sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
-        kept: Gives which numbers of the codes are not masked, shape (K, n, d), or None if all are.
+        kept: Returns which numbers of the codes are not masked, shape (K, n, d), or None if all are.
         condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
-            that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior draws then come in
-            multiples of the data, as with ``shared_data``.
+            that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior samples then come
+            in multiples of the data, as with ``shared_data``.
         condition_scale: Factor of the condition's floats where they stand beside a code as further columns, a scalar.
 
     Raises:
@@ -91,11 +91,11 @@ class Penalty(CallRepr, nn.Module):
     __array_ufunc__ = None  # numpy's numbers then leave `number * penalty` to __rmul__
 
     needs_prior_draws = True
-    """Whether :meth:`estimate` reads the prior draws; without, a prior need not be sampled at all."""
+    """Whether :meth:`estimate` reads the prior samples; without, a prior need not be sampled at all."""
 
     reads_condition = False
-    """Whether :meth:`estimate` reads the context's condition itself. All others that read prior draws receive the
-    condition beside codes and prior draws, as further columns, and no condition in the context."""
+    """Whether :meth:`estimate` reads the context's condition itself. All others that read prior samples receive the
+    condition beside codes and prior samples, as further columns, and no condition in the context."""
 
     accepts_condition = True
     """Whether it can compare codes beside what they are conditional on."""
@@ -108,7 +108,7 @@ class Penalty(CallRepr, nn.Module):
         """
 
     def fit(self, prior: Tensor) -> None:
-        """Sets every length that is still unset, from prior draws of shape (m, d); by default, of the parts."""
+        """Sets every length that is still unset, from prior samples of shape (m, d); by default, of the parts."""
         for part in self.children():
             if isinstance(part, Penalty):
                 part.fit(prior)
@@ -123,7 +123,7 @@ class Penalty(CallRepr, nn.Module):
         Args:
             codes: Shape (n, d): a code a row, n >= 2. Or (K, n, d) for K particles of each datum, whose
                 codes of one datum are not independent draws of Q_Z.
-            prior: Shape (m, d): independent prior draws, m >= 2. None where :attr:`needs_prior_draws` is False.
+            prior: Shape (m, d): independent prior samples, m >= 2. None where :attr:`needs_prior_draws` is False.
             context: How the rows were drawn; the default is independent rows of an unlimited number of data.
 
         Returns:
@@ -140,7 +140,9 @@ class Penalty(CallRepr, nn.Module):
         context = PenaltyContext() if context is None else context
         if prior is None:
             if self.needs_prior_draws:
-                raise ValueError(f"{self!r} compares codes with prior draws, found none. Write penalty(codes, prior).")
+                raise ValueError(
+                    f"{self!r} compares codes with prior samples, found none. Write penalty(codes, prior)."
+                )
             prior = codes.new_empty(2, codes.shape[-1])
         if not isinstance(context, PenaltyContext):
             raise TypeError(
@@ -159,7 +161,7 @@ class Penalty(CallRepr, nn.Module):
         return value.to(codes.dtype)
 
     def estimate_with_condition(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        """What :meth:`estimate` returns for codes and prior draws joined with the condition if the context has one.
+        """What :meth:`estimate` returns for codes and prior samples joined with the condition if the context has one.
 
         Raises:
             ValueError: If the condition is made of labels, and the penalty needs numbers.
@@ -176,7 +178,7 @@ class Penalty(CallRepr, nn.Module):
         return self.estimate(codes, prior, context)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        """Estimates the divergence from checked codes (K, n, d) and prior draws (m, d), outside autocast."""
+        """Estimates the divergence from checked codes (K, n, d) and prior samples (m, d), outside autocast."""
         raise NotImplementedError
 
     def __add__(self, other: Penalty) -> Penalty:
@@ -269,7 +271,7 @@ class FunctionPenalty(Penalty):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        what = "a function of codes (n, d) and prior draws (m, d) with a scalar value"
+        what = "a function of codes (n, d) and prior samples (m, d) with a scalar value"
         self.function = checks.function(
             "FunctionPenalty's function", function, what, write="FunctionPenalty(lambda codes, prior: ...)"
         )
@@ -308,7 +310,7 @@ def beside(codes: Tensor, condition: Tensor) -> Tensor:
 def join(
     codes: Tensor, prior: Tensor, context: PenaltyContext, columns: Tensor
 ) -> tuple[Tensor, Tensor, PenaltyContext]:
-    """Sets a datum's condition beside each of its codes and of its prior draws.
+    """Sets a datum's condition beside each of its codes and of its prior samples.
 
     Args:
         codes: Shape (K, n, d).
@@ -320,20 +322,20 @@ def join(
         Shapes (K, n, d + c) and (J n, d + c), and a context for them: without a condition, with shared data.
 
     Raises:
-        ValueError: If the condition has not a row for each datum, or the prior draws are no multiple of the data.
+        ValueError: If the condition has not a row for each datum, or the prior samples are no multiple of the data.
     """
     n, d = codes.shape[1:]
     repeats, rest = divmod(len(prior), n)
     if len(columns) != n or rest or not repeats:
         raise ValueError(
-            f"A condition has a row for each datum, and prior draw i has the datum of code i: with {n} data found "
-            f"{len(columns)} rows of the condition and {len(prior)} prior draws. Draw the prior once or several times "
-            "for each datum."
+            f"A condition has a row for each datum, and prior sample i has the datum of code i: with {n} data found "
+            f"{len(columns)} rows of the condition and {len(prior)} prior samples. Draw the prior once or several "
+            "times for each datum."
         )
     columns = columns.detach().to(codes)
     joint = torch.cat([codes, columns.expand(len(codes), *columns.shape)], dim=2)
     draws = torch.cat([prior, columns.repeat(repeats, 1)], dim=1)
-    # p(z, y) and p(z | y) differ by a factor that codes and prior draws of one datum share.
+    # p(z, y) and p(z | y) differ by a factor that codes and prior samples of one datum share.
     own = context.prior_log_prob
     log_prob = None if own is None else lambda rows: own(rows[..., :d])
     return joint, draws, dataclasses.replace(
@@ -358,24 +360,24 @@ def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty
 
 
 def check_codes(codes: Tensor, prior: Tensor) -> None:
-    """Raises ValueError unless codes (n, d) or (K, n, d) and prior draws (m, d) can be compared."""
+    """Raises ValueError unless codes (n, d) or (K, n, d) and prior samples (m, d) can be compared."""
     if codes.ndim not in (2, 3) or prior.ndim != 2 or codes.shape[-1] != prior.shape[-1]:
         raise ValueError(
-            f"A penalty takes codes of shape (n, d), or (K, n, d) for K particles, and prior draws of shape (m, d); "
+            f"A penalty takes codes of shape (n, d), or (K, n, d) for K particles, and prior samples of shape (m, d); "
             f"found {tuple(codes.shape)} and {tuple(prior.shape)}. Write codes.flatten(1) to make rows."
         )
     if codes.shape[-2] < 2 or len(prior) < 2:
         raise ValueError(
-            f"A penalty compares distributions and needs at least 2 data and 2 prior draws, found {codes.shape[-2]} "
+            f"A penalty compares distributions and needs at least 2 data and 2 prior samples, found {codes.shape[-2]} "
             f"and {len(prior)}. Write DataLoader(..., drop_last=True) to leave out a last batch of one."
         )
     if codes.dtype != prior.dtype or not codes.is_floating_point():
         raise ValueError(
-            f"Codes and prior draws must have one floating dtype, found {codes.dtype} and {prior.dtype}. "
+            f"Codes and prior samples must have one floating dtype, found {codes.dtype} and {prior.dtype}. "
             f"Make the model's prior with the data's dtype, as in dist.Normal(x.new_zeros(d), 1)."
         )
     if codes.device != prior.device:
         raise ValueError(
-            f"Codes and prior draws must be on one device, found {codes.device} and {prior.device}. "
+            f"Codes and prior samples must be on one device, found {codes.device} and {prior.device}. "
             f"Make the model's prior on the data's device, as in dist.Normal(x.new_zeros(d), 1)."
         )

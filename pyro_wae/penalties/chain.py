@@ -17,15 +17,15 @@ from pyro_wae.penalties.mmd import MMD
 class Chain(Penalty):
     r"""A penalty on runs of consecutive steps, for codes that are sequences with a Markov prior.
 
-    The codes of the steps t - 1 and t are compared with their prior draws, for every t, and the values averaged::
+    The codes of the steps t - 1 and t are compared with their prior samples, for every t, and the values averaged,
 
-        sum_t n_t D(Q(z_{t-1}, z_t), P(z_{t-1}, z_t)) / sum_t n_t
+    .. math:: \sum_t n_t\, D(Q(z_{t-1}, z_t), P(z_{t-1}, z_t)) \,/\, \sum_t n_t
 
     with the number n_t of data that reach step t. The law of a Markov chain is that of its pairs: if both sides are
     Markov chains, the value is 0 only where the whole sequences have one law. Each comparison stays one of 2 d
-    numbers, where the joint code of T steps has T d: pairs tell more of long chains that forget fast, the joint code of
-    short or slow ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
-    draws within a pair, in the mean over pairs.
+    numbers, where the joint code of T steps has T d: pairs detect more in long chains that forget fast, the joint code
+    in short or slow ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
+    samples within a pair, in the mean over pairs.
 
     Steps are the latent sites in the model's order, as a loop in ``pyro.markov`` makes them; their number may change
     from batch to batch. Or, with ``step_size``, the cuts of a site that holds a whole sequence. Of ragged sequences, a
@@ -127,7 +127,7 @@ class Chain(Penalty):
     def _runs(
         self, codes: Tensor, prior: Tensor, context: PenaltyContext
     ) -> Iterator[tuple[Tensor, Tensor, PenaltyContext]]:
-        """Codes, prior draws and context of each run of steps."""
+        """Codes, prior samples and context of each run of steps."""
         size = self._size(codes.shape[-1], context.sites)
         kept = None if context.kept is None else context.kept()
         # Of fewer steps than a run has, the rest is 0 on both sides, as in every masked code.

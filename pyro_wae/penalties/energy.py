@@ -11,15 +11,15 @@ from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
 
 class EnergyDistance(Penalty):
-    """The energy distance, ``2 E|q - p|^a - E|q - q'|^a - E|p - p'|^a``, which has no length to choose.
+    r"""The energy distance, :math:`2 E|q - p|^a - E|q - q'|^a - E|p - p'|^a`, which has no length to choose.
 
-    It is the squared maximum mean discrepancy of the kernel ``-|x - y|^a``, and is 0 only if Q_Z = P_Z. Its unit is
+    It is the squared maximum mean discrepancy of the kernel :math:`-|x - y|^a`, and is 0 only if Q_Z = P_Z. Its unit is
     that of a code to the power a. The estimate is unbiased, and therefore sometimes negative; particles of one datum
     are treated as by :class:`~pyro_wae.penalties.MMD`. (``scipy.stats.energy_distance`` gives the square root of the
     biased one.)
 
     Args:
-        exponent: a, in (0, 2). The nearer to 2, the more the distance looks at the means alone.
+        exponent: a, in (0, 2). The nearer to 2, the more the distance depends on the means alone.
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
 
     Raises:
@@ -32,8 +32,8 @@ class EnergyDistance(Penalty):
 
     Example:
         >>> import torch
-        >>> codes = torch.zeros(10, 2, requires_grad=True)
-        >>> EnergyDistance()(codes, torch.randn(20, 2)).backward()
+        >>> EnergyDistance()(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]))
+        tensor(2.)
     """
 
     def __init__(self, exponent: float = 1.0, *, unbiased: bool = True) -> None:

@@ -50,10 +50,10 @@ class _VarianceGuard(Penalty):
 
 
 class LogVarianceL1(_VarianceGuard):
-    """An L1 penalty on the encoder's log-variances, ``weight * E_x sum_j |log sigma_j^2(x)|``.
+    r"""An L1 penalty on the encoder's log-variances, weight times :math:`E_x \sum_j \lvert \log \sigma_j^2(x) \rvert`.
 
     It is 0 where every variance is 1, and pulls towards it with a constant force: superfluous dimensions keep a
-    variance of 1, pure noise, and the others do not. It needs no prior draws, and a guide with a variance.
+    variance of 1, pure noise, and the others do not. It needs no prior samples, and a guide with a variance.
 
     Args:
         weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.
@@ -78,10 +78,10 @@ class LogVarianceL1(_VarianceGuard):
 
 
 class UnitVarianceKL(_VarianceGuard):
-    """The encoder's divergence from unit variance at its own mean, ``weight * E_x KL(N(mu, sigma^2) || N(mu, 1))``.
+    r"""The encoder's divergence from unit variance at its own mean, :math:`E_x KL(N(\mu, \sigma^2), N(\mu, 1))`.
 
-    That is ``weight * E_x sum_j (sigma_j^2 - log sigma_j^2 - 1) / 2``, which leaves the means alone. For a guide
-    that is not Normal it is the same function of the variance. It needs no prior draws.
+    That is :math:`E_x \sum_j (\sigma_j^2 - \log \sigma_j^2 - 1) / 2`, times the weight; it does not act on the means.
+    For a guide that is not Normal it is the same function of the variance. It needs no prior samples.
 
     Args:
         weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.

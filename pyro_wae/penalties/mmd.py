@@ -25,10 +25,10 @@ MOST_COMPONENTS = 32
 
 
 class MMD(Penalty):
-    """The squared maximum mean discrepancy, E k(q, q') + E k(p, p') - 2 E k(q, p).
+    r"""The squared maximum mean discrepancy, :math:`E\,k(q, q') + E\,k(p, p') - 2\,E\,k(q, p)`.
 
-    q are codes and p prior draws. The estimate is **unbiased, and therefore sometimes negative**: it scatters around 0
-    when Q_Z = P_Z. Do not clamp it, which would make it biased. Pairs that are not independent are left out: a code
+    q are codes and p prior samples. The estimate is **unbiased, and therefore sometimes negative**: it scatters around
+    0 when Q_Z = P_Z. Do not clamp it, which would make it biased. Pairs that are not independent are left out: a code
     with itself, and the codes of one datum's particles with each other. With several particles and a known data set
     size N, pairs of particles of one datum have the weight 1/N, their share in a Q_Z that averages over N data.
 
@@ -39,10 +39,10 @@ class MMD(Penalty):
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
         standardize: Whether the estimate is divided by its standard deviation under the null Q_Z = P_Z, where it then
             has mean 0 and variance 1. A penalty weight carries over between batch sizes and kernels. The standard
-            deviation has a closed form, or is estimated from the first prior draws and kept in ``state_dict``. It
+            deviation has a closed form, or is estimated from the first prior samples and kept in ``state_dict``. It
             counts data, not particles.
         closed_form: Whether means of the kernel against the prior are taken from
-            :func:`~pyro_wae.penalties.kernel_means.register_kernel_mean` where they are known, as for a Gaussian,
+            :func:`~pyro_wae.penalties.register_kernel_mean` where they are known, as for a Gaussian,
             inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
             then adds no noise. For more components, whose closed form takes longer than draws, draws are used.
         condition_kernel: Compares the conditions y where there are any, k_y in the product
@@ -52,8 +52,8 @@ class MMD(Penalty):
 
     Raises:
         TypeError: If a kernel cannot be called, or an option is neither True nor False.
-        ValueError: If ``standardize`` is asked of the V-statistic.
-        ValueError: When called, if the prior draws share their data with the codes and are no multiple of them.
+        ValueError: If ``standardize`` is True for the V-statistic.
+        ValueError: When called, if the prior samples share their data with the codes and are no multiple of them.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6;
     Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 2.
@@ -61,8 +61,10 @@ class MMD(Penalty):
     Example:
         >>> import torch
         >>> from pyro_wae.kernels import Gaussian
-        >>> codes = torch.zeros(10, 2, requires_grad=True)
-        >>> value = MMD(Gaussian(bandwidth=1.0))(codes, torch.randn(20, 2))
+        >>> codes = torch.tensor([[0.0], [2.0]], requires_grad=True)
+        >>> value = MMD(Gaussian(bandwidth=1.0))(codes, torch.tensor([[0.0], [2.0]]))
+        >>> print(f"{value:.4f}")  # exp(-2) - 1: unbiased, and negative here
+        -0.8647
         >>> value.backward()
     """
 
@@ -164,7 +166,7 @@ def squared_discrepancy(
         unbiased: As in :class:`MMD`.
 
     Raises:
-        ValueError: If the prior draws share their data with the codes and are no multiple of them.
+        ValueError: If the prior samples share their data with the codes and are no multiple of them.
     """
     rows = codes.flatten(0, 1)
     if known is None:
@@ -179,7 +181,7 @@ def squared_discrepancy(
 def _terms(
     codes: Tensor, prior: Tensor, context: PenaltyContext, unbiased: bool
 ) -> tuple[PairTerm, PairTerm, PairTerm]:
-    """The means over pairs of codes and of prior draws, and less twice that over pairs of both."""
+    """The means over pairs of codes and of prior samples, and less twice that over pairs of both."""
     (particles, n), m = codes.shape[:2], len(prior)
     rows = particles * n
     if not unbiased:
@@ -189,7 +191,7 @@ def _terms(
     repeats, rest = divmod(m, n)
     if rest or not repeats:
         raise ValueError(
-            f"With shared_data, row i of the prior draws has the datum of code i, and they come in multiples "
+            f"With shared_data, row i of the prior samples has the datum of code i, and they come in multiples "
             f"of the {n} data, found {m}. Draw the prior once or several times for each datum."
         )
     # A datum's own pairs enter all three means or none: at q_i = p_i for every i they must cancel.

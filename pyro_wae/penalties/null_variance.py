@@ -18,18 +18,19 @@ from pyro_wae.penalties.pair_sums import Block, blocks, zeros
 def pair_variance(n: int, m: int | None) -> float:
     """The variance of the unbiased estimate under the null, in units of E h(p, p')^2 of the centred kernel h.
 
-    Every pair of rows contributes an uncorrelated term: 2/(n(n-1)) of codes, 2/(m(m-1)) of prior draws, 4/(nm) of both.
+    Every pair of rows contributes an uncorrelated term: 2/(n(n-1)) of codes, 2/(m(m-1)) of prior samples, 4/(nm) of
+    both.
 
     Args:
         n: Number of data.
-        m: Number of prior draws, or None where the prior's means are known.
+        m: Number of prior samples, or None where the prior's means are known.
     """
     codes = 2 / (n * (n - 1))
     return codes if m is None else codes + 2 / (m * (m - 1)) + 4 / (n * m)
 
 
 def centred_square(gram: Tensor) -> Tensor:
-    """Estimates E h(p, p')^2 of the centred kernel h without bias, from the kernel's values on m >= 4 prior draws.
+    """Estimates E h(p, p')^2 of the centred kernel h without bias, from the kernel's values on m >= 4 prior samples.
 
     h(x, y) = k(x, y) - E k(x, p) - E k(p, y) + E k(p, p'). The matrix is centred to zero row sums without its diagonal,
     which is left out, and the squares are averaged with the weight 1 / (m (m - 3)): the mean is E h^2 exactly.
@@ -105,12 +106,12 @@ def _gram(kernel: Kernel, rows: Tensor, block: Block) -> Tensor:
 def _check_draws(m: int) -> None:
     if m < 4:
         raise ValueError(
-            f"standardize=True estimates a variance from at least 4 prior draws, found {m}. Raise the batch."
+            f"standardize=True estimates a variance from at least 4 prior samples, found {m}. Raise the batch."
         )
 
 
 class NullVariance(FittedBuffers):
-    """Keeps E h(p, p')^2: known at once where the prior is, else averaged over the first prior draws.
+    """Keeps E h(p, p')^2: known at once where the prior is, else averaged over the first prior samples.
 
     It does not follow a prior that learns: the penalty's unit stays what it was. Draws that are not finite are left
     out.
@@ -137,7 +138,7 @@ class NullVariance(FittedBuffers):
         return self.square if self.draws >= self.enough_draws else None
 
     def of_draws(self, kernel: Kernel, prior: Tensor) -> Tensor:
-        """From prior draws, these and the earlier ones."""
+        """From prior samples, these and the earlier ones."""
         if self.draws < self.enough_draws:
             with torch.no_grad():
                 square = _centred_square_of(kernel, working_precision(prior))

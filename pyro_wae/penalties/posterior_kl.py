@@ -11,14 +11,14 @@ class PosteriorKL(Penalty):
     r"""The divergence of each datum's posterior from the prior, :math:`E_x KL(q(z \mid x), p(z))`.
 
     It is what a VAE adds to its cost: ``WAELoss(PosteriorKL(), penalty_weight=1.0, cost=NegativeLogLikelihood())`` is
-    the negative ELBO per datum. Beside a penalty on the codes of all data it makes an InfoVAE::
+    the negative ELBO per datum. Beside a penalty on the codes of all data it makes an InfoVAE
 
-        E[-log p(x | z)] + (1 - alpha) E_x KL(q(z | x), p(z)) + (alpha + lambda - 1) D(q(z), p(z))
+    .. math:: E[-\log p(x \mid z)] + (1 - \alpha)\, E_x KL(q(z \mid x), p(z)) + (\alpha + \lambda - 1)\, D(q(z), p(z))
 
-    of which alpha = 1 is a WAE and alpha = 0, lambda = 1 a VAE. The nets run once for both.
+    of which :math:`\alpha = 1` is a WAE and :math:`\alpha = 0, \lambda = 1` a VAE. The nets run once for both.
 
     In closed form where torch knows one for guide and prior, otherwise :math:`\log q(z \mid x) - \log p(z)` at the
-    code. Of several latent sites it is the sum. The guide is stochastic, and both have densities. Prior draws are not
+    code. Of several latent sites it is the sum. The guide is stochastic, and both have densities. Prior samples are not
     needed.
 
     Raises:

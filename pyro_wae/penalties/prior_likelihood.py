@@ -18,9 +18,9 @@ class PriorLikelihood(Penalty):
     ``WAELoss(MMD() + PriorLikelihood())`` the prior goes to the codes by maximum likelihood, which lowers
     KL(Q_Z, P_Z), the codes go to the prior by the other penalty, and ``terms.penalty`` stays the value of that.
 
-    This gradient is exact where that of a penalty through prior draws is noisy, and it needs no ``rsample``; weights
-    of a mixture get theirs. The penalty weight multiplies it. Adam does not notice; with plain SGD it is a factor of
-    the prior's learning rate. At a penalty weight of 0 the prior does not learn.
+    This gradient is exact where that of a penalty through prior samples is noisy, and it needs no ``rsample``; weights
+    of a mixture get theirs. The penalty weight multiplies it: no change for Adam, and with plain SGD a factor of the
+    prior's learning rate. At a penalty weight of 0 the prior does not learn.
 
     Raises:
         ValueError: When called, if the prior's density is not known: outside of WAELoss, under a mask, at one of

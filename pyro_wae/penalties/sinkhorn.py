@@ -20,24 +20,26 @@ DIAMETER_MULTIPLE = 4.0
 class Sinkhorn(FittedBuffers, Penalty):
     r"""The Sinkhorn divergence in the scale of W_p^p, with squared distances for p = 2.
 
-    It is made of three terms::
+    It is made of three terms,
 
-        S(q, p) = OT(q, p) - OT(q, q) / 2 - OT(p, p) / 2
-        OT(q, p) = min over couplings of E |z - z'|^p + p blur^p KL(coupling, q x p)
+    .. math:: S(q, p) = \mathrm{OT}(q, p) - \tfrac12 \mathrm{OT}(q, q) - \tfrac12 \mathrm{OT}(p, p), \qquad
+        \mathrm{OT}(q, p) = \min_\Gamma\, E_\Gamma |z - z'|^p + p\, b^p\, \mathrm{KL}(\Gamma, q \otimes p),
 
-    It goes to ``W_p^p = min E |z - z'|^p`` as blur goes to 0 (geomloss itself gives half of that for p = 2), and
+    with couplings :math:`\Gamma` of q and p, and the blur b.
+
+    It goes to :math:`W_p^p = \min E|z - z'|^p` as blur goes to 0 (geomloss itself returns half of that for p = 2), and
     for large blur to the squared distance of the means for p = 2, to half the energy distance for p = 1. It needs
     geomloss: ``pip install "pyro-wae[sinkhorn]"``.
 
-    The blur decides what the penalty can see of a finite batch. At a small one every code is sent to a draw of its
-    own, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 spreads, the cosine
-    between the gradient and that of W_2^2 between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the mean
-    penalty is least for codes of 0.71 and 0.32 times the right scale. The default, half a spread, has 0.83 and 0.54,
-    and 0.89 and 0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in higher
-    dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is never
-    negative up to convergence, and positive when Q_Z = P_Z.
+    The blur decides what the penalty resolves in a finite batch. At a small one every code is coupled with one sample
+    alone, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 spreads, the
+    cosine between the gradient and that of W_2^2 between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the
+    mean penalty is least for codes of 0.71 and 0.32 times the right scale. The default, half a spread, has 0.83 and
+    0.54, and 0.89 and 0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in
+    higher dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is
+    never negative up to convergence, and positive when Q_Z = P_Z.
 
-    Each of K particles is compared with a K-th of the prior draws, or with all where K does not divide their
+    Each of K particles is compared with a K-th of the prior samples, or with all where K does not divide their
     number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
     Memory holds several (n, m), (n, n) and (m, m) matrices for each particle: some thousand rows are the limit. Time
     is that of about 2 + log(4 spreads / blur) / log(1 / scaling) passes over each.
@@ -45,7 +47,7 @@ class Sinkhorn(FittedBuffers, Penalty):
     Args:
         p: 2 for squared distances, 1 for distances.
         blur: The length below which the coupling is smoothed, in the units of a code. Default: half the root mean
-            squared distance of independent prior draws (sqrt(d / 2) sigma for N(0, sigma^2 I)), taken once, detached,
+            squared distance of independent prior samples (sqrt(d / 2) sigma for N(0, sigma^2 I)), taken once, detached,
             and kept in ``state_dict``.
         scaling: Ratio of one blur to the next as it is lowered to its value, in (0, 1). Near 1 is slow and exact.
         debias: Whether to subtract the two self-terms. Without them the penalty is least for codes in too few places.
@@ -53,7 +55,7 @@ class Sinkhorn(FittedBuffers, Penalty):
     Raises:
         ImportError: If geomloss is not installed.
         ValueError: If p is not 1 or 2, blur is not positive, or scaling lies outside (0, 1). In a call, if the prior
-            draws have no finite, positive spread to take the blur from.
+            samples have no finite, positive spread to take the blur from.
         TypeError: If p, blur or scaling is not a number, or debias neither True nor False.
 
     Source: Genevay, Peyre, Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018, arXiv:1706.00292;
@@ -84,7 +86,7 @@ class Sinkhorn(FittedBuffers, Penalty):
         self.register_fitted("spread")
 
     def fit(self, prior: Tensor) -> None:
-        """Takes the spread from prior draws (m, d), once: the blur's unit, and where its descent begins.
+        """Takes the spread from prior samples (m, d), once: the blur's unit, and where its descent begins.
 
         Raises:
             ValueError: If it is not finite, or it is 0 and no blur was given.
@@ -95,7 +97,7 @@ class Sinkhorn(FittedBuffers, Penalty):
         number = spread.item()
         if not math.isfinite(number) or (number == 0 and self.blur is None):
             raise ValueError(
-                f"The prior draws have a spread (root mean squared distance) of {number:g}, from which {self!r} can "
+                f"The prior samples have a spread (root mean squared distance) of {number:g}, from which {self!r} can "
                 "take no blur. Look at the model's prior, or give the blur, as in Sinkhorn(blur=1.0)."
             )
         self.set_fitted("spread", spread)

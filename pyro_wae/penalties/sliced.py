@@ -18,12 +18,12 @@ STRIDE_RATIO = 0.8
 class SlicedWasserstein(Penalty):
     r"""The sliced Wasserstein distance to the power p: the mean over directions of W_p^p on a line.
 
-    For a unit vector t, uniform on the sphere and drawn afresh at every step::
+    For a unit vector t, uniform on the sphere and drawn afresh at every step,
 
-        E_t W_p^p(t.q, t.p) = E_t \int_0^1 |F^-1(s) - G^-1(s)|^p ds
+    .. math:: E_t W_p^p(t^\top q, t^\top p) = E_t \int_0^1 \lvert F^{-1}(s) - G^{-1}(s) \rvert^p\, ds
 
-    with the quantile functions F^-1 of the projected codes and G^-1 of the projected prior draws. It is the power and
-    not the root, whose gradient has a jump at 0. Numbers of codes and of prior draws may differ: the steps of the two
+    with the quantile functions F^-1 of the projected codes and G^-1 of the projected prior samples. It is the power and
+    not the root, whose gradient has a jump at 0. Numbers of codes and of prior samples may differ: the steps of the two
     quantile functions are merged, which is exact. Time is O(projections (n + m) log(n + m)), memory without the log.
 
     **Its value is positive even when Q_Z = P_Z**, because two finite samples of one law differ. At p = 2 that bias is
@@ -35,10 +35,10 @@ class SlicedWasserstein(Penalty):
     variance its gradient is of the size of the default :class:`~pyro_wae.penalties.MMD`'s, within a factor of two at
     d = 8 and d = 64, so the penalty weight can stay; for another variance divide the weight by it.
 
-    Of K particles each is compared with all the prior draws, and the values are averaged. Pooling their rows would
+    Of K particles each is compared with all the prior samples, and the values are averaged. Pooling their rows would
     have a smaller bias where the codes of one datum are independent, but not where they are equal. An encoder could
     then lower the penalty, at the same Q_Z, by spreading every datum's codes over the prior, as a VAE does. The bias of
-    the average is the same for both, and larger were the prior draws shared out among the particles.
+    the average is the same for both, and larger were the prior samples shared out among the particles.
 
     Args:
         projections: Number of directions, >= 1.
@@ -75,22 +75,18 @@ class SlicedWasserstein(Penalty):
 class MaxSlicedWasserstein(FittedBuffers, Penalty):
     r"""The max-sliced Wasserstein distance to the power p: W_p^p on the line where it is largest.
 
-    In one formula::
-
-        max_t W_p^p(t.q, t.p)   over unit vectors t
-
-    The direction is sought by projected gradient ascent on detached codes, at every step from the direction of
-    the last one, from the difference of the means and from random ones; the best that was met is taken. What is
-    found is a lower bound of the maximum, for the function is not concave. The gradient of the codes is that along the
-    direction found, held fixed; where two matchings tie there, the maximum has a kink, and it is one of several.
-    The direction belongs to the codes of the moment and is no
-    parameter: no optimiser trains it, and it stands in ``state_dict`` as a buffer. A step without gradients,
-    such as ``svi.evaluate_loss``, searches and keeps nothing.
+    It is :math:`\max_t W_p^p(t^\top q, t^\top p)` over unit vectors t. The direction is sought by projected gradient
+    ascent on detached codes, at every step from the direction of the last one, from the difference of the means and
+    from random ones; the best that was met is taken. What is found is a lower bound of the maximum, for the function is
+    not concave. The gradient of the codes is that along the direction found, held fixed; where two matchings tie there,
+    the maximum has a kink, and it is one of several. The direction belongs to the codes of the moment and is no
+    parameter: no optimiser trains it, and it stands in ``state_dict`` as a buffer. A step without gradients, such as
+    ``svi.evaluate_loss``, searches and keeps nothing.
 
     The maximum picks up sampling noise: with n codes in d dimensions the value at Q_Z = P_Z is of the order d / n.
     Take it for few dimensions and large batches.
     A shift by v has the value ``|v|^2`` at p = 2, as W_2^2 itself. Of K particles each is compared with all the prior
-    draws, along one direction that maximises their mean; why, see :class:`SlicedWasserstein`.
+    samples, along one direction that maximises their mean; why, see :class:`SlicedWasserstein`.
 
     Args:
         steps: Steps of the ascent, >= 1.
@@ -157,7 +153,7 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
 
 
 def transport_along(directions: Tensor, codes: Tensor, prior: Tensor, p: float) -> Tensor:
-    """W_p^p of codes (K, n, d) and prior draws (m, d) along each direction (J, d); shape (K, J)."""
+    """W_p^p of codes (K, n, d) and prior samples (m, d) along each direction (J, d); shape (K, J)."""
     # Moving both leaves every distance as it is, and spares the digits of codes far from 0.
     centre = (codes.detach().mean((0, 1)) + prior.detach().mean(0)) / 2
     x = ((codes - centre) @ directions.mT).mT  # (K, J, n)

@@ -20,9 +20,10 @@ class SphericalSlicedWasserstein(Penalty):
     r"""The sliced Wasserstein distance on the unit sphere to the power p: the mean over great circles of W_p^p.
 
     For a random plane with orthonormal basis U, of shape (d, 2), drawn afresh at every step, codes z on the sphere
-    go to the angle of U^T z::
+    go to the angle of U^T z. The value is
 
-        E_U W_p^p(angle q, angle p),   W_p^p = min over a of \int_0^1 |F^-1(s) - G^-1(s - a)|^p ds
+    .. math:: E_U W_p^p(\angle U^\top q, \angle U^\top p), \qquad
+        W_p^p = \min_a \int_0^1 \lvert F^{-1}(s) - G^{-1}(s - a) \rvert^p\, ds
 
     with the length of an arc in **turns**, the convention of the source and of POT: the whole circle has
     length 1, two points are never farther apart than 1/2, and the value is (2 pi)^p times less than in radians.
@@ -32,7 +33,7 @@ class SphericalSlicedWasserstein(Penalty):
 
     **Its value is positive even when Q_Z = P_Z**: for the uniform law and p = 2 by 1/(12 n) + 1/(12 m), for every d;
     the largest value of all, that of two opposite points, is 1/4. Of K particles each is compared with all the prior
-    draws; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+    samples; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
 
     Args:
         projections: Number of great circles, >= 1.
@@ -41,7 +42,7 @@ class SphericalSlicedWasserstein(Penalty):
     Raises:
         TypeError: If projections is no whole number, or p no number.
         ValueError: If one is below 1 or not finite. In a call, if d < 2, or if the
-            norm of a code or of a prior draw differs from 1 by more than 1e-3. On an accelerator the norms are read
+            norm of a code or of a prior sample differs from 1 by more than 1e-3. On an accelerator the norms are read
             back at the first call only; later a code off the sphere makes the value NaN, which a WAELoss reports.
 
     Source: Bonet, Berg, Courty, Septier, Drumetz, Pham, "Spherical Sliced-Wasserstein", 2023, arXiv:2206.08776; for
@@ -51,9 +52,9 @@ class SphericalSlicedWasserstein(Penalty):
     Example:
         >>> import torch
         >>> from torch.nn.functional import normalize
-        >>> codes = torch.randn(10, 3, requires_grad=True)
-        >>> value = SphericalSlicedWasserstein()(normalize(codes, dim=-1), normalize(torch.randn(25, 3), dim=-1))
-        >>> value.backward()
+        >>> codes = normalize(torch.ones(10, 2), dim=-1)
+        >>> print(f"{SphericalSlicedWasserstein()(codes, -codes):.4f}")  # half a turn, squared
+        0.2500
     """
 
     def __init__(self, projections: int = 50, *, p: float = 2) -> None:
@@ -82,7 +83,7 @@ class SphericalSlicedWasserstein(Penalty):
         on_sphere = ~(off[0].any() | off[1].any())
         if codes.device.type == "cpu" or not self._was_read_back:
             self._was_read_back = True
-            for name, norm, is_off in zip(("codes", "prior draws"), norms, off, strict=True):
+            for name, norm, is_off in zip(("codes", "prior samples"), norms, off, strict=True):
                 if bool(is_off.any()):
                     worst = norm.flatten()[(norm - 1).abs().nan_to_num().argmax()].item()
                     remedy = (
@@ -91,7 +92,7 @@ class SphericalSlicedWasserstein(Penalty):
                         else "dist.ProjectedNormal(x.new_zeros(d)) as the prior, or divide its draws by their norm"
                     )
                     raise ValueError(
-                        f"SphericalSlicedWasserstein takes codes and prior draws of norm 1, found {name} of norm "
+                        f"SphericalSlicedWasserstein takes codes and prior samples of norm 1, found {name} of norm "
                         f"{worst:.4g} (shape {tuple(norm.shape)} without the last dimension). Write {remedy}."
                     )
         return on_sphere

@@ -17,9 +17,10 @@ from pyro_wae.penalties.pair_sums import pair_total, within
 class KernelStein(Penalty):
     r"""The squared kernelised Stein discrepancy of Q_Z from a prior known by its density, E h(q, q').
 
-    With the prior's score s(z) = grad log p(z) and a kernel k::
+    With the prior's score :math:`s(z) = \nabla \log p(z)` and a kernel k
 
-        h(x, y) = s(x).s(y) k(x, y) + s(x).grad_y k(x, y) + s(y).grad_x k(x, y) + trace grad_x grad_y k(x, y),
+    .. math:: h(x, y) = s(x)^\top s(y)\, k(x, y) + s(x)^\top \nabla_y k(x, y) + s(y)^\top \nabla_x k(x, y)
+        + \mathrm{tr}\, \nabla_x \nabla_y k(x, y),
 
     whose mean over independent codes is 0 if Q_Z = P_Z. The score is taken by automatic differentiation, and gradients
     reach the codes through it too. A factor of p has no effect: the density need not be normalised.
@@ -39,11 +40,11 @@ class KernelStein(Penalty):
             ``InverseMultiquadratic``, ``RationalQuadratic``, ``Matern`` with nu > 1/2, and ``MultiScale``, sums,
             products and multiples of these. Default: ``RationalQuadratic(0.5)``, ``(1 + |x - y|^2 / c^2)^(-1/2)``. Its
             heavy tails make a small discrepancy mean closeness also for d >= 3, where that of a Gaussian kernel may
-            vanish on codes that run away. A length left as None is taken, once, from the variance of the context's
-            prior: c^2 is the sum of the variances of a code's numbers (half the mean squared distance of two draws)
-            times the kernel's own factor.
+            vanish on codes that go to infinity. A length left as None is taken, once, from the variance of the
+            context's prior: c^2 is the sum of the variances of a code's numbers (half the mean squared distance of two
+            draws) times the kernel's own factor.
         log_prob: The prior's log density up to a constant: maps codes (n, d) to (n,), each from its own row, in their
-            precision. Default: the context's ``prior_log_prob``, which WAELoss gives for the model's own prior.
+            precision. Default: the context's ``prior_log_prob``, which WAELoss takes from the model's own prior.
 
     Raises:
         TypeError: If the kernel is none of these, or ``log_prob`` cannot be called.
@@ -59,7 +60,8 @@ class KernelStein(Penalty):
         >>> from pyro_wae.kernels import Gaussian
         >>> codes = torch.zeros(10, 2, requires_grad=True)
         >>> penalty = KernelStein(Gaussian(bandwidth=1.0), log_prob=lambda z: -z.square().sum(1) / 2)
-        >>> penalty(codes).backward()
+        >>> print(f"{penalty(codes):.4f}")
+        2.0000
     """
 
     needs_prior_draws = False
@@ -91,7 +93,7 @@ class KernelStein(Penalty):
         )
         with torch.inference_mode(False), torch.enable_grad():
             self._fit_to(context)
-            # A variable of its own, so that a derivative by it is the partial one: the codes may depend on each other.
+            # A variable of its own, by which a derivative is the partial one: the codes may depend on each other.
             z = (codes if differentiable else codes.detach()).clone()
             z = z if z.requires_grad else z.requires_grad_()
             score = self._score(z, context, create_graph=differentiable)

@@ -1,4 +1,4 @@
-"""Codes against prior draws: clouds in the plane of largest discrepancy, and quantiles."""
+"""Codes against prior samples: clouds in the plane of largest discrepancy, and quantiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def codes_and_prior(
     plane: tuple[int, int] | None = None,
     title: str | None = None,
 ) -> Figure:
-    r"""Draws codes beside prior draws, both projected to one plane, on the same axes limits.
+    r"""Draws codes beside prior samples, both projected to one plane, on the same axes limits.
 
     Codes of more than two dimensions are shown in the plane of largest discrepancy: that of the two orthogonal
     directions whose second moment about the prior's mean differs most between codes and prior, which are the
@@ -37,13 +37,13 @@ def codes_and_prior(
 
     Args:
         codes: Codes of data, shape ``(n, d)`` with ``d >= 2``.
-        prior: Prior draws, shape ``(m, d)``. With ``m`` near ``n`` the clouds look equally dense.
+        prior: Prior samples, shape ``(m, d)``. With ``m`` near ``n`` the clouds look equally dense.
         labels: Class of each code, shape ``(n,)``: classes get colours and a legend.
         plane: Two coordinates to show instead, for example ``(0, 1)``.
         title: A line above both panels.
 
     Returns:
-        A figure with two axes: codes, then prior draws.
+        A figure with two axes: codes, then prior samples.
 
     Raises:
         ValueError: If the shapes do not fit together, ``d`` is less than 2, a value is not finite, or
@@ -74,13 +74,13 @@ def codes_and_prior(
 def quantiles(codes: Rows, prior: Rows, *, names: Sequence[str] | None = None, title: str | None = None) -> Figure:
     """Draws the quantiles of each coordinate of the codes against those of the prior, a line each.
 
-    Both are measured by the mean and standard deviation of the prior draws: if codes match the prior, all lines lie on
-    the diagonal, up to sampling noise. A line above it is shifted up, a flatter one is too narrow, a bent one has
+    Both are measured by the mean and standard deviation of the prior samples: if codes match the prior, all lines lie
+    on the diagonal, up to sampling noise. A line above it is shifted up, a flatter one is too narrow, a bent one has
     another shape. The line with the largest discrepancy is drawn in colour.
 
     Args:
         codes: Codes of data, shape ``(n, d)``.
-        prior: Prior draws, shape ``(m, d)``.
+        prior: Prior samples, shape ``(m, d)``.
         names: A name for each coordinate, for the legend; by default "coordinate 0" and so on.
         title: A line above.
 
@@ -118,7 +118,7 @@ def draw_clouds(
     classes: np.ndarray | None = None,
     marked: np.ndarray | None = None,
 ) -> None:
-    """Scatters codes and prior draws of shape (n, 2) side by side, on the same limits; marked draws in colour."""
+    """Scatters codes and prior samples of shape (n, 2) side by side, on the same limits; marked draws in colour."""
     # The clouds' outermost points would shrink everything else.
     limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999)
     # Fewer points can be larger and darker; at 2,000 a cloud still shows its density.
@@ -132,7 +132,7 @@ def draw_clouds(
     for chosen, colour, factor in ((draws[~marked], GREY, 1), (draws[marked], ORANGE, 2)):
         right.scatter(chosen[:, 0], chosen[:, 1], s=factor * size, color=colour, alpha=0.6, linewidths=0)
     left.set(title="codes", xlabel=names[0], ylabel=names[1])
-    right.set(title="prior draws", xlabel=names[0])
+    right.set(title="prior samples", xlabel=names[0])
     for axes in (left, right):
         axes.set_box_aspect(1)
         axes.set_xlim(draws[:, 0].mean() - limit, draws[:, 0].mean() + limit)
@@ -140,7 +140,7 @@ def draw_clouds(
 
 
 def draw_quantiles(figure: Figure | SubFigure, points: np.ndarray, draws: np.ndarray, names: Sequence[str]) -> None:
-    """Draws the quantiles of the columns of codes against those of prior draws."""
+    """Draws the quantiles of the columns of codes against those of prior samples."""
     spread = draws.std(0)
     spread = np.where(spread > 0, spread, 1.0)
     # Quantiles further out are those of a few points.
@@ -208,7 +208,7 @@ def _scatter_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, size: 
 
 
 def _as_pair(codes: Rows, prior: Rows, *, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and prior draws as rows of equal length, in float64."""
+    """Codes and prior samples as rows of equal length, in float64."""
     pair = []
     for name, values in (("codes", codes), ("prior", prior)):
         array = as_array(values, name)

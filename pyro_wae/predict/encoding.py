@@ -62,7 +62,7 @@ def code_rows(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Returns codes and prior draws as rows, the form that a penalty compares.
+    """Returns codes and prior samples as rows, the form that a penalty compares.
 
     Two-sample tests and :func:`~pyro_wae.plotting.codes_and_prior` take these rows. Masked data are left out; other
     masked elements are 0 in both.
@@ -72,12 +72,12 @@ def code_rows(
         guide: Its guide.
         args: Arguments of both.
         site: The latent site; None joins all of them, in the order of the model.
-        prior_draws: Prior draws for each code.
+        prior_draws: Prior samples for each code.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of both.
 
     Returns:
-        Codes, shape (n, d), and prior draws, shape (n * prior_draws, d).
+        Codes, shape (n, d), and prior samples, shape (n * prior_draws, d).
 
     Raises:
         ValueError: If there is no such site, ``prior_draws`` is below 1, or model and guide do not fit a WAE.

@@ -168,7 +168,7 @@ def sample(
     data_plate: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Samples the model: decodes prior draws.
+    """Samples the model: decodes prior samples.
 
     The model runs without its guide. Called with data, ``obs=x``, it returns as many samples as there are data; their
     values have no effect, unless prior or generator are conditional on them. A model that can run without data,

@@ -119,7 +119,7 @@ class MixturePrior(nn.Module):
 
     Only its shape is learnt: the mixture as a whole has mean 0 and variance 1 in every latent dimension, whatever its
     parameters are. This is no restriction, because encoder and decoder absorb any shift and scale. Without it prior
-    and codes could shrink or drift together, while the penalty's kernel keeps the length of the first prior draws.
+    and codes could shrink or drift together, while the penalty's kernel keeps the length of the first prior samples.
 
     Train it with the nets by ``WAELoss(MMD() + PriorLikelihood(), penalty_weight=100.0)``, and give it a larger
     learning rate, through a callable ``optim_args``: 0.03 for Adam, where the nets have 0.001.

@@ -1,4 +1,4 @@
-"""Several processes: the codes, prior draws and costs of all ranks, compared as one batch."""
+"""Several processes: the codes, prior samples and costs of all ranks, compared as one batch."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class Ranks(Runner):
             before = first.setdefault(report.random, rank)
             if before != rank:
                 raise ValueError(
-                    f"Ranks {before} and {rank} have the same random state: their prior draws are the same "
+                    f"Ranks {before} and {rank} have the same random state: their prior samples are the same "
                     "and count as one. Give each rank a seed of its own, after the nets are made: "
                     "pyro.set_rng_seed(seed + torch.distributed.get_rank())."
                 )
@@ -340,7 +340,7 @@ def _describe(step: Step) -> str:
     dtypes += [str(value.dtype) for value in step.costs.values()]
     return (
         f"latent sites with numbers in a code {sizes}, sites with a cost {list(step.costs)}, {' '.join(dtypes)}, "
-        f"{len(step.codes)} particles, {draws} prior draws of each datum"
+        f"{len(step.codes)} particles, {draws} prior samples of each datum"
         + ("" if condition is None else f", a condition of shape {tuple(condition.shape[1:])} and {condition.dtype}")
         + (", with gradients" if torch.is_grad_enabled() else ", without gradients")
     )

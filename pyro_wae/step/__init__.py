@@ -1,1 +1,1 @@
-"""One step: its records, the program it runs, prior draws, what is observed, and how it is compared."""
+"""One step: its records, the program it runs, prior samples, what is observed, and how it is compared."""

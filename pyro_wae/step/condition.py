@@ -18,7 +18,7 @@ from pyro_wae._core.rows import at_least_float32, working_precision
 from pyro_wae.step.program import Program, Run
 
 SPREAD = 4.0
-"""The spread of a condition over that of the prior draws, where both are columns of one row. A penalty that sees rows
+"""The spread of a condition over that of the prior samples, where both are columns of one row. A penalty that sees rows
 alone is slow to tell conditions apart that lie closer than codes do, and has few pairs to compare where they lie too
 far apart."""
 
@@ -26,8 +26,8 @@ far apart."""
 class Condition(FittedBuffers):
     """The y that a model is conditional on, and the unit that it has beside the codes of each penalty.
 
-    A unit is taken at the first step, so that y has :data:`SPREAD` times the standard deviation of the prior draws in
-    total, and is kept in ``state_dict``. It is for penalties that see y as further columns of a code; kernels on y have
+    In its unit, taken at the first step and kept in ``state_dict``, y has :data:`SPREAD` times the standard deviation
+    of the prior samples in total. It is for penalties that see y as further columns of a code; kernels on y have
     lengths of their own.
 
     Args:
@@ -44,10 +44,10 @@ class Condition(FittedBuffers):
         self._is_known = [False] * entries
 
     def fit(self, entry: int, condition: Tensor, prior: Tensor) -> Tensor:
-        """The unit of the penalty number `entry`, from conditions (n, c) and prior draws (m, d).
+        """The unit of the penalty number `entry`, from conditions (n, c) and prior samples (m, d).
 
         Raises:
-            ValueError: At the first step, if the conditions or the prior draws do not vary.
+            ValueError: At the first step, if the conditions or the prior samples do not vary.
         """
         if not self._is_known[entry]:
             spread = working_precision(condition).var(0).sum()

@@ -1,4 +1,4 @@
-"""Runs model and guide on a batch, and makes rows of what a loss needs: codes, prior draws, costs, conditions."""
+"""Runs model and guide on a batch, and makes rows of what a loss needs: codes, prior samples, costs, conditions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Observer:
         guide: Its guide.
         cost: A cost, one for each observed site, or None to take none.
         data_plate: Name of the data plate, or None to find it.
-        prior_draws: Prior draws for each code.
+        prior_draws: Prior samples for each code.
         num_particles: Number of codes for each datum.
         vectorize_particles: Whether to run them at once in an outermost plate.
         max_plate_nesting: Bound on nested plates; where vectorised particles need it and it is infinite, it is guessed
@@ -178,7 +178,7 @@ class Runner:
     def comparing(
         self, step: Step, modules: Callable[[], Iterable[tuple[str, nn.Module]]]
     ) -> AbstractContextManager[None]:
-        """Wraps the comparison of codes with prior draws, for which penalties, costs and weights have been prepared."""
+        """Wraps the comparison of codes with prior samples; penalties, costs and weights have been prepared for it."""
         return nullcontext()
 
     def agree(self, loss: Tensor) -> None:

@@ -273,7 +273,7 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
     missing = [name for name in run.latents if name not in stop.nodes]
     if missing:
         raise ValueError(
-            f"When the model ran again for prior draws it did not sample site '{missing[0]}'. A WAE needs a model "
+            f"When the model ran again for prior samples it did not sample site '{missing[0]}'. A WAE needs a model "
             "that samples the same sites in every run."
         )
     return {name: stop.nodes[name] for name in run.latents}
@@ -287,7 +287,7 @@ def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:
             continue
         if before is None or now is None or not torch.equal(*torch.broadcast_tensors(before, now)):
             raise ValueError(
-                f"The mask at latent site '{name}' depends on a latent: it is another one for prior draws than for "
+                f"The mask at latent site '{name}' depends on a latent: it is another one for prior samples than for "
                 "codes, which are compared under one mask. Write poutine.mask(mask=...) with a mask that is computed "
                 "from the data."
             )

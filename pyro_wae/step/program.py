@@ -245,7 +245,7 @@ def latent_site(name: str, sample: Sample, in_guide: Sample, plate: str) -> Site
     if guide_scale is not scale and not _is_alike(scale, guide_scale):
         raise ValueError(
             f"Latent site '{name}' has a poutine.scale in the guide that it has not in the model. A penalty compares "
-            "codes with prior draws at once and has one scale: write poutine.scale around both, or around the model."
+            "codes with prior samples at once and has one scale: write poutine.scale around both, or around the model."
         )
     mask = mask_of(sample)
     _check_guide_mask(name, mask, mask_of(in_guide))

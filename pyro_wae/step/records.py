@@ -1,4 +1,4 @@
-"""The record of one step, a row for each datum: codes are compared with prior draws, and costs and penalties added."""
+"""The record of one step, a row for each datum: codes and prior samples are compared, costs and penalties added."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Step:
         codes: Shape (K, n, d).
         columns: The columns of each latent site.
         kept: Shape (K, n, d), False where an element of a code is masked; None where nothing is.
-        prior: Prior draws, shape (J, n, d); None where nothing needs them.
+        prior: Prior samples, shape (J, n, d); None where nothing needs them.
         costs: The cost of each observed site, and what a ``pyro.factor`` adds for each datum, shape (K, n).
         factors: Which of the costs are those of factors.
         once: What a factor outside the data plate adds once for all data, a scalar.
@@ -131,7 +131,7 @@ class Step:
         )
 
     def rows(self) -> tuple[Tensor, Tensor | None]:
-        """Codes and prior draws without masked data, other masked elements 0 in both.
+        """Codes and prior samples without masked data, other masked elements 0 in both.
 
         Returns:
             The codes, shape (K, n', d), and the draws, shape (J n', d) or None, with n' data left.
@@ -221,7 +221,7 @@ class Step:
     ) -> Step:
         """The step with its loss: the mean costs, and the penalties times a weight that may start from the cost.
 
-        Codes and prior draws that are not finite make the loss NaN, also where a penalty would not show them. So do
+        Codes and prior samples that are not finite make the loss NaN, also where a penalty would not show them. So do
         masked codes where a gradient is taken, because 0 times NaN is NaN.
         """
         means = self._mean_costs()
@@ -313,7 +313,7 @@ class Step:
             condition: The units of conditions.
             entry: The penalty's number.
             penalty: The penalty.
-            draws: Its prior draws without masked data, shape (m, d), or None.
+            draws: Its prior samples without masked data, shape (m, d), or None.
 
         Raises:
             ValueError: If the penalty cannot take a condition, or a mask drops conditions and no codes.

@@ -84,7 +84,7 @@ def masked_by_guide(name: str) -> str:
     """Of a latent site whose mask in the guide leaves out what the model keeps."""
     return (
         f"Latent site '{name}' has a mask in the guide that leaves out what the model keeps: codes that the guide "
-        "selects would be compared with prior draws that nothing selects. Write poutine.mask(mask=...) with a mask "
+        "selects would be compared with prior samples that nothing selects. Write poutine.mask(mask=...) with a mask "
         f"that is computed from the data, around site '{name}' in model and guide."
     )
 
@@ -93,7 +93,7 @@ def event_of_another_shape(name: str, event: tuple[int, ...], expected: tuple[in
     """Of a latent site that is of one shape in the guide and of another in the model."""
     return (
         f"Latent site '{name}' has values of shape {event} in the guide and {expected} in the model, "
-        "and codes are compared with prior draws number by number. Give both distributions one event shape: "
+        "and codes are compared with prior samples number by number. Give both distributions one event shape: "
         f"write the model's as dist.Normal(x.new_zeros({event}), 1).to_event({len(event)})."
     )
 

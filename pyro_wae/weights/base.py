@@ -18,7 +18,7 @@ class Weight(CallRepr, nn.Module):
     """
 
     needs_prior_draws = False
-    """Whether :meth:`observe` reads the prior draws."""
+    """Whether :meth:`observe` reads the prior samples."""
 
     def forward(self, cost: Tensor | None = None) -> float | Tensor:
         """The weight of this step, in units of cost per unit of penalty.
@@ -29,12 +29,12 @@ class Weight(CallRepr, nn.Module):
         raise NotImplementedError
 
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
-        """Sees what a training step has shown; called once a step, after its loss.
+        """Takes in the results of a training step; called once a step, after its loss.
 
         Args:
             cost: The mean cost, a detached scalar.
             codes: The codes of the step, detached, shape (K, n, d).
-            prior: Prior draws, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False and no penalty
+            prior: Prior samples, detached, shape (J n, d); None where :attr:`needs_prior_draws` is False and no penalty
                 draws any.
         """
 
@@ -54,12 +54,12 @@ class SteppedWeight(Weight):
         return {"step": self.step}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores what :meth:`get_extra_state` gave."""
+        """Restores what :meth:`get_extra_state` returned."""
         self.step = state["step"]
 
 
 class Constant(Weight):
-    """One weight for the whole training; a plain number given as ``penalty_weight`` becomes this.
+    """One weight for the whole training; a plain number as ``penalty_weight`` becomes this.
 
     Args:
         weight: lambda, finite and >= 0.
@@ -87,8 +87,8 @@ class Schedule(SteppedWeight):
         function: f(step) -> weight, for step = 0, 1, 2, ...
 
     Raises:
-        TypeError: If it cannot be called, or, in a step, gives no number.
-        ValueError: In a step, if it gives a weight that is negative or not finite.
+        TypeError: If it cannot be called, or, in a step, returns no number.
+        ValueError: In a step, if it returns a weight that is negative or not finite.
 
     Example:
         >>> weight = Schedule(lambda step: 100.0 if step < 1000 else 300.0)

@@ -16,7 +16,7 @@ from pyro_wae.weights.base import SteppedWeight
 
 FREQUENCIES = 256
 FACTORS = (0.2, 1.0, 5.0)
-"""Squared lengths of the inverse multiquadratic kernels, in the mean squared distance of prior draws."""
+"""Squared lengths of the inverse multiquadratic kernels, in the mean squared distance of prior samples."""
 
 LENGTHS = (0.05, 0.15, 0.5)
 """Lengths of the Laplace kernels, in the root of half that distance."""
@@ -37,7 +37,7 @@ to the third, because the nets still learn, or the discrepancy is below the four
 FIRST_SHARE, LEAST_COST, LARGEST_RISE = 0.1, 1e-6, 300.0
 CHECK_EVERY = 100
 LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
-"""Prior draws of a step from which the null's variance is estimated, and the step's share in its running mean."""
+"""Prior samples of a step from which the null's variance is estimated, and the step's share in its running mean."""
 
 
 class Constraint(FittedBuffers, SteppedWeight):
@@ -45,7 +45,7 @@ class Constraint(FittedBuffers, SteppedWeight):
 
     It is the Lagrange multiplier lambda of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum
     mean discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
-    estimate between two sets of ``codes`` prior draws. While D is larger, log lambda rises; while it is smaller,
+    estimate between two sets of ``codes`` prior samples. While D is larger, log lambda rises; while it is smaller,
     log lambda falls. The kernel has long lengths and short ones, which detect gaps between codes.
 
     Where a larger weight no longer lowers D, these nets cannot reach the slack, and a larger weight would only raise
@@ -56,10 +56,10 @@ class Constraint(FittedBuffers, SteppedWeight):
     D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. Dependence between the codes
     of one batch, as BatchNorm causes it, has no influence, and D is unbiased for the distribution that a code has over
     all batches. It compares the joined codes of all sites that have a penalty, without their conditions. Shorter
-    sequences are padded with zeros. A step whose cost, codes or prior draws are not finite is left out.
+    sequences are padded with zeros. A step whose cost, codes or prior samples are not finite is left out.
 
     Args:
-        codes: Number of codes with which a test could just distinguish them from prior draws; more is stricter. It
+        codes: Number of codes with which a test could just distinguish them from prior samples; more is stricter. It
             should not exceed the number of data.
         initial: The first weight; None takes a tenth of the first step's cost. With a penalty that is near 1 for codes
             far from the prior, as :class:`~pyro_wae.penalties.MMD` is, the auto-encoder then learns first.
@@ -220,7 +220,7 @@ class Constraint(FittedBuffers, SteppedWeight):
         norms = self.differences.square().sum(1)
         steps = norms.count_nonzero()
         across = self.differences.sum(0).square().sum() - norms.sum()
-        # Prior draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
+        # Prior samples that coincide have no variance; the smallest positive number then makes a NaN impossible.
         tiny = torch.finfo(self.trace.dtype).tiny
         slack = (self.trace * self._variance).clamp(min=tiny).sqrt()
         discrepancy = across / (steps * (steps - 1)).clamp(min=1) / slack
@@ -269,7 +269,7 @@ class RandomFeatures:
     """Features phi with ``phi(x) . phi(y)`` near the mean of six kernels, and 1 for x = y.
 
     Batches are compared with them at the price of their means. Three are inverse multiquadratic, C / (C + |x - y|^2)
-    with C the mean squared distance of prior draws times 0.2, 1 and 5, and detect codes that lie elsewhere. Three are
+    with C the mean squared distance of prior samples times 0.2, 1 and 5, and detect codes that lie elsewhere. Three are
     Laplace kernels, exp(-|x - y| / s) with s^2 half that distance times the squares of 0.05, 0.15 and 0.5, and detect
     gaps between codes. Each is a mixture of Gaussians over their rate g, so its frequencies are Normal with the random
     variance 2 g: g C is exponential, and 1 / (4 g s^2) has a Gamma distribution of shape 1/2.
@@ -290,7 +290,7 @@ class RandomFeatures:
         """Draws the frequencies from a generator of their own.
 
         Args:
-            prior: Prior draws, shape (m, d) with m >= 2, which give the length.
+            prior: Prior samples, shape (m, d) with m >= 2, which give the length.
             count: The number F of frequencies; there are twice as many features.
             seed: Of the generator.
         """

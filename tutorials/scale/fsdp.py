@@ -35,7 +35,7 @@ def main() -> None:
     for module in (net.encoder, net.decoder, wae):
         fully_shard(module, mesh=mesh)
     optimizer = torch.optim.Adam(wae.parameters(), lr=args.learning_rate)
-    pyro.set_rng_seed(args.seed + rank)  # and from here on different prior draws
+    pyro.set_rng_seed(args.seed + rank)  # and from here on different prior samples
 
     images = TensorDataset(digits(args.digits))
     sampler = DistributedSampler(images, seed=args.seed)

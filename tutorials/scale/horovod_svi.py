@@ -44,7 +44,7 @@ def main() -> None:
     optimizer = HorovodOptimizer(Adam({"lr": args.learning_rate}))
     loss = WAELoss(MMD(), penalty_weight=100.0)  # of each process's own codes: Horovod is no process group of torch's
     svi = SVI(model, guide, optimizer, loss=loss)
-    pyro.set_rng_seed(args.seed + hvd.rank())  # and from here on different prior draws
+    pyro.set_rng_seed(args.seed + hvd.rank())  # and from here on different prior samples
 
     images = TensorDataset(digits(args.digits))
     sampler = DistributedSampler(images, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed)
