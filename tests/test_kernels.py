@@ -212,25 +212,6 @@ def test_the_unit_mean_of_many_rows_is_that_of_all_pairs_without_their_matrix(mo
 # Lengths from the prior
 
 
-@pytest.mark.parametrize(("sigma", "d"), [(0.3, 2), (5.0, 64)])
-@every_length
-def test_an_unset_length_is_half_the_mean_squared_distance_of_prior_draws(kernel, sigma, d):
-    """d sigma^2 for N(0, sigma^2 I), for the IMQ 2 d sigma^2; 20,000 draws, seed 0, 4 standard errors."""
-    kernel = kernel()
-    kernel.fit(sigma * rows(20_000, d, torch.float32) + 7)
-    expected = (2 if isinstance(kernel, InverseMultiquadratic) else 1) * d * sigma**2
-    # sum_j s_j^2 has the variance 2 d sigma^4 / (n - 1).
-    assert kernel.squared_length.item() == pytest.approx(expected, rel=4 * math.sqrt(2 / (d * 19_999)))
-
-
-def test_an_unset_length_equals_the_pairwise_mean():
-    prior = 3 * rows(40) + 100
-    kernel = Gaussian() + 2.0 * MultiScale(InverseMultiquadratic(), (1.0, 2.0))
-    kernel.fit(prior)
-    lengths = sorted(value.item() for value in kernel.buffers())
-    assert lengths == pytest.approx([half_mean_square(prior), 2 * half_mean_square(prior)], rel=1e-12)
-
-
 @every_length
 def test_a_length_never_moves_once_set(kernel):
     x, y = rows(5), rows(6)
@@ -263,24 +244,6 @@ def test_lengths_are_kept_in_the_state_and_load_exactly_into_an_unset_kernel(nam
     other.load_state_dict(kernel.state_dict())
     other.fit(100 * rows(50))
     assert torch.equal(other(x, y), kernel(x, y))
-
-
-def test_a_length_survives_a_file_and_a_kernel_that_was_fitted_otherwise(tmp_path):
-    x, y = rows(5), rows(6)
-    kernel, other = fitted("authors", rows(50)), fitted("authors", 100 * rows(50))
-    torch.save(kernel.state_dict(), tmp_path / "kernel.pt")
-    other.load_state_dict(torch.load(tmp_path / "kernel.pt", weights_only=True))
-    assert torch.equal(other(x, y), kernel(x, y))
-    kernel.fit(rows(9))
-    assert torch.equal(other(x, y), kernel(x, y))
-
-
-def test_an_unset_state_leaves_a_kernel_unset():
-    kernel = Gaussian()
-    kernel.load_state_dict(Gaussian().state_dict())
-    assert not kernel.is_set
-    kernel.fit(rows(50))
-    assert kernel.is_set
 
 
 def test_a_state_with_a_length_does_not_load_where_a_length_was_given():

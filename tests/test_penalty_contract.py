@@ -289,6 +289,14 @@ def test_gradients_agree_with_finite_differences(case):
     assert torch.autograd.gradcheck(value, case.elsewhere(5).requires_grad_())
 
 
+@every_case
+def test_gradients_stay_finite_where_codes_coincide(case):
+    penalty, prior = case.fitted(), case.rows(8)
+    codes = torch.cat([prior[:2].repeat(3, 1), case.elsewhere(4)]).requires_grad_()
+    penalty(codes, prior).backward()
+    assert codes.grad.isfinite().all()
+
+
 # Bad numbers and other defaults
 
 

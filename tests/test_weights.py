@@ -37,13 +37,6 @@ def step(loss, net=None, n=64):
 # Plans
 
 
-def test_a_number_is_a_constant_weight():
-    loss = WAELoss(penalty_weight=3.0)
-    assert isinstance(loss.penalty_weight, Constant)
-    terms = step(loss)
-    assert terms.as_dict()["weight"] == 3.0
-
-
 @pytest.mark.parametrize(
     ("weight", "expected"),
     [
@@ -55,18 +48,11 @@ def test_a_number_is_a_constant_weight():
     ids=["schedule", "up", "down", "constant"],
 )
 def test_a_plan_gives_each_training_step_its_weight(weight, expected):
-    loss = WAELoss(penalty_weight=weight)
-    net = make_net()
-    found = [step(loss, net).weight for _ in expected]
-    assert found == pytest.approx(expected)
-
-
-def test_the_loss_is_cost_plus_weight_times_penalty_of_that_step():
-    loss = WAELoss(penalty_weight=Schedule(lambda step: [7.0, 11.0][step]))
-    net, x = make_net(), torch.randn(64, D)
-    for weight in (7.0, 11.0):
+    loss, net, x = WAELoss(penalty_weight=weight), make_net(), torch.randn(64, D)
+    for planned in expected:
         value = loss.loss_and_grads(net.model, net.guide, x)
-        assert value == pytest.approx((loss.terms.cost + weight * loss.terms.penalty).item(), rel=1e-6)
+        assert loss.terms.weight == pytest.approx(planned)
+        assert value == pytest.approx((loss.terms.cost + planned * loss.terms.penalty).item(), rel=1e-6)
 
 
 def test_evaluation_does_not_count_as_a_step():
@@ -89,16 +75,6 @@ def test_a_nan_step_is_not_seen_by_the_weight():
     after = loss.penalty_weight.state_dict()
     assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before if torch.is_tensor(before[k]))
     assert loss.penalty_weight.step == 1
-
-
-def test_a_plan_resumes_from_its_state():
-    loss, net = WAELoss(penalty_weight=LinearSchedule(0.0, 10.0, steps=10)), make_net()
-    module = loss(net.model, net.guide)
-    for _ in range(4):
-        module(torch.randn(64, D))
-    fresh = WAELoss(penalty_weight=LinearSchedule(0.0, 10.0, steps=10))(net.model, net.guide)
-    fresh.load_state_dict(module.state_dict())
-    assert step(fresh.elbo, net).weight == pytest.approx(4.0)
 
 
 # Errors
@@ -291,23 +267,6 @@ def test_a_constraint_works_with_every_penalty_in_both_routes(penalty):
     assert module.terms.weight != module.elbo.penalty_weight.weight
 
 
-def test_a_constraint_resumes_as_if_it_had_not_stopped():
-    def run(constraint, seeds):
-        for seed in seeds:
-            torch.manual_seed(seed)
-            codes, prior = torch.randn(1, 64, D) + 0.5, torch.randn(64, D)
-            constraint.observe(torch.tensor(3.0), codes, prior)
-        return constraint
-
-    whole = run(Constraint(pool=4), range(12))
-    first = run(Constraint(pool=4), range(7))
-    second = Constraint(pool=4)
-    second.load_state_dict(first.state_dict())
-    run(second, range(7, 12))
-    assert torch.equal(second.weight, whole.weight)
-    assert torch.equal(second.discrepancy, whole.discrepancy)
-
-
 def test_after_the_warm_up_the_weight_moves_on_every_eighth_step_by_as_much_and_resumes():
     def step(constraint, seed):
         torch.manual_seed(seed)
@@ -402,18 +361,11 @@ def test_longer_sequences_than_the_first_are_measured_too():
     assert constraint.discrepancy > 50
 
 
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_a_constraint_stands_small_batches(n):
+@pytest.mark.parametrize(("n", "spread"), [(2, 1.0), (3, 1.0), (5, 1.0), (8, 0.0)])
+def test_a_constraint_stands_small_batches_and_a_prior_without_spread(n, spread):
     constraint = Constraint()
     for _ in range(5):
-        constraint.observe(torch.tensor(1.0), torch.randn(1, n, 2), torch.randn(n, 2))
-    assert torch.isfinite(constraint.weight)
-
-
-def test_a_constraint_stands_a_prior_without_spread():
-    constraint = Constraint()
-    for _ in range(5):
-        constraint.observe(torch.tensor(1.0), torch.randn(1, 8, 2), torch.ones(8, 2))
+        constraint.observe(torch.tensor(1.0), torch.randn(1, n, 2), 1 + spread * torch.randn(n, 2))
     assert torch.isfinite(constraint.weight)
 
 
