@@ -82,20 +82,23 @@ def with_guide(model):
 class AutoEncoder(nn.Module):
     """Nets where the programs have `encoded`: linear ones between x and d numbers, unless others are given."""
 
-    def __init__(self, x: int, d: int, *, encoder=None, prior=None, code=delta):
+    def __init__(self, x: int, d: int, *, encoder=None, decoder=None, prior=None, code=delta):
         super().__init__()
-        self.encoder, self.decoder = encoder or nn.Linear(x, d), nn.Linear(d, x)
+        self.encoder, self.decoder = encoder or nn.Linear(x, d), decoder or nn.Linear(d, x)
         self.prior, self.code = prior or (lambda x: normal(x, d)), code
+
+    def plate(self, x):
+        return pyro.plate("data", len(x))
 
     def model(self, x):
         pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
+        with self.plate(x):
             z = pyro.sample("z", self.prior(x))
             pyro.sample("x", around(self.decoder(z)), obs=x)
 
     def guide(self, x):
         pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
+        with self.plate(x):
             pyro.sample("z", self.code(self.encoder(x)))
 
 

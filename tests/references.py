@@ -1,6 +1,7 @@
 """What the tests compare with: float64, differences taken directly, formulas written out once more."""
 
 import math
+from contextlib import ExitStack, contextmanager
 
 import pyro
 import torch
@@ -97,6 +98,13 @@ class LargestTensor(TorchDispatchMode):
 def rows(*shape, dtype=torch.float64):
     """Rows of N(0, I)."""
     return torch.randn(*shape, dtype=dtype)
+
+
+@contextmanager
+def nested(*plates):
+    """All plates at once."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(plate) for plate in plates]
 
 
 def program(code=delta, prior=None, output=around, *, plate=lambda x: pyro.plate("data", len(x))):

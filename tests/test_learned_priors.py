@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from learned_priors import PRIORS, Nets, every_prior
+from learned_priors import PRIORS, Nets, every_prior, mixture
 from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import nn
@@ -18,16 +18,10 @@ from torch import nn
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, PriorLikelihood
-from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
+from pyro_wae.priors import MixturePrior, VampPrior
 
 SEED = 3
 N = 200
-
-
-def mixture(logits, locs, tril):
-    full = tril.ndim > locs.ndim
-    component = dist.MultivariateNormal(locs, scale_tril=tril) if full else dist.Normal(locs, tril).to_event(1)
-    return NormalMixture(dist.Categorical(logits=logits), component)
 
 
 # The modules

@@ -204,19 +204,6 @@ def test_each_site_is_a_step():
             assert context.prior is None
 
 
-def test_prior_draws_of_a_pair_are_of_its_steps():
-    """Variances 1, 1.25, 1.3125: of 4000 draws the relative standard error is 0.022, of a covariance alike."""
-    steps, record = Steps(), Seen(data_count)
-    WAELoss(Chain(record), prior_draws=1).loss(steps.model, steps.guide, rows(4000, 3))
-    variances = [1.0, 1.25, 1.3125]
-    for t, (_, prior, _) in enumerate(record.calls):
-        cov = prior.mT.cov()
-        eye = torch.eye(D).double()
-        blocks = [[variances[t], 0.5 * variances[t]], [0.5 * variances[t], variances[t + 1]]]
-        expected = torch.cat([torch.cat([b * eye for b in row], 1) for row in blocks])
-        torch.testing.assert_close(cov, expected, atol=0.15, rtol=0)
-
-
 def test_a_datum_that_has_ended_is_left_out_and_steps_weigh_by_their_data():
     x, record = rows(7, 5), Seen(data_count)
     steps = Steps(MASK)
@@ -428,11 +415,6 @@ def test_a_site_that_holds_a_sequence_is_cut_into_steps(model, guide):
         kept = MASK[:, t + 1]
         torch.testing.assert_close(codes[0], x[kept, t : t + 2].flatten(1))
         assert prior.shape == codes[0].shape
-
-
-def test_wrong_steps_of_a_site_are_refused():
-    with pytest.raises(ValueError, match="A code of 10 numbers is not made of steps of 3"):
-        WAELoss(Chain(MMD(), step_size=3), data_plate="data").loss(event, event_guide, rows(7, 5), MASK)
 
 
 # Pyro's deep Markov model
