@@ -18,7 +18,7 @@ import programs
 import pyro
 import pyro.distributions as dist
 import torch
-from programs import ALL, PART, SIZE, D, N, around, data, delta, normal, pair, part_of_the_data
+from programs import ALL, FIRST, PART, SIZE, D, N, around, data, delta, normal, pair, part_of_the_data
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta
@@ -82,6 +82,9 @@ PROGRAMS = {
     "masked data": Program(lambda: pair(seen_alone=True), cost=PART * D),
     # Other sites and plates
     "two sites": Program(programs.two_sites),
+    "two sites, one of float32": Program(
+        lambda: programs.two_sites(lambda x: x.float()), but={"float64": "WAELoss({'z2': MMD(), ...})"}
+    ),
     "hierarchy": Program(programs.hierarchy),
     "inner plate": Program(programs.inner_plate, options={"data_plate": "data"}),
     "subsampled inner plate": Program(
@@ -95,6 +98,9 @@ PROGRAMS = {
     "elements missing": Program(programs.elements_missing, cost=2 * ALL),
     "imputed data": Program(programs.imputed, cost=PART * D),
     "scaled cost": Program(lambda: programs.scaled(observed=0.5), cost=ALL * D / 2),
+    "cost scaled by datum": Program(
+        lambda: programs.scaled(observed=lambda index: index + 1.0 - FIRST), cost=(sum(range(1, 9)) + 4 * 8) / N * D
+    ),
     "factor in the model": Program(
         lambda: programs.factors("model"), cost=ALL * D + 1, warns="pyro.factor 'f' is a term of the loss"
     ),

@@ -214,7 +214,7 @@ def scaled(observed=1.0, latent=1.0, guide_scale=1.0, each=False):
         with all_data(x, index):
             with poutine.scale(scale=torch.ones(len(x)) if each else latent):
                 z = pyro.sample("z", normal(x))
-            with poutine.scale(scale=observed):
+            with poutine.scale(scale=observed(index) if callable(observed) else observed):
                 pyro.sample("x", around(z), obs=x)
 
     return model, poutine.scale(pair()[1], scale=guide_scale)

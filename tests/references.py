@@ -4,6 +4,7 @@ import math
 from contextlib import ExitStack, contextmanager
 
 import pyro
+import pytest
 import torch
 from programs import around, delta, normal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +49,10 @@ KERNELS = {
         lambda r, h: torch.exp(-(r**2) / 8) * 2 * h / (2 * h + r**2),
     ),
 }
+
+
+PARTICLES = [{}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}]
+every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
 
 def differences(x, y):
@@ -98,6 +103,18 @@ class LargestTensor(TorchDispatchMode):
 def rows(*shape, dtype=torch.float64):
     """Rows of N(0, I)."""
     return torch.randn(*shape, dtype=dtype)
+
+
+@contextmanager
+def made_by_default(dtype, device):
+    """Within, torch makes tensors of this dtype and on this device where none is named."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

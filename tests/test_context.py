@@ -11,7 +11,7 @@ import torch
 from programs import around, delta
 from pyro import poutine
 from pyro.infer import SVI
-from references import Seen, mean_is_zero, nested, program, rows
+from references import PARTICLES, Seen, every_particles, mean_is_zero, nested, program, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -19,12 +19,6 @@ from pyro_wae.kernels import Gaussian, RationalQuadratic
 from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, UnitVarianceKL
 
 N = 12
-PARTICLES = [
-    {},
-    {"num_particles": 3},
-    {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2},
-]
-every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
 # What a conditional prior is compared with is the subject of another file.
 pytestmark = pytest.mark.filterwarnings("ignore:The prior of latent site")

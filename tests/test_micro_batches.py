@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from learned_priors import Nets
-from programs import around, normal
+from programs import around, delta, normal
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, init_to_sample
@@ -446,18 +446,10 @@ def test_one_datum_left_over_does_not_make_the_prior_vary():
     """One code shows no prior that is common to all; five data in runs of four and one have the loss of all at once."""
     encoder, decoder, loc = nn.Linear(3, 2), nn.Linear(2, 3), nn.Parameter(torch.tensor([0.3, -0.2]))
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(loc, 1).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
-
+    programs = program(lambda x: delta(encoder(x)), lambda x: around(loc), lambda z: around(decoder(z)))
     x = torch.randn(5, 3)
     losses = []
     for size in (None, 4):
         pyro.set_rng_seed(0)
-        losses.append(WAELoss(penalty_weight=10.0, micro_batch=size).loss(model, guide, x))
+        losses.append(WAELoss(penalty_weight=10.0, micro_batch=size).loss(*programs, x))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

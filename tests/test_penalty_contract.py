@@ -13,6 +13,7 @@ import torch
 from penalty_cases import CASES, D, adam, every_case, zeroed
 from programs import AutoEncoder, delta
 from pyro.infer import SVI
+from references import made_by_default
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -245,30 +246,20 @@ def test_default_dtype_and_device_have_no_influence(case):
     codes, prior, values = case.elsewhere(20, torch.float32), case.rows(30, torch.float32), []
     for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
         penalty = case.make() if list(case.make().parameters()) else None
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device if case is not CASES["Sinkhorn"] else "cpu"):  # geomloss makes tensors there
-                pyro.set_rng_seed(4)
-                values.append((penalty or case.make())(codes, prior))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        # geomloss makes tensors on the default device
+        with made_by_default(dtype, device if case is not CASES["Sinkhorn"] else "cpu"):
+            pyro.set_rng_seed(4)
+            values.append((penalty or case.make())(codes, prior))
     assert values[0].dtype == values[1].dtype == torch.float32
     assert torch.equal(*values)
 
 
 def test_the_default_discriminator_is_made_in_the_codes_dtype_and_device():
-    pyro.set_rng_seed(0)
-    values = []
+    codes, prior, values = torch.ones(5, 2).float(), torch.zeros(6, 2).float(), []
     for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device):
-                pyro.set_rng_seed(4)
-                values.append(
-                    JensenShannon()(torch.ones(5, 2, device="cpu").float(), torch.zeros(6, 2, device="cpu").float())
-                )
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with made_by_default(dtype, device):
+            pyro.set_rng_seed(4)
+            values.append(JensenShannon()(codes, prior))
     torch.testing.assert_close(*values)
 
 
@@ -384,14 +375,6 @@ def test_torch_optimisers_train_the_encoder_with_it(case):
         optimiser.step()
     assert distance(net, case) < 0.6 * before
     assert loss_fn.terms.penalty.isfinite()
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    store = tmp_path_factory.mktemp("ddp") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -304,15 +304,15 @@ def ragged():
     return x, torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
 
-def vectorised_time(x, mask):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1), poutine.mask(mask=mask):
-        z = pyro.sample("z", dist.Normal(0.0, 1))
-        pyro.sample("x", dist.Normal(2 * z, 1), obs=x)
-
-
-def vectorised_time_guide(x, mask):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1), poutine.mask(mask=mask):
-        pyro.sample("z", delta(x))
+def vectorised_time(mask):
+    return program(
+        delta,
+        lambda x: dist.Normal(0.0, 1),
+        lambda z: dist.Normal(2 * z, 1),
+        plate=lambda x: nested(
+            pyro.plate("data", len(LENGTHS), dim=-2), pyro.plate("time", max(LENGTHS), dim=-1), poutine.mask(mask=mask)
+        ),
+    )
 
 
 def sequential_time(x, mask):
@@ -331,17 +331,13 @@ def sequential_time_guide(x, mask):
                 pyro.sample(f"z{t}", delta(x[:, t]))
 
 
-@pytest.mark.parametrize(
-    ("model", "guide"),
-    [(vectorised_time, vectorised_time_guide), (sequential_time, sequential_time_guide)],
-    ids=["plate", "markov"],
-)
+@pytest.mark.parametrize("make", [vectorised_time, lambda mask: (sequential_time, sequential_time_guide)])
 @pytest.mark.parametrize("options", [{}, {"num_particles": 2, "vectorize_particles": True}], ids=str)
-def test_a_ragged_batch_costs_what_its_sequences_cost_alone(model, guide, options):
+def test_a_ragged_batch_costs_what_its_sequences_cost_alone(make, options):
     x, mask = ragged()
     capture = Seen(torch.mean)
     loss = WAELoss(capture, data_plate="data", **options)
-    loss.loss(model, guide, x, mask)
+    loss.loss(*make(mask), x, mask)
     assert loss.terms.cost.item() == pytest.approx(x[mask].square().sum().item() / len(x), rel=1e-5)  # outputs are 2 x
     for codes in capture.codes:
         torch.testing.assert_close(codes, x.where(mask, 0.0))
@@ -357,7 +353,7 @@ def test_a_ragged_batch_costs_what_its_sequences_cost_alone(model, guide, option
 )
 def test_masked_steps_cost_nothing_even_where_a_perfect_output_costs_something(cost, constant, factor):
     x, mask = ragged()
-    _, _, terms = rows(vectorised_time, vectorised_time_guide, x, mask, data_plate="data", cost=cost)
+    _, _, terms = rows(*vectorised_time(mask), x, data_plate="data", cost=cost)
     expected = (constant + factor * x[mask].square()).sum().item() / len(LENGTHS)
     assert terms["cost"] == pytest.approx(expected, rel=1e-5)
 

@@ -11,9 +11,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import normal
 from pyro import poutine
 from pyro.infer import SVI
-from references import Seen
+from references import Seen, nested, program
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -369,47 +370,35 @@ def test_a_guard_sees_the_variances_of_its_run(order):
 # A sequence in one site
 
 
-def plated(x, mask):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1), poutine.mask(mask=mask):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+def in_plates(outer, inner):
+    sizes = {"data": 7, "time": 5}
+    return lambda x: nested(pyro.plate(outer, sizes[outer], dim=-2), pyro.plate(inner, sizes[inner], dim=-1))
 
 
-def plated_guide(x, mask):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1):
-        pyro.sample("z", dist.Delta(x).to_event(1))
+# Model and guide, and what makes their data of x and their mask of MASK.
+IN_ONE_SITE = {
+    "plate": (program(prior=lambda x: normal(x, D), plate=in_plates("data", "time")), lambda x: x),
+    "plate, time first": (
+        program(prior=lambda x: normal(x, D), plate=in_plates("time", "data")),
+        lambda x: x.transpose(0, 1),
+    ),
+    "event": (
+        program(
+            lambda x: dist.Delta(x).to_event(2),
+            lambda x: dist.Normal(x.new_zeros(x.shape[1:]), 1).mask(MASK[..., None]).to_event(2),
+            lambda z: dist.Normal(z, 1).to_event(2),
+        ),
+        None,
+    ),
+}
 
 
-def time_first(x, mask):
-    with pyro.plate("time", x.shape[1], dim=-2), pyro.plate("data", len(x), dim=-1), poutine.mask(mask=mask.mT):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.transpose(0, 1))
-
-
-def time_first_guide(x, mask):
-    with pyro.plate("time", x.shape[1], dim=-2), pyro.plate("data", len(x), dim=-1):
-        pyro.sample("z", dist.Delta(x.transpose(0, 1)).to_event(1))
-
-
-def event(x, mask):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[1:]), 1).mask(mask[..., None]).to_event(2))
-        pyro.sample("x", dist.Normal(z, 1).to_event(2), obs=x)
-
-
-def event_guide(x, mask):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(x).to_event(2))
-
-
-@pytest.mark.parametrize(
-    ("model", "guide"),
-    [(plated, plated_guide), (time_first, time_first_guide), (event, event_guide)],
-    ids=["plate", "plate-time-first", "event"],
-)
-def test_a_site_that_holds_a_sequence_is_cut_into_steps(model, guide):
-    x, record = rows(7, 5), Seen(data_count)
-    WAELoss(Chain(record, step_size=D), data_plate="data").loss(model, guide, x, MASK)
+@pytest.mark.parametrize("kind", IN_ONE_SITE)
+def test_a_site_that_holds_a_sequence_is_cut_into_steps(kind):
+    x, record, ((model, guide), laid_out) = rows(7, 5), Seen(data_count), IN_ONE_SITE[kind]
+    given = x if laid_out is None else laid_out(x)
+    mask = True if laid_out is None else laid_out(MASK)
+    WAELoss(Chain(record, step_size=D), data_plate="data").loss(poutine.mask(model, mask=mask), guide, given)
     assert [codes.shape[1] for codes, _, _ in record.calls] == [7, 5, 3, 2]
     for t, (codes, prior, _) in enumerate(record.calls[1:], 1):
         kept = MASK[:, t + 1]

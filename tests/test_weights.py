@@ -6,11 +6,11 @@ import math
 import warnings
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder
+from programs import AutoEncoder, delta, normal
 from pyro.infer import SVI
+from references import made_by_default, program
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import InverseMultiquadratic, Laplace
@@ -314,19 +314,17 @@ def test_a_constraint_makes_an_auto_encoder_match_its_prior():
 
 
 def test_a_constraint_measures_the_sites_that_have_a_penalty():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("a", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            z = pyro.sample("b", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+    def code(x):
+        pyro.sample("a", delta(x.new_full((len(x), 2), 50.0)))
+        return delta(torch.randn(len(x), D))
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("a", dist.Delta(x.new_full((len(x), 2), 50.0)).to_event(1))
-            pyro.sample("b", dist.Delta(torch.randn(len(x), D)).to_event(1))
+    def prior(x):
+        pyro.sample("a", normal(x, 2))
+        return normal(x, D)
 
+    model, guide = program(code, prior)
     torch.manual_seed(0)
-    loss = WAELoss({"a": None, "b": MMD()}, penalty_weight=Constraint())
+    loss = WAELoss({"a": None, "z": MMD()}, penalty_weight=Constraint())
     for _ in range(4):
         loss.loss_and_grads(model, guide, torch.randn(64, D))
     # Codes at 50 would have a discrepancy of hundreds; draws of the prior have 0 up to some noise.
@@ -413,11 +411,7 @@ def test_default_dtype_and_device_have_no_influence_on_a_constraint():
     found = []
     for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
         data = [(cost, codes[None], prior) for cost, codes, prior in batches(6)]
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device):
-                constraint = observed(data)
-                found.append((constraint.weight, constraint(data[0][0]), constraint.discrepancy))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with made_by_default(dtype, device):
+            constraint = observed(data)
+            found.append((constraint.weight, constraint(data[0][0]), constraint.discrepancy))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -28,14 +28,7 @@ def load_zoo():
 
 zoo = load_zoo()
 every_prior = pytest.mark.parametrize("name", list(zoo.PRIORS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
