@@ -455,12 +455,12 @@ def test_16384_codes_take_64_mebibytes_at_most():
 @pytest.mark.slow
 def test_a_compiled_kernel_gives_the_same():
     codes, prior = rows(700, 5) + 0.3, rows(800, 5)
-    for kernel in (InverseMultiquadratic.multiscale(), Gaussian() + 0.5 * Laplace()):
-        mmd = MMD(kernel)
-        plain = value_and_gradients(mmd, codes, prior)
-        kernel.compile_profile()
-        assert kernel.compiles
-        torch.testing.assert_close(value_and_gradients(mmd, codes, prior), plain, rtol=1e-9, atol=1e-13)
+    kernel = InverseMultiquadratic.multiscale() + 0.5 * Laplace()
+    mmd = MMD(kernel)
+    plain = value_and_gradients(mmd, codes, prior)
+    kernel.compile_profile()
+    assert kernel.compiles
+    torch.testing.assert_close(value_and_gradients(mmd, codes, prior), plain, rtol=1e-9, atol=1e-13)
 
 
 def test_only_a_radial_kernel_compiles():
