@@ -282,6 +282,7 @@ def test_after_the_warm_up_the_weight_moves_on_every_eighth_step_by_as_much_and_
     later = range(WARM_UP + 5, WARM_UP + 24)
     found += [step(whole, seed) for seed in later]
     assert [step(resumed, seed) for seed in later] == found[-len(later) :]
+    assert torch.equal(resumed.discrepancy, whole.discrepancy)
     rises = [math.log(after / before) for before, after in itertools.pairwise(found[WARM_UP - 1 :])]
     assert rises == pytest.approx([0.016, *[0] * 7] * 3, abs=1e-5)
 
