@@ -403,7 +403,7 @@ def test_pyro_kernels_leave_svi_its_own_parameters():
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
     before = None
     for _ in range(3):
-        svi.step(rows(20, 2, torch.float32))
+        svi.step(torch.randn(20, 2))
         store = pyro.get_param_store()
         after = {name: value.item() for name, value in store.items()}
         assert set(after) == {"decoder", "encoder", "scale"}
