@@ -74,8 +74,8 @@ def test_zukos_conditional_flows_are_encoders(zuko, to_pyro, family):
 
 @pytest.mark.parametrize(("family", "options"), [("MAF", NETS), ("GMM", {"components": 2})])
 def test_zukos_flows_and_mixtures_are_fitted_to_codes_and_sampled(zuko, family, options):
-    net, x, prior = Net(), 3 + torch.randn(200, X), getattr(zuko.flows, family)(D, **options)
-    codes = net.linear(x).detach()
+    net, x, prior = AutoEncoder(X, D), 3 + torch.randn(200, X), getattr(zuko.flows, family)(D, **options)
+    codes = net.encoder(x).detach()
     before = prior().log_prob(codes).mean()
     assert priors.fit(net.model, net.guide, x, prior=prior, steps=20) is prior
     assert prior().log_prob(codes).mean() > before

@@ -6,9 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import delta, normal
+from programs import around, delta, normal
 from pyro import poutine
-from references import program
+from references import Seen, program
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood
