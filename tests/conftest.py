@@ -60,6 +60,23 @@ def _fresh_start(request):
 
 
 @pytest.fixture
+def one_thread():
+    """Bit by bit the same sums, and no more processes than asked for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def path(tmp_path):
     """Where a checkpoint goes."""
     return tmp_path / "run.pt"

@@ -7,7 +7,14 @@ import torch
 from pyro.distributions import transforms
 from torch import nn
 
-from pyro_wae.priors import MixturePrior, VampPrior
+from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
+
+
+def mixture(logits, locs, tril):
+    """A mixture of Normals, diagonal by their scales or full by their Cholesky factors."""
+    full = tril.ndim > locs.ndim
+    component = dist.MultivariateNormal(locs, scale_tril=tril) if full else dist.Normal(locs, tril).to_event(1)
+    return NormalMixture(dist.Categorical(logits=logits), component)
 
 
 class Nets(nn.Module):

@@ -1,8 +1,10 @@
 """What the tests compare with: float64, differences taken directly, formulas written out once more."""
 
 import math
+from contextlib import ExitStack, contextmanager
 
 import pyro
+import pytest
 import torch
 from programs import around, delta, normal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +49,10 @@ KERNELS = {
         lambda r, h: torch.exp(-(r**2) / 8) * 2 * h / (2 * h + r**2),
     ),
 }
+
+
+PARTICLES = [{}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}]
+every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
 
 def differences(x, y):
@@ -97,6 +103,25 @@ class LargestTensor(TorchDispatchMode):
 def rows(*shape, dtype=torch.float64):
     """Rows of N(0, I)."""
     return torch.randn(*shape, dtype=dtype)
+
+
+@contextmanager
+def made_by_default(dtype, device):
+    """Within, torch makes tensors of this dtype and on this device where none is named."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def nested(*plates):
+    """All plates at once."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(plate) for plate in plates]
 
 
 def program(code=delta, prior=None, output=around, *, plate=lambda x: pyro.plate("data", len(x))):

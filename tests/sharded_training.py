@@ -10,6 +10,7 @@ import sys
 import pyro
 import pyro.distributions as dist
 import torch
+from programs import AutoEncoder
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,20 +21,10 @@ from pyro_wae.penalties import MMD, JensenShannon, SlicedWasserstein
 X, D = 6, 3
 
 
-class Net(nn.Module):
+class Net(AutoEncoder):
     def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(X, 8), nn.Tanh(), nn.Linear(8, D))
-        self.decoder = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, X))
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+        encoder = nn.Sequential(nn.Linear(X, 8), nn.Tanh(), nn.Linear(8, D))
+        super().__init__(X, D, encoder=encoder, decoder=nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, X)))
 
 
 class Hierarchical(Net):

@@ -19,17 +19,9 @@ from pyro_wae.optim import Adam
 from pyro_wae.penalties import JensenShannon
 
 # The trainings by torch leave pyro.param untrained, which is saved all the same.
-pytestmark = pytest.mark.filterwarnings("ignore:The loss depends on")
+pytestmark = [pytest.mark.filterwarnings("ignore:The loss depends on"), pytest.mark.usefixtures("one_thread")]
 
 STEPS = 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_resumes(make, path, at):

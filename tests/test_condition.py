@@ -12,10 +12,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import around, delta, normal
+from programs import AutoEncoder, around, delta, normal
 from pyro import poutine
 from pyro.infer import SVI
-from references import Seen, program, rows
+from references import Seen, every_particles, program, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -23,8 +23,6 @@ from pyro_wae.costs import NegativeLogLikelihood, SquaredError
 from pyro_wae.penalties import MMD, Chain, JensenShannon, KernelStein, LogVarianceL1, SlicedWasserstein
 
 N, D = 12, 2
-PARTICLES = [{}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}]
-every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
 
 class Joint(Seen):
@@ -320,60 +318,22 @@ def test_an_argument_that_is_no_site_changes_no_cost():
 # Training
 
 
-class Digits(nn.Module):
-    """A conditional auto-encoder as a module, with the label an argument."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(4, D), nn.Linear(D + 3, 4)
-
-    def model(self, x, y):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", normal(x, D))
-            pyro.sample("x", around(self.decoder(torch.cat([z, y.expand(*z.shape[:-1], 3)], -1))), obs=x)
-
-    def guide(self, x, y):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", delta(self.encoder(x)))
-
-
 @every_particles
 @pytest.mark.parametrize(
     "penalty", [MMD, JensenShannon, lambda: MMD() + SlicedWasserstein()], ids=["mmd", "gan", "sum"]
 )
 def test_svi_and_module_train_with_a_condition(penalty, options):
-    wae, x, y = Digits(), torch.randn(N, 4), torch.eye(3).repeat(N // 3, 1)
-    svi = SVI(wae.model, wae.guide, pyro.optim.Adam({"lr": 0.01}), loss=WAELoss(penalty(), condition="y", **options))
+    wae, x, y = AutoEncoder(4, D), torch.randn(N, 4), torch.eye(3).repeat(N // 3, 1)
+    model, guide = (lambda x, y, run=run: run(x) for run in (wae.model, wae.guide))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=WAELoss(penalty(), condition="y", **options))
     before = [value.clone() for value in wae.parameters()]
     assert all(math.isfinite(svi.step(x, y)) for _ in range(2))
     assert all((value != old).any() for value, old in zip(wae.parameters(), before, strict=True))
-    bound = WAELoss(penalty(), condition="y", **options)(wae.model, wae.guide)
+    bound = WAELoss(penalty(), condition="y", **options)(model, guide)
     bound(x, y)
     optimiser = torch.optim.Adam([value for value in bound.parameters() if value.requires_grad])
     bound(x, y).backward()
     optimiser.step()
-
-
-@pytest.mark.parametrize("labels", [False, True])
-def test_a_new_loss_takes_units_and_lengths_from_a_checkpoint(labels):
-    y = torch.randint(3, (N,)) if labels else torch.randn(N, 3)
-
-    def make():
-        wae = Owner()
-        return WAELoss(MMD() if labels else MMD() + SlicedWasserstein(), condition="y")(wae, lambda x, y: guide(x, y))
-
-    first, second = make(), make()
-    x = rows(N, D)
-    first(x, y)
-    second.load_state_dict(first.state_dict())
-    other = torch.randint(2, (N,)) if labels else 7 * torch.randn(N, 3)
-    values = []
-    for bound in (first, second):
-        pyro.set_rng_seed(1)
-        values.append(bound(x + 1, other).item())
-    assert values[0] == values[1]
 
 
 def test_a_part_of_an_image_is_a_condition():

@@ -8,9 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import around, delta
 from pyro import poutine
 from pyro.infer import SVI
-from references import Seen, mean_is_zero, rows
+from references import PARTICLES, Seen, every_particles, mean_is_zero, nested, program, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -18,12 +19,6 @@ from pyro_wae.kernels import Gaussian, RationalQuadratic
 from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, UnitVarianceKL
 
 N = 12
-PARTICLES = [
-    {},
-    {"num_particles": 3},
-    {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2},
-]
-every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
 # What a conditional prior is compared with is the subject of another file.
 pytestmark = pytest.mark.filterwarnings("ignore:The prior of latent site")
@@ -42,19 +37,9 @@ def observe(z, x):
     pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
 
 
-def root(x):
-    with pyro.plate("data", len(x)):
-        observe(pyro.sample("z", dist.Normal(torch.tensor([1.0, -1.0]).double(), 0.7).to_event(1)), x)
-
-
-def root_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x, 0.3).to_event(1))
-
-
-def conditional(x):
-    with pyro.plate("data", len(x)):
-        observe(pyro.sample("z", dist.Normal(2 * x, x.abs() + 1).to_event(1)), x)
+PRIOR_OF_ROOT = dist.Normal(torch.tensor([1.0, -1.0]).double(), 0.7).to_event(1)
+root, root_guide = program(lambda x: dist.Normal(x, 0.3).to_event(1), lambda x: PRIOR_OF_ROOT)
+conditional, _ = program(prior=lambda x: dist.Normal(2 * x, x.abs() + 1).to_event(1))
 
 
 def hierarchical(x):
@@ -70,37 +55,33 @@ def hierarchical_guide(x):
         pyro.sample("z2", dist.Normal(x[:, 1:], 0.2).to_event(1))
 
 
-def time_series(x):
+def time_series():
     """Inner plates: two steps, each of two numbers, whose prior differs from step to step."""
     loc = torch.tensor([[[1.0, 2.0]], [[-1.0, 0.0]]]).double()
-    with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
-        z = pyro.sample("z", dist.Normal(loc, 0.7).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.expand(2, -1, -1))
+    model, guide = program(
+        lambda x: dist.Normal(x, torch.tensor([0.3, 0.5]).double()).to_event(1),
+        lambda x: dist.Normal(loc, 0.7).to_event(1),
+        plate=lambda x: nested(pyro.plate("steps", 2, dim=-2), pyro.plate("data", N, dim=-1)),
+    )
+    return lambda x: model(x.expand(2, -1, -1)), lambda x: guide(x.expand(2, -1, -1))
 
 
-def time_series_guide(x):
-    with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
-        pyro.sample("z", dist.Normal(x.expand(2, -1, -1), torch.tensor([0.3, 0.5]).double()).to_event(1))
-
-
-def two_data_levels(x):
+def two_data_levels():
     """The data plate left of the inner one."""
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 2, dim=-1):
-        z = pyro.sample("z", dist.Normal(torch.tensor([0.5, -2.0]).double(), 0.7))
-        pyro.sample("x", dist.Normal(z, 1), obs=x)
-
-
-def two_data_levels_guide(x):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 2, dim=-1):
-        pyro.sample("z", dist.Normal(x, 0.3))
+    return program(
+        lambda x: dist.Normal(x, 0.3),
+        lambda x: dist.Normal(torch.tensor([0.5, -2.0]).double(), 0.7),
+        lambda z: dist.Normal(z, 1),
+        plate=lambda x: nested(pyro.plate("data", N, dim=-2), pyro.plate("parts", 2, dim=-1)),
+    )
 
 
 PROGRAMS = {
     "root": (root, root_guide),
     "conditional": (conditional, root_guide),
     "hierarchical": (hierarchical, hierarchical_guide),
-    "inner plate": (time_series, time_series_guide),
-    "inner plate at the right": (two_data_levels, two_data_levels_guide),
+    "inner plate": time_series(),
+    "inner plate at the right": two_data_levels(),
 }
 
 
@@ -156,25 +137,16 @@ def test_its_derivatives_are_partial_ones_of_the_joint_density(options):
 def test_the_log_density_of_a_learnt_prior_has_a_gradient():
     loc = nn.Parameter(torch.zeros(2).double())
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            observe(pyro.sample("z", dist.Normal(loc, 1).to_event(1)), x)
-
-    codes, context = seen_by(model, root_guide, rows(N, 2))
+    codes, context = seen_by(program(prior=lambda x: around(loc))[0], root_guide, rows(N, 2))
     (slope,) = torch.autograd.grad(context.prior_log_prob(codes).sum(), loc)
     torch.testing.assert_close(slope, codes.detach().sum((0, 1)))
 
 
 def test_a_subsampled_plates_n_over_b_is_no_part_of_it():
-    def model(x):
-        with pyro.plate("data", len(x), subsample_size=4) as index:
-            observe(pyro.sample("z", dist.Normal(2 * x[index], 1).to_event(1)), x[index])
-
-    def guide(x):
-        with pyro.plate("data", len(x), subsample_size=4) as index:
-            pyro.sample("z", dist.Delta(2 * x[index], event_dim=1))
-
-    codes, context = seen_by(model, guide, rows(N, 2))
+    programs = program(
+        lambda x: delta(2 * x), lambda x: around(2 * x), plate=lambda x: pyro.plate("data", N, subsample_size=len(x))
+    )
+    codes, context = seen_by(*programs, rows(4, 2))
     # Each code is its own prior's mean, so that the log density is the normaliser for the data of this very step.
     expected = dist.Normal(0.0, 1.0).log_prob(torch.zeros(())).double() * 2
     torch.testing.assert_close(context.prior_log_prob(codes), expected.expand(1, 4), rtol=1e-6, atol=0)
@@ -213,15 +185,7 @@ def test_masked_numbers_count_as_unit_variance_and_masked_data_are_left_out():
     mask[3] = False
     mask[5, 1] = False
 
-    def model(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 2, dim=-1), poutine.mask(mask=mask):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1))
-            pyro.sample("x", dist.Normal(z, 1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 2, dim=-1), poutine.mask(mask=mask):
-            pyro.sample("z", dist.Normal(x, 0.3))
-
+    model, guide = (poutine.mask(run, mask=mask) for run in two_data_levels())
     codes, context = seen_by(model, guide, rows(N, 2))
     assert codes.shape == (1, N - 1, 2)
     expected = torch.full((1, N - 1, 2), 0.09).double()
@@ -265,56 +229,14 @@ def test_a_guard_alone_trains_the_variance_to_1(guard, options):
 
 
 @pytest.mark.parametrize("guard", [LogVarianceL1, UnitVarianceKL])
-def test_a_guard_beside_a_penalty_holds_the_variance_up(guard):
-    """Codes of the data are matched already, so that MMD alone would have the encoder be deterministic."""
-    scales = []
-    for penalty in (MMD(Gaussian(1.0)), MMD(Gaussian(1.0)) + guard(1.0)):
-        pyro.clear_param_store()
-        net, x = Encoder(), rows(200, 2)
-        net.log_scale.data.fill_(-1.0)
-        svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=WAELoss(penalty))
-        for _ in range(40):
-            svi.step(x)
-        scales.append(net.log_scale.detach().exp())
-    assert (scales[0] < 0.4).all()
-    assert (scales[1] > 0.7).all()
-
-
-@pytest.mark.parametrize("guard", [LogVarianceL1, UnitVarianceKL])
 @pytest.mark.parametrize("penalty", [lambda g: g, lambda g: MMD() + 0.1 * g, lambda g: {"z": g}])
 def test_a_guard_of_a_deterministic_guide_is_refused_by_the_sites_name(guard, penalty):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x).to_event(1).mask(True))
-
+    _, guide = program(lambda x: delta(x).mask(True))
     with pytest.raises(ValueError, match=r"guide is deterministic at site 'z' \(Delta\).*Leave the guard out"):
         WAELoss(penalty(guard())).loss(root, guide, rows(N, 2))
 
 
 # The Stein discrepancy through the loss
-
-
-def stein_by_hand(codes, score, d):
-    """The Gaussian kernel of bandwidth 1: h = k (s.s' + (s - s').(z - z') + d - |z - z'|^2) over pairs i != j."""
-    n, total = len(codes), 0.0
-    for i in range(n):
-        for j in range(n):
-            if i != j:
-                gap = codes[i] - codes[j]
-                square = gap.square().sum()
-                inner = score[i] @ score[j] + (score[i] - score[j]) @ gap + d - square
-                total = total + torch.exp(-square / 2) * inner
-    return total / (n * (n - 1))
-
-
-def test_kernel_stein_of_a_root_prior_is_its_formula():
-    loss, x = WAELoss(KernelStein(Gaussian(1.0))), rows(N, 2)
-    pyro.set_rng_seed(1)
-    loss.loss(root, root_guide, x)
-    pyro.set_rng_seed(1)
-    z = x + 0.3 * torch.randn(N, 2, dtype=torch.float64)
-    score = -(z - torch.tensor([1.0, -1.0])) / 0.7**2
-    assert loss.terms.penalty.item() == pytest.approx(stein_by_hand(z, score, 2).item(), rel=1e-6)
 
 
 def test_kernel_stein_takes_its_length_from_the_priors_variance():
@@ -359,11 +281,9 @@ class Unsampled(dist.TorchDistribution):
 
 @pytest.mark.parametrize("options", PARTICLES[:2], ids=["one", "sequential"])
 def test_a_prior_that_cannot_be_sampled_trains_with_kernel_stein(options):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", Unsampled(torch.tensor([2.0, -1.0]).double()))
-            pyro.sample("x", dist.Normal(z.detach(), 1).to_event(1), obs=x)
-
+    model, _ = program(
+        prior=lambda x: Unsampled(torch.tensor([2.0, -1.0]).double()), output=lambda z: around(z.detach())
+    )
     net, x = Free(60, 2, 0.0), rows(60, 2)
     loss = WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=1.4)), **options)
     svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=loss)
@@ -375,32 +295,6 @@ def test_a_prior_that_cannot_be_sampled_trains_with_kernel_stein(options):
     torch.testing.assert_close(net.codes.mean(0).detach(), torch.tensor([2.0, -1.0]).double(), atol=0.3, rtol=0)
     with pytest.raises(NotImplementedError, match="cannot be sampled"):
         WAELoss(MMD(), penalty_weight=1.0).loss(model, net.guide, x)
-
-
-def test_kernel_stein_trains_an_encoder_towards_a_hierarchical_prior():
-    """Of fresh x ~ N(0, I) the codes (a x1, b x1 + c x2) have the prior's law at a = 1.5, b = a, c = 1."""
-    a, b, c = (nn.Parameter(torch.tensor(value).double()) for value in (0.5, 0.0, 0.3))
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z1 = pyro.sample("z1", dist.Normal(x.new_zeros(1), 1.5).to_event(1))
-            z2 = pyro.sample("z2", dist.Normal(z1, 1.0).to_event(1))
-            observe(torch.cat([z1, z2], -1), x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z1", dist.Delta(a * x[:, :1], event_dim=1))
-            pyro.sample("z2", dist.Delta(b * x[:, :1] + c * x[:, 1:], event_dim=1))
-
-    loss = WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=2.0)), cost=lambda x, g: 0 * g.sum(-1))
-    optimiser = torch.optim.Adam([a, b, c], lr=0.1)
-    for _ in range(100):
-        optimiser.zero_grad()
-        loss.differentiable_loss(model, guide, rows(150, 2)).backward()
-        optimiser.step()
-    assert a.item() == pytest.approx(1.5, abs=0.3)
-    assert b.item() == pytest.approx(1.5, abs=0.3)
-    assert abs(c.item()) == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize("kind", ["conditional", "hierarchical"])

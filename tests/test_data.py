@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import AutoEncoder
 from pyro.infer import SVI
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -19,32 +20,18 @@ from pyro_wae.weights import Constraint
 X, D = 6, 2
 
 
-class Net(nn.Module):
+class Net(AutoEncoder):
     """A random encoder; its plate has a size of its own, or that of the batch."""
 
     def __init__(self, size=None, how="subsample"):
-        super().__init__()
-        self.size = size
-        self.how = how
-        self.encoder = nn.Linear(X, D)
-        self.decoder = nn.Linear(D, X)
+        super().__init__(X, D, code=lambda loc: dist.Normal(loc, 0.5).to_event(1))
+        self.size, self.how = size, how
 
     def plate(self, x):
         if self.size is None:
-            return pyro.plate("data", len(x))
+            return super().plate(x)
         part = {"subsample": x} if self.how == "subsample" else {"subsample_size": len(x)}
         return pyro.plate("data", self.size, **part)
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with self.plate(x):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with self.plate(x):
-            pyro.sample("z", dist.Normal(self.encoder(x), 0.5).to_event(1))
 
 
 class OnDisk(Dataset):

@@ -11,7 +11,6 @@ import torch
 from programs import AutoEncoder, around
 from pyro.infer import SVI
 from test_docs import code
-from torch import distributed
 
 from pyro_wae import WAELoss
 from pyro_wae.distributed import average_gradients
@@ -253,13 +252,6 @@ def test_ddp_takes_the_default_discriminator_after_a_first_run(one_rank):
     torch.nn.parallel.DistributedDataParallel(module)(steps.Rows(EVERYTHING)).backward()
     assert not torch.equal(before, module.elbo.penalty.discriminator[0].weight)
     assert net.encoder[0].weight.grad.abs().max() > 0
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def test_one_rank_is_as_good_as_none(one_rank):

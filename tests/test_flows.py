@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as flows
 import pytest
 import torch
+from programs import AutoEncoder
 from torch import nn
 
 from pyro_wae import WAELoss, priors
@@ -35,25 +36,6 @@ def to_pyro():
     return pytest.importorskip("pyro.contrib.zuko").ZukoToPyro
 
 
-class Net(nn.Module):
-    """Codes of data by a linear encoder, unless another is given, and a prior, N(0, I) unless another is given."""
-
-    def __init__(self, prior=None, encoder=None):
-        super().__init__()
-        self.linear, self.decoder = nn.Linear(X, D), nn.Linear(D, X)
-        self.prior = prior or (lambda: dist.Normal(torch.zeros(D), 1).to_event(1))
-        self.encoder = encoder or (lambda x: dist.Delta(self.linear(x)).to_event(1))
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior())
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", self.encoder(x))
-
-
 def gradients(penalty, net, flow):
     """The gradients of a flow's parameters by the penalty alone, each of which must be there."""
     loss = WAELoss(penalty, penalty_weight=1.0, cost=lambda x, g: 0 * g.sum(1))
@@ -67,18 +49,18 @@ def gradients(penalty, net, flow):
 @every_family
 def test_zukos_flows_are_priors(zuko, to_pyro, family):
     flow = getattr(zuko.flows, family)(D, **ZUKO[family])
-    net = Net(prior=lambda: to_pyro(flow()))
+    net = AutoEncoder(X, D, prior=lambda x: to_pyro(flow()))
     gradients(MMD(Gaussian(1.0)), net, flow)  # by draws
 
 
 @every_family
 def test_zukos_flows_as_priors_have_densities(zuko, to_pyro, family):
     flow = getattr(zuko.flows, family)(D, **ZUKO[family])
-    net = Net(prior=lambda: to_pyro(flow()))
+    net = AutoEncoder(X, D, prior=lambda x: to_pyro(flow()))
     pyro.set_rng_seed(1)
     found = gradients(PriorLikelihood(), net, flow)
     pyro.set_rng_seed(1)
-    codes = net.linear(torch.randn(N, X)).detach()
+    codes = net.encoder(torch.randn(N, X)).detach()
     torch.testing.assert_close(found, list(torch.autograd.grad(-flow().log_prob(codes).mean(), flow.parameters())))
 
 
@@ -86,14 +68,14 @@ def test_zukos_flows_as_priors_have_densities(zuko, to_pyro, family):
 @every_family
 def test_zukos_conditional_flows_are_encoders(zuko, to_pyro, family):
     flow = getattr(zuko.flows, family)(D, context=X, **ZUKO[family])
-    net = Net(encoder=lambda x: to_pyro(flow(x)))
+    net = AutoEncoder(X, D, encoder=nn.Identity(), code=lambda x: to_pyro(flow(x)))
     gradients(MMD(Gaussian(1.0)) + 0.1 * PosteriorKL(), net, flow)
 
 
 @pytest.mark.parametrize(("family", "options"), [("MAF", NETS), ("GMM", {"components": 2})])
 def test_zukos_flows_and_mixtures_are_fitted_to_codes_and_sampled(zuko, family, options):
-    net, x, prior = Net(), 3 + torch.randn(200, X), getattr(zuko.flows, family)(D, **options)
-    codes = net.linear(x).detach()
+    net, x, prior = AutoEncoder(X, D), 3 + torch.randn(200, X), getattr(zuko.flows, family)(D, **options)
+    codes = net.encoder(x).detach()
     before = prior().log_prob(codes).mean()
     assert priors.fit(net.model, net.guide, x, prior=prior, steps=20) is prior
     assert prior().log_prob(codes).mean() > before
@@ -113,7 +95,7 @@ ONE_WAY = ("block_autoregressive", "neural_autoregressive", "planar", "polynomia
 def pyros(name):
     flow = getattr(flows, name)(D)
     base = dist.Normal(torch.zeros(D), 1).to_event(1)
-    return flow, Net(prior=lambda: dist.TransformedDistribution(base, [flow]))
+    return flow, AutoEncoder(X, D, prior=lambda x: dist.TransformedDistribution(base, [flow]))
 
 
 @pytest.mark.parametrize("name", INVERTIBLE + ONE_WAY)

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import AutoEncoder
 from pyro.infer import SVI
 from torch import nn
 
@@ -48,39 +49,26 @@ FIXED = ("MMD", "energy", "Cramer-Wold", "Sinkhorn")
 """Penalties that draw no random numbers."""
 
 
-class Net(nn.Module):
+def random_code(numbers):
+    loc, log_scale = numbers.float().chunk(2, -1)
+    return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+class Net(AutoEncoder):
     """A random encoder, with BatchNorm and dropout."""
 
     def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(X, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2 * D))
-        self.decoder = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, X))
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        loc, log_scale = self.encoder(x).float().chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+        encoder = nn.Sequential(nn.Linear(X, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2 * D))
+        decoder = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, X))
+        super().__init__(X, D, encoder=encoder, decoder=decoder, code=random_code)
 
 
-class FixedNet(Net):
+class FixedNet(AutoEncoder):
     """A deterministic encoder, and no layer that uses other data or draws random numbers."""
 
     def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(X, 16), nn.ReLU(), nn.Linear(16, D))
-        self.decoder = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, X))
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+        encoder = nn.Sequential(nn.Linear(X, 16), nn.ReLU(), nn.Linear(16, D))
+        super().__init__(X, D, encoder=encoder, decoder=nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, X)))
 
 
 def data(n=N):

@@ -258,15 +258,6 @@ def test_the_means_agree_with_monte_carlo(name, kind):
         assert mean_is_zero(centred**2 - square, standard_errors=4)
 
 
-def test_a_mixture_of_one_is_its_component_and_of_equals_too():
-    normal, x = diagonal_normal(), rows(6, 4)
-    locs, scales = (torch.tensor(v).expand(3, 4) for v in (LOCS, SCALES))
-    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(3).double()), dist.Normal(locs, scales).to_event(1))
-    for name in KERNELS:
-        torch.testing.assert_close(known(name, mixture).at(x), known(name, normal).at(x))
-        torch.testing.assert_close(known(name, mixture).norm(), known(name, normal).norm())
-
-
 def test_float32_priors_and_codes_are_computed_in_float64():
     prior = dist.Normal(torch.tensor(LOCS).float(), torch.tensor(SCALES).float()).to_event(1)
     x = rows(5, 4).float()

@@ -9,9 +9,10 @@ import pyro.contrib.gp.kernels as pyro_kernels
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import around
 from pyro import poutine
 from pyro.infer import SVI
-from references import KERNELS, LargestTensor, distances, half_mean_square
+from references import KERNELS, LargestTensor, distances, half_mean_square, program
 from scipy.spatial.distance import cdist
 from sklearn.gaussian_process import kernels as sklearn_kernels
 
@@ -212,25 +213,6 @@ def test_the_unit_mean_of_many_rows_is_that_of_all_pairs_without_their_matrix(mo
 # Lengths from the prior
 
 
-@pytest.mark.parametrize(("sigma", "d"), [(0.3, 2), (5.0, 64)])
-@every_length
-def test_an_unset_length_is_half_the_mean_squared_distance_of_prior_draws(kernel, sigma, d):
-    """d sigma^2 for N(0, sigma^2 I), for the IMQ 2 d sigma^2; 20,000 draws, seed 0, 4 standard errors."""
-    kernel = kernel()
-    kernel.fit(sigma * rows(20_000, d, torch.float32) + 7)
-    expected = (2 if isinstance(kernel, InverseMultiquadratic) else 1) * d * sigma**2
-    # sum_j s_j^2 has the variance 2 d sigma^4 / (n - 1).
-    assert kernel.squared_length.item() == pytest.approx(expected, rel=4 * math.sqrt(2 / (d * 19_999)))
-
-
-def test_an_unset_length_equals_the_pairwise_mean():
-    prior = 3 * rows(40) + 100
-    kernel = Gaussian() + 2.0 * MultiScale(InverseMultiquadratic(), (1.0, 2.0))
-    kernel.fit(prior)
-    lengths = sorted(value.item() for value in kernel.buffers())
-    assert lengths == pytest.approx([half_mean_square(prior), 2 * half_mean_square(prior)], rel=1e-12)
-
-
 @every_length
 def test_a_length_never_moves_once_set(kernel):
     x, y = rows(5), rows(6)
@@ -265,24 +247,6 @@ def test_lengths_are_kept_in_the_state_and_load_exactly_into_an_unset_kernel(nam
     assert torch.equal(other(x, y), kernel(x, y))
 
 
-def test_a_length_survives_a_file_and_a_kernel_that_was_fitted_otherwise(tmp_path):
-    x, y = rows(5), rows(6)
-    kernel, other = fitted("authors", rows(50)), fitted("authors", 100 * rows(50))
-    torch.save(kernel.state_dict(), tmp_path / "kernel.pt")
-    other.load_state_dict(torch.load(tmp_path / "kernel.pt", weights_only=True))
-    assert torch.equal(other(x, y), kernel(x, y))
-    kernel.fit(rows(9))
-    assert torch.equal(other(x, y), kernel(x, y))
-
-
-def test_an_unset_state_leaves_a_kernel_unset():
-    kernel = Gaussian()
-    kernel.load_state_dict(Gaussian().state_dict())
-    assert not kernel.is_set
-    kernel.fit(rows(50))
-    assert kernel.is_set
-
-
 def test_a_state_with_a_length_does_not_load_where_a_length_was_given():
     with pytest.raises(RuntimeError, match=r"Unexpected key.*squared_length"):
         Gaussian(1.0).load_state_dict(fitted("gaussian", rows(9)).state_dict())
@@ -314,24 +278,6 @@ def test_a_repr_evaluates_to_an_equal_kernel(name):
     again.fit(prior)
     x, y = rows(5), rows(6)
     assert torch.equal(again(x, y), kernel(x, y))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "expected"),
-    [
-        (Gaussian(), "Gaussian(bandwidth=None)"),
-        (Matern(1.5, 2.0), "Matern(nu=1.5, bandwidth=2.0)"),
-        (RationalQuadratic(0.5), "RationalQuadratic(alpha=0.5, bandwidth=None)"),
-        (Energy(), "Energy(exponent=1.0)"),
-        (2.0 * (Laplace(1.0) + Energy()), "2.0 * (Laplace(bandwidth=1.0) + Energy(exponent=1.0))"),
-        (
-            MultiScale(InverseMultiquadratic(3.0), [1, 2]),
-            "MultiScale(kernel=InverseMultiquadratic(bandwidth=3.0), factors=(1.0, 2.0))",
-        ),
-    ],
-)
-def test_repr_is_the_call_that_makes_it(kernel, expected):
-    assert repr(kernel) == expected
 
 
 def test_compound_reprs_keep_their_precedence():
@@ -447,24 +393,17 @@ def test_a_pyro_kernel_takes_no_notice_of_a_users_parameter_of_the_same_name():
 def test_pyro_kernels_leave_svi_its_own_parameters():
     """SVI finds what to step by an attribute of the parameters, which leaving a scope of the store takes away."""
 
-    def model(x):
-        scale = pyro.param("decoder", torch.tensor(1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            pyro.sample("x", dist.Normal(scale * z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        loc = pyro.param("encoder", torch.tensor(0.5))
+    def code(x):
         scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc * x, scale).to_event(1))
+        return dist.Normal(pyro.param("encoder", torch.tensor(0.5)) * x, scale).to_event(1)
 
+    model, guide = program(code, output=lambda z: around(pyro.param("decoder", torch.tensor(1.0)) * z))
     kernels = [pyro_kernels.RBF(2, lengthscale=torch.tensor(s)) for s in (0.5, 4.0)]
     loss = WAELoss(MMD(as_kernel(kernels[0]) + as_kernel(kernels[1])))
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
     before = None
     for _ in range(3):
-        svi.step(rows(20, 2, torch.float32))
+        svi.step(torch.randn(20, 2))
         store = pyro.get_param_store()
         after = {name: value.item() for name, value in store.items()}
         assert set(after) == {"decoder", "encoder", "scale"}

@@ -10,24 +10,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from learned_priors import PRIORS, Nets, every_prior
+from learned_priors import PRIORS, Nets, every_prior, mixture
 from pyro.infer import SVI
 from pyro.optim import Adam
+from references import program
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.penalties import MMD, Penalty, PenaltyContext, PriorLikelihood
-from pyro_wae.priors import MixturePrior, NormalMixture, VampPrior
+from pyro_wae.priors import MixturePrior, VampPrior
 
 SEED = 3
 N = 200
-
-
-def mixture(logits, locs, tril):
-    full = tril.ndim > locs.ndim
-    component = dist.MultivariateNormal(locs, scale_tril=tril) if full else dist.Normal(locs, tril).to_event(1)
-    return NormalMixture(dist.Categorical(logits=logits), component)
 
 
 # The modules
@@ -235,16 +230,8 @@ def test_closed_form_of_a_pyro_mixture_is_the_mean_over_draws():
     codes = torch.randn(50, 2)
 
     def value(closed_form, make=PYRO_MIXTURES["MixtureOfDiagNormals"][0]):
-        def model():
-            with pyro.plate("data", 50):
-                pyro.sample("x", dist.Normal(pyro.sample("z", make()), 1).to_event(1), obs=codes)
-
-        def guide():
-            with pyro.plate("data", 50):
-                pyro.sample("z", dist.Delta(codes).to_event(1))
-
         loss = WAELoss(MMD(Gaussian(1.0), closed_form=closed_form), prior_draws=10)
-        loss.loss(model, guide)
+        loss.loss(*program(prior=lambda x: make()), codes)
         return loss.terms.penalty.double()
 
     drawn = torch.stack([value(False) for _ in range(200)])

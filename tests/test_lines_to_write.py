@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import PROGRAMS, N, all_data, around, data, delta, encoded, normal, pair, run
+from program_table import PROGRAMS, run
+from programs import N, all_data, around, data, delta, encoded, normal, pair
 from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
@@ -40,7 +40,7 @@ def go(programs=None, **options):
 
 
 def of_table(name):
-    """A program of programs.py, with the error that it raises."""
+    """A program of program_table.py, with the error that it raises."""
 
     def broken():
         found = run(PROGRAMS[name])
@@ -68,24 +68,6 @@ def guide_with(line):
             pyro.sample("z", delta(encoded(x)))
 
     return guide
-
-
-def plates(*, model="data", guide="data"):
-    """A program whose latent site is in a plate or in none, like its data."""
-
-    def place(name, x):
-        return pyro.plate(name, len(x)) if name else nullcontext()
-
-    def its_model(x, index, seen):
-        with place(model, x):
-            z = pyro.sample("z", normal(x) if model else normal(x).expand([len(x)]))
-            pyro.sample("x", around(z), obs=x)
-
-    def its_guide(x, index, seen):
-        with place(guide, x):
-            pyro.sample("z", delta(encoded(x)))
-
-    return its_model, its_guide
 
 
 def observing(value_of, output=around):
@@ -118,18 +100,9 @@ def condition_and_data(x, index, seen):
         pyro.sample("x", around(z), obs=x)
 
 
-def nan_codes(clean):
-    """A masked datum that the guide makes a code of."""
-
-    def model(x, index, seen):
-        with all_data(x, index), poutine.mask(mask=seen):
-            pyro.sample("x", around(pyro.sample("z", normal(x))), obs=x)
-
-    def guide(x, index, seen):
-        with all_data(x, index):
-            pyro.sample("z", delta(encoded(clean(x.where(seen[:, None], torch.nan)))))
-
-    return model, guide
+def with_nan(codes):
+    """Codes of a guide that encodes masked data too, which hold NaN."""
+    return codes.where(SEEN[:, None], torch.nan)
 
 
 class Weighted(PyroModule):
@@ -182,35 +155,6 @@ def masked_by(mask_of):
         with all_data(x, index):
             pyro.sample("first", dist.Delta(x[:, 0]))
             pyro.sample("z", delta(encoded(x)))
-
-    return model, guide
-
-
-def many_observed(event_dim):
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x))
-            pyro.sample("x", dist.Normal(z, 1).to_event(event_dim), obs=x)
-
-    return model, pair()[1]
-
-
-def batch_in_the_event(plate):
-    """Without a plate and with the batch in the event, and with the line that the error writes."""
-
-    def around(event_dim):
-        return pyro.plate("data", len(X)) if plate else nullcontext(), event_dim - plate
-
-    def model(x, index, seen):
-        place, event_dim = around(2)
-        with place:
-            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1).to_event(event_dim))
-            pyro.sample("x", dist.Normal(z, 1).to_event(event_dim), obs=x)
-
-    def guide(x, index, seen):
-        place, event_dim = around(2)
-        with place:
-            pyro.sample("z", dist.Normal(x, 1).to_event(event_dim))
 
     return model, guide
 
@@ -298,7 +242,7 @@ CASES = {
         of_table("several plates"),
         go(PROGRAMS["several plates"].make(), data_plate="data"),
     ),
-    "with pyro.plate('data', n): pyro.sample('z0', ...)": (of_table("data one by one"), go(plates())),
+    "with pyro.plate('data', n): pyro.sample('z0', ...)": (of_table("data one by one"), go()),
     "w = pyro.param('w', ...), and leave it out of the guide": (
         of_table("global latent"),
         go(with_(lambda x, z, seen: 0 * pyro.param("w", torch.ones(3)))),
@@ -308,8 +252,8 @@ CASES = {
         go((Weighted(nn.Parameter(torch.ones(3))), pair()[1])),
     ),
     "in model and guide: with pyro.plate('data', 8): pyro.sample('z', ...)": (
-        go(plates(model=None, guide=None)),
-        go(plates()),
+        of_table("no plate"),
+        go(),
     ),
     "mask that is computed from the data": (
         go(masked_by(lambda first, x: first > 0)),
@@ -340,8 +284,8 @@ CASES = {
         go(observing(lambda x: torch.nn.functional.one_hot(labels(x), 3), one_of_three)),
     ),
     "Write into the guide: x = x.nan_to_num()": (
-        lambda: unvalidated(go(nan_codes(lambda x: x))),
-        go(nan_codes(torch.nan_to_num)),
+        lambda: unvalidated(go(pair(code=lambda loc: delta(with_nan(loc)), seen_alone=True))),
+        go(pair(code=lambda loc: delta(with_nan(loc).nan_to_num()), seen_alone=True)),
     ),
     "z = pyro.sample('z', ...)": (of_table("nothing shared"), go()),
     "pyro.sample('x', ..., obs=x); ": (of_table("nothing observed"), go()),
@@ -376,10 +320,10 @@ CASES = {
         go(observing(lambda x: x.to_sparse().to_dense())),
     ),
     "Write .to_event(1), which leaves the first dimension to the data plate": (
-        lambda: unvalidated(go(many_observed(2))),
-        go(many_observed(1)),
+        lambda: unvalidated(go(pair(output=lambda z: dist.Normal(z, 1).to_event(2)))),
+        go(pair(output=lambda z: dist.Normal(z, 1).to_event(1))),
     ),
-    "write .to_event(1) inside pyro.plate('data', 8)": (go(batch_in_the_event(False)), go(batch_in_the_event(True))),
+    "write .to_event(1) inside pyro.plate('data', 8)": (of_table("batch in the event"), go()),
     "dist.RelaxedBernoulliStraightThrough(temperature, logits=...)": (
         of_table("enumerated in the guide"),
         go(
@@ -395,7 +339,7 @@ CASES = {
     ),
     "dist.Normal(loc, scale), or dist.Delta(loc)": (of_table("no gradient"), go(GAUSSIAN_GUIDE)),
     "poutine.mask(mask=...) with one truth value for each datum": (
-        go((poutine.mask(pair()[0], mask=torch.ones(N + 1).bool()), pair()[1])),
+        of_table("mask of another batch at z"),
         go((poutine.mask(pair()[0], mask=torch.ones(N).bool()), pair()[1])),
     ),
     "write the choice into the site's distribution": (

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from learned_priors import Nets
-from programs import around, normal
+from programs import around, delta, normal
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, init_to_sample
@@ -306,35 +306,6 @@ def test_runs_of_the_backward_pass_draw_what_the_first_drew():
     assert not torch.equal(net.codes[0], net.codes[1])
 
 
-def test_gradient_with_torchs_noise_is_that_of_all_codes_by_hand():
-    net = Noisy()
-    x = arguments()["x"]
-    weight = 2.0
-    loss_fn = WAELoss(MMD(Gaussian(1.0)), penalty_weight=weight, micro_batch=ROWS)(net.model, net.guide)
-    torch.manual_seed(1)
-    value = loss_fn(x)
-    value.backward()
-    grads = {name: p.grad.clone() for name, p in net.named_parameters()}
-    net.zero_grad()
-    torch.manual_seed(1)
-    codes, costs = [], []
-    for rows in x.split(ROWS):
-        loc, scale = net.encoder(rows).chunk(2, -1)
-        codes.append(loc + scale.exp() * torch.randn(len(rows), D, dtype=torch.float64))
-        costs.append((rows - nn.functional.dropout(net.decoder(codes[-1]))).square().sum(1))
-        torch.randn(len(rows), D, dtype=torch.float64)  # the prior draws, which the closed form does not read
-    z = torch.cat(codes)
-    d = D
-    kernel = torch.exp(-((z[:, None] - z[None]) ** 2).sum(2) / 2)
-    cross = (2**-0.5) ** d * torch.exp(-z.square().sum(1) / 4)
-    penalty = (kernel.sum() - N) / (N * (N - 1)) - 2 * cross.mean() + (3**-0.5) ** d
-    expected = torch.cat(costs).mean() + weight * penalty
-    expected.backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
-    for name, parameter in net.named_parameters():
-        assert_close(grads[name], parameter.grad)
-
-
 @pytest.mark.parametrize("method", ["loss", "loss_and_grads"])
 def test_the_ways_to_the_loss_agree(method):
     net, x = Noisy(), arguments()["x"]
@@ -475,18 +446,10 @@ def test_one_datum_left_over_does_not_make_the_prior_vary():
     """One code shows no prior that is common to all; five data in runs of four and one have the loss of all at once."""
     encoder, decoder, loc = nn.Linear(3, 2), nn.Linear(2, 3), nn.Parameter(torch.tensor([0.3, -0.2]))
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(loc, 1).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
-
+    programs = program(lambda x: delta(encoder(x)), lambda x: around(loc), lambda z: around(decoder(z)))
     x = torch.randn(5, 3)
     losses = []
     for size in (None, 4):
         pyro.set_rng_seed(0)
-        losses.append(WAELoss(penalty_weight=10.0, micro_batch=size).loss(model, guide, x))
+        losses.append(WAELoss(penalty_weight=10.0, micro_batch=size).loss(*programs, x))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -8,8 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-
-from pyro_wae.priors import NormalMixture
+from learned_priors import mixture
 
 SEED = 3
 
@@ -26,12 +25,6 @@ def mixture_parameters(kind):
         tril = tril.diag_embed() + torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [-0.3, 0.4, 0]]).double()
     parameters = [torch.tensor(LOGITS).double(), torch.tensor(LOCS).double(), tril]
     return [parameter.requires_grad_() for parameter in parameters]
-
-
-def mixture(logits, locs, tril):
-    full = tril.ndim > locs.ndim
-    component = dist.MultivariateNormal(locs, scale_tril=tril) if full else dist.Normal(locs, tril).to_event(1)
-    return NormalMixture(dist.Categorical(logits=logits), component)
 
 
 def mean_cosine(logits, locs, tril):

@@ -10,13 +10,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from penalty_cases import CASES, D, adam, every_case, zeroed
 from programs import AutoEncoder, delta
 from pyro.infer import SVI
+from references import made_by_default
 from torch import nn
 from torch.nn.functional import normalize
 
 from pyro_wae import WAELoss
-from pyro_wae.kernels import Gaussian, Laplace, MultiScale, RationalQuadratic
+from pyro_wae.kernels import Gaussian, Laplace, MultiScale
 from pyro_wae.penalties import (
     MMD,
     Chain,
@@ -32,98 +34,7 @@ from pyro_wae.penalties import (
     SphericalSlicedWasserstein,
     SumPenalty,
     UnitVarianceKL,
-    as_penalty,
 )
-
-D = 8
-
-
-def mean_gap(codes, prior):
-    return (codes.mean(0) - prior.mean(0)).square().sum()
-
-
-def standard_normal(z):
-    return -z.square().sum(1) / 2
-
-
-def zeroed():
-    """A discriminator that starts by knowing nothing, and takes any precision."""
-    discriminator = nn.Sequential(nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, 1))
-    nn.init.zeros_(discriminator[2].weight)
-    nn.init.zeros_(discriminator[2].bias)
-    return discriminator
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
-class Case:
-    """A penalty with what is known of it at Q_Z = P_Z, for n = m = 100 and d = 8.
-
-    Args:
-        make: Makes the penalty.
-        bias: Its mean there, as documented; 0 where the estimate is unbiased.
-        sphere: Whether codes lie on the unit sphere.
-        reads_prior: Whether it reads prior samples.
-        written: Whether its repr is Python.
-        exact: Whether its gradient by the codes is the derivative of its value.
-    """
-
-    def __init__(self, make, bias=0.0, *, sphere=False, reads_prior=True, written=True, exact=True):
-        self.make = make
-        self.bias = bias
-        self.sphere = sphere
-        self.reads_prior = reads_prior
-        self.written = written
-        self.exact = exact
-        self._fitted = None
-
-    def rows(self, n, dtype=torch.float64):
-        z = torch.randn(n, D, dtype=dtype)
-        return normalize(z, dim=-1) if self.sphere else z
-
-    def elsewhere(self, n, dtype=torch.float64):
-        """Codes around a point off the prior's centre."""
-        z = 0.5 * torch.randn(n, D, dtype=dtype) + 1
-        return normalize(z, dim=-1) if self.sphere else z
-
-    def fitted(self):
-        """The penalty, its lengths and units taken from prior samples that no test looks at."""
-        if self._fitted is None:
-            pyro.set_rng_seed(123)
-            self._fitted = self.make().double()
-            # A standardised MMD keeps its unit after 8192 prior samples.
-            for _ in range(9 if isinstance(self._fitted, MMD) and self._fitted.standardize else 1):
-                if not list(self._fitted.parameters()):
-                    self._fitted(self.rows(4), self.rows(1000))
-            pyro.set_rng_seed(0)
-        return copy.deepcopy(self._fitted)
-
-
-CASES = {
-    "MMD": Case(MMD),
-    "MMD standardised": Case(lambda: MMD(Gaussian(), standardize=True)),
-    "EnergyDistance": Case(EnergyDistance),
-    "SlicedWasserstein": Case(lambda: SlicedWasserstein(100), 0.055),
-    "MaxSlicedWasserstein": Case(MaxSlicedWasserstein, 0.25, exact=False),
-    "SphericalSlicedWasserstein": Case(SphericalSlicedWasserstein, 1 / 600, sphere=True),
-    "Sinkhorn": Case(Sinkhorn, 0.53, exact=False),
-    "CramerWold": Case(CramerWold),
-    "JensenShannon": Case(
-        lambda: JensenShannon(zeroed(), optimizer=None, gradient_penalty=0.0), 0.0, written=False, exact=False
-    ),
-    "KernelStein": Case(
-        lambda: KernelStein(RationalQuadratic(0.5, bandwidth=2.0), log_prob=standard_normal),
-        reads_prior=False,
-        written=False,
-    ),
-    "sum": Case(lambda: MMD() + 0.1 * SlicedWasserstein(100), 0.0055),
-    "scaled": Case(lambda: 0.5 * CramerWold()),
-    "function": Case(lambda: as_penalty(mean_gap), D * (1 / 100 + 1 / 100), written=False),
-}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
 
 # The estimate
 
@@ -289,6 +200,14 @@ def test_gradients_agree_with_finite_differences(case):
     assert torch.autograd.gradcheck(value, case.elsewhere(5).requires_grad_())
 
 
+@every_case
+def test_gradients_stay_finite_where_codes_coincide(case):
+    penalty, prior = case.fitted(), case.rows(8)
+    codes = torch.cat([prior[:2].repeat(3, 1), case.elsewhere(4)]).requires_grad_()
+    penalty(codes, prior).backward()
+    assert codes.grad.isfinite().all()
+
+
 # Bad numbers and other defaults
 
 
@@ -326,31 +245,21 @@ def penalty_of(penalty, codes, prior):
 def test_default_dtype_and_device_have_no_influence(case):
     codes, prior, values = case.elsewhere(20, torch.float32), case.rows(30, torch.float32), []
     for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
-        penalty = case.make() if list(case.make().parameters()) else None
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device if case is not CASES["Sinkhorn"] else "cpu"):  # geomloss makes tensors there
-                pyro.set_rng_seed(4)
-                values.append((penalty or case.make())(codes, prior))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        penalty = case.make().float() if list(case.make().parameters()) else None
+        # geomloss makes tensors on the default device
+        with made_by_default(dtype, device if case is not CASES["Sinkhorn"] else "cpu"):
+            pyro.set_rng_seed(4)
+            values.append((penalty or case.make())(codes, prior))
     assert values[0].dtype == values[1].dtype == torch.float32
     assert torch.equal(*values)
 
 
 def test_the_default_discriminator_is_made_in_the_codes_dtype_and_device():
-    pyro.set_rng_seed(0)
-    values = []
+    codes, prior, values = torch.ones(5, 2).float(), torch.zeros(6, 2).float(), []
     for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device):
-                pyro.set_rng_seed(4)
-                values.append(
-                    JensenShannon()(torch.ones(5, 2, device="cpu").float(), torch.zeros(6, 2, device="cpu").float())
-                )
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with made_by_default(dtype, device):
+            pyro.set_rng_seed(4)
+            values.append(JensenShannon()(codes, prior))
     torch.testing.assert_close(*values)
 
 
@@ -468,14 +377,6 @@ def test_torch_optimisers_train_the_encoder_with_it(case):
     assert loss_fn.terms.penalty.isfinite()
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    store = tmp_path_factory.mktemp("ddp") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("case", "make"),
     [
@@ -535,32 +436,6 @@ def test_a_sum_needs_draws_if_a_part_does():
     assert not (KernelStein() + UnitVarianceKL()).needs_prior_draws
     assert not (0.1 * KernelStein()).needs_prior_draws
     assert (0.1 * MMD()).needs_prior_draws
-
-
-@pytest.mark.parametrize("draws_needed", [True, False])
-def test_a_penalty_by_site_gets_that_sites_codes(draws_needed):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            b = pyro.sample("b", dist.Normal(x.new_zeros(3), 1).to_event(1))
-            pyro.sample("x", dist.Normal(torch.cat([a, b], -1), 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("a", dist.Normal(x[:, :2], 0.3).to_event(1))
-            pyro.sample("b", dist.Normal(x[:, 2:], 0.3).to_event(1))
-
-    first = MMD(Gaussian(1.0)) + 0.1 * SlicedWasserstein()
-    penalties = {"a": first if draws_needed else LogVarianceL1(), "b": 0.5 * EnergyDistance() if draws_needed else None}
-    loss = WAELoss(penalties)
-    svi = SVI(model, guide, pyro.optim.Adam({}), loss=loss)
-    svi.step(torch.randn(20, 5))
-    parts = loss.terms.as_dict()
-    total = sum(value for name, value in parts.items() if name.startswith("penalty/"))
-    assert parts["penalty"] == pytest.approx(total, rel=1e-5)
-    assert set(loss.terms.penalties) == ({"a", "b"} if draws_needed else {"a"})
-    if not draws_needed:
-        assert parts["penalty/a"] == pytest.approx(2 * abs(math.log(0.09)), rel=1e-5)
 
 
 def test_prior_draws_are_required_by_those_that_read_them():

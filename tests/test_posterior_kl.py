@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from references import every_particles
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -16,8 +17,6 @@ from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import MMD, PosteriorKL
 
 N, D = 9, 3
-PARTICLES = [{}, {"num_particles": 4}, {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}]
-every_particles = pytest.mark.parametrize("options", PARTICLES, ids=["one", "sequential", "vectorised"])
 
 
 def free(x, g):

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import AutoEncoder
 from pyro import poutine
 from pyro.contrib.zuko import ZukoToPyro
 from torch import nn
@@ -46,24 +47,10 @@ def hierarchy_guide(x):
             pyro.sample("b", dist.Delta(x))
 
 
-class Module(nn.Module):
+def normalised():
     """A model and a guide with BatchNorm in both."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
-        self.decoder = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4))
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.encoder(x)).to_event(1))
+    encoder = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    return AutoEncoder(4, 2, encoder=encoder, decoder=nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4)))
 
 
 def test_codes_are_the_guides_values_by_site():
@@ -106,18 +93,11 @@ def test_masked_data_are_no_rows():
     assert prior.shape == (4, 2)
 
 
-def test_decoding_gives_the_mean_of_each_observed_site():
-    codes = {"a": torch.randn(7, 1), "b": torch.randn(7, 3)}
-    outputs = decode(hierarchy, codes, torch.zeros(7, 3), data_plate="data")
-    assert list(outputs) == ["x", "y"]
-    torch.testing.assert_close(outputs["x"], codes["a"] + codes["b"])
-    torch.testing.assert_close(outputs["y"], 2 * codes["a"])
-
-
 @pytest.mark.parametrize("count", [1, 4, 10, 11])
 def test_any_number_of_codes_is_decoded_whatever_the_batch(count):
     codes = {"a": torch.randn(count, 1), "b": torch.randn(count, 3)}
     outputs = decode(hierarchy, codes, torch.zeros(4, 3), data_plate="data")
+    assert list(outputs) == ["x", "y"]
     torch.testing.assert_close(outputs["x"], codes["a"] + codes["b"])
     torch.testing.assert_close(outputs["y"], 2 * codes["a"])
 
@@ -294,7 +274,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_modules_stay_as_they_are_and_nothing_has_a_graph(call, training):
-    module = Module().train(training)
+    module = normalised().train(training)
     before = copy.deepcopy(module.state_dict())
     value = call(module, torch.randn(8, 4))
     assert not value.requires_grad
@@ -317,7 +297,7 @@ def test_batch_norm_that_another_thread_trains_meanwhile_goes_on():
 
 
 def test_batch_norm_normalises_by_the_batch_in_train_mode_alone():
-    module, x = Module(), torch.randn(8, 4) + 20
+    module, x = normalised(), torch.randn(8, 4) + 20
     codes = encode(module.model, module.guide, x)["z"]
     torch.testing.assert_close(codes.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
     with torch.no_grad():
@@ -351,19 +331,10 @@ def test_a_site_without_a_mean_is_drawn():
     assert sample(categorical, x, random=True)["x"].max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x, y: decode(hierarchy, {"a": x[:, :1], "b": x[:2]}, x, data_plate="data"), "same number.*'b': 2"),
-        (lambda x, y: decode(hierarchy, {"a": x[0, 0]}, x, data_plate="data"), "site 'a' have shape"),
-        (lambda x, y: sample(model, y, return_sites=["w"]), "'w'.*'z', 'x'"),
-        (lambda x, y: code_rows(model, guide, y, site="w"), "site must be 'z', found 'w'.*site='z'"),
-    ],
-    ids=["different-counts", "no-data-dimension", "unknown-sample", "unknown-rows"],
-)
-def test_errors_say_what_was_found(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(torch.randn(4, 3), torch.randn(4, 2))
+def test_codes_of_different_numbers_are_named():
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"same number.*'b': 2"):
+        decode(hierarchy, {"a": x[:, :1], "b": x[:2]}, x, data_plate="data")
 
 
 # A prior in place of the model's own

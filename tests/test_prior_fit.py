@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import delta, normal
+from programs import AutoEncoder, delta, normal
 from pyro.distributions import transforms
 from references import program
 from torch import nn
@@ -91,15 +90,9 @@ def test_a_normal_finds_the_mean_and_the_scale_of_the_codes(kind):
 
 
 def test_model_and_guide_stay_as_they_are():
-    net = nn.Linear(D, D)
-
-    def encoder(x):
-        pyro.module("net", net)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(net(x)).to_event(1))
-
+    net = AutoEncoder(D, D)
     before = [parameter.clone() for parameter in net.parameters()]
-    priors.fit(model, encoder, torch.randn(200, D), prior=MixturePrior(3, D), steps=5)
+    priors.fit(net.model, net.guide, torch.randn(200, D), prior=MixturePrior(3, D), steps=5)
     assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in net.parameters())
 

@@ -9,7 +9,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from learned_priors import PRIORS, Nets, every_prior
-from pyro.infer import SVI
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -64,36 +63,6 @@ def test_likelihood_of_a_hierarchical_prior_is_that_of_both_layers():
     # d/d bias of E (z2 - w z1 - b)^2 / (2 * 0.25)
     expected = -(x[:, 1:] - lower(x[:, :1]).detach()).mean() / 0.25
     torch.testing.assert_close(lower.bias.grad, expected[None])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True])
-def test_likelihood_finds_weights_locations_and_scales_of_a_mixture(full):
-    """Codes of two heaps, 0.3 and 0.7, that no encoder moves: within four standard errors of 100 batches of 200."""
-    truth = dist.MixtureSameFamily(
-        dist.Categorical(torch.tensor([0.3, 0.7])),
-        dist.Normal(torch.tensor([[-2.0, 1.0], [1.0, -1.0]]), torch.tensor([[0.3, 0.6], [0.8, 0.4]])).to_event(1),
-    )
-    prior = MixturePrior(2, 2, full_covariance=full, standardized=False)
-
-    def model(z):
-        pyro.module("prior", prior)
-        with pyro.plate("data", len(z)):
-            pyro.sample("x", dist.Normal(pyro.sample("z", prior()), 1).to_event(1), obs=z)
-
-    def guide(z):
-        with pyro.plate("data", len(z)):
-            pyro.sample("z", dist.Delta(z).to_event(1))
-
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995}), loss=WAELoss(PriorLikelihood()))
-    for _ in range(600):
-        svi.step(truth.sample((N,)))
-    found = prior()
-    order = found.component_distribution.mean[:, 0].argsort()
-    torch.testing.assert_close(found.mixture_distribution.probs[order], torch.tensor([0.3, 0.7]), atol=0.03, rtol=0)
-    true = truth.component_distribution
-    torch.testing.assert_close(found.component_distribution.mean[order], true.mean, atol=0.1, rtol=0)
-    torch.testing.assert_close(found.component_distribution.stddev[order], true.stddev, atol=0.1, rtol=0)
 
 
 def test_likelihood_is_0_without_gradients():

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from programs import AutoEncoder, around
 from pyro.distributions import transforms
 from pyro.infer import SVI
 from pyro.optim import Adam, ClippedAdam
@@ -88,21 +89,10 @@ PRIORS = {
 }
 
 
-class Plain(nn.Module):
-    """An encoder and a decoder around any prior of d coordinates."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(4, d), nn.Linear(d, 4)
-
-    def model(self, x, prior):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", prior())
-            pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
-
-    def guide(self, x, prior):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), 0.1).to_event(1))
+def nets(prior):
+    """Linear nets around a prior, with a random encoder."""
+    d = prior.event_shape[0]
+    return AutoEncoder(4, d, prior=lambda x: prior, code=lambda loc: dist.Normal(loc, 0.1).to_event(1))
 
 
 def finite_gradients(module):
@@ -112,10 +102,10 @@ def finite_gradients(module):
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_prior_takes_a_step_and_its_draws_have_its_law(name):
     prior = PRIORS[name]()
-    net, capture, x = Plain(prior.event_shape[0]), Capture(), torch.randn(N, 4)
+    net, capture, x = nets(prior), Capture(), torch.randn(N, 4)
     # VonMises, Dirichlet and the like are no Normal: the guide's support differs and no density is asked for.
     loss = WAELoss(capture, prior_draws=5)(net.model, net.guide)
-    loss(x, lambda: prior).backward()
+    loss(x).backward()
     assert finite_gradients(net)
     (draws,) = capture.prior
     assert draws.shape == (5 * N, prior.event_shape[0])
@@ -131,23 +121,20 @@ def test_a_prior_takes_a_step_and_its_draws_have_its_law(name):
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_prior_trains_with_the_default_penalty_through_svi(name):
     prior = PRIORS[name]()
-    net, x = Plain(prior.event_shape[0]), torch.randn(N if name == "Empirical" else 32, 4)
-
-    def model(x, prior):
-        pyro.module("net", net)
-        net.model(x, prior)
-
-    svi = SVI(model, net.guide, Adam({"lr": 1e-2}), loss=WAELoss())
+    net, x = nets(prior), torch.randn(N if name == "Empirical" else 32, 4)
+    svi = SVI(net.model, net.guide, Adam({"lr": 1e-2}), loss=WAELoss())
     before = [p.clone() for p in net.parameters()]
-    svi.step(x, lambda: prior)
+    svi.step(x)
     for old, new in zip(before, net.parameters(), strict=True):
         assert new.isfinite().all()
         assert not torch.equal(old, new)
 
 
 def test_vectorised_particles_draw_the_prior_afresh_for_each():
-    net, capture, x = Plain(2), Capture(), torch.randn(N, 4)
-    WAELoss(capture, num_particles=3, vectorize_particles=True, prior_draws=2)(net.model, net.guide)(x, mixture)
+    net, capture = nets(mixture()), Capture()
+    WAELoss(capture, num_particles=3, vectorize_particles=True, prior_draws=2).loss(
+        net.model, net.guide, torch.randn(N, 4)
+    )
     draws = torch.cat(capture.prior)
     assert draws.shape == (6 * N, 2)
     assert len(torch.unique(draws, dim=0)) == 6 * N
@@ -188,20 +175,13 @@ def test_a_hierarchical_prior_is_drawn_from_the_top(vectorize):
     assert scipy.stats.spearmanr(rest, draws[:, 0]).pvalue > LEVEL
 
 
-def conditional(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(2 * x[:, :1], 0.5).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[:, :1])
-
-
-def conditional_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(2 * x[:, :1], 0.5).to_event(1))
+def twice(x):
+    return dist.Normal(2 * x, 0.5).to_event(1)
 
 
 def test_a_prior_that_depends_on_the_data_is_drawn_for_the_same_data():
     capture, x = Capture(), 10 * torch.randn(N, 1)
-    WAELoss(capture, prior_draws=2).loss(conditional, conditional_guide, x)
+    WAELoss(capture, prior_draws=2).loss(*program(twice, twice), x)
     (draws,) = capture.prior
     rest = (draws - 2 * x.repeat(2, 1)).flatten()
     assert scipy.stats.kstest(rest.numpy(), "norm", (0, 0.5)).pvalue > LEVEL
@@ -241,9 +221,7 @@ LARGE_AS_A_BATCH = {
 @pytest.mark.parametrize("rows", [4, 5])
 def test_a_batch_as_large_as_a_code_has_a_prior_of_its_own_all_the_same(kind, rows):
     seen = Seen()
-
     model, guide = program(prior=lambda x: LARGE_AS_A_BATCH[kind]())
-
     WAELoss(seen, penalty_weight=1.0).loss(model, guide, torch.randn(rows, 4))
     assert not seen.context.shared_data
 
@@ -343,24 +321,15 @@ def test_codes_that_equal_a_prior_given_the_data_have_no_penalty_and_no_bias(kin
 @pytest.mark.filterwarnings("ignore:The prior of latent site")
 def test_a_root_prior_shares_data_with_the_codes_only_if_it_may_depend_on_them(prior, varies):
     fixed = prior()
-    net, penalty, x = Plain(fixed.event_shape[0]), Seen(), torch.randn(N, 4)
+    net, penalty, x = nets(fixed), Seen(), torch.randn(N, 4)
     loss = WAELoss(penalty)(net.model, net.guide)
     for _ in range(2):  # a flow caches its last draw, which must not count
-        loss(x, lambda: fixed)
+        loss(x)
     assert [context.shared_data for *_, context in penalty.calls] == [varies] * 2
 
 
 def test_a_learnable_location_gets_its_gradient_from_the_penalty():
-    def model(x):
-        loc = pyro.param("loc", torch.zeros(2))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(loc, 1).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x).to_event(1))
-
+    model, guide = program(prior=lambda x: around(pyro.param("loc", torch.zeros(2))))
     x, capture = torch.randn(N, 2) + 4, Capture()
     WAELoss(capture, penalty_weight=1.0).loss_and_grads(model, guide, x)
     assert capture.prior[0].requires_grad
@@ -400,22 +369,25 @@ def test_a_learnable_hierarchical_prior_gets_its_gradient_from_the_penalty():
 def test_a_learnable_mixture_weight_warns_that_its_gradient_is_lost(vectorize):
     logits = nn.Parameter(torch.zeros(2))
 
-    def prior():
+    def learnt(x):
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), mixture().component_distribution)
 
-    net, x = Plain(2), torch.randn(32, 4)
+    net, x = nets(mixture()), torch.randn(32, 4)
+    fixed, net.prior = net.prior, learnt
     drawn = MMD(closed_form=False)
     loss = WAELoss(drawn, num_particles=2, vectorize_particles=vectorize)(net.model, net.guide)
     with pytest.warns(UserWarning, match=r"prior at site 'z' \(MixtureSameFamily\) has learnable parameters"):
-        value = loss(x, prior)
+        value = loss(x)
     value.backward()
     assert logits.grad is None
     with torch.no_grad(), warnings.catch_warnings(action="error"):
-        loss(x, prior)
+        loss(x)
     with warnings.catch_warnings(action="error"):
-        loss(x, mixture)
-        WAELoss(MMD())(net.model, net.guide)(x, prior).backward()  # whose closed form gives them their gradient
+        WAELoss(MMD())(net.model, net.guide)(x).backward()  # whose closed form gives them their gradient
     assert logits.grad.abs().max() > 0
+    net.prior = fixed
+    with warnings.catch_warnings(action="error"):
+        loss(x)
 
 
 def test_a_learnable_weight_deep_in_a_hierarchy_warns():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from programs import PROGRAMS, check, run
+from program_table import PROGRAMS, check, run
 
 ROUTES = {
     "svi": {},
@@ -36,7 +36,7 @@ def test_a_step_is_what_the_table_says(name, route):
 def two_ranks(tmp_path_factory):
     """What each of two processes finds with half of the data."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(Path(__file__).with_name("programs.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("program_table.py"))]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     ranks = [

@@ -14,26 +14,6 @@ from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood
 
 
-@pytest.mark.parametrize("cost", [None, lambda x, g: (x - g).square().sum(1), NegativeLogLikelihood()])
-@pytest.mark.parametrize("options", [{}, {"num_particles": 2, "vectorize_particles": True}], ids=str)
-def test_a_scale_for_each_datum_weighs_its_cost(cost, options):
-    x, weights = torch.randn(6, 2), torch.arange(1.0, 7.0)
-    loss = WAELoss(Seen(torch.mean), cost=cost, **options)
-
-    def plate(x):
-        return pyro.plate("data", 4 * len(x), subsample=torch.arange(len(x)))
-
-    def model(x):
-        with plate(x):
-            z = pyro.sample("z", normal(x, 2))
-            with poutine.scale(scale=weights):
-                pyro.sample("x", around(z), obs=x)
-
-    loss.loss(model, program(lambda x: delta(x + 1), plate=plate)[1], x)
-    one = 1 + torch.log(torch.tensor(2 * torch.pi)).item() if isinstance(cost, NegativeLogLikelihood) else 2
-    assert loss.terms.cost.item() == pytest.approx(one * weights.mean().item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("scale", [1e-3, 7.0, torch.tensor(0.02)], ids=str)
 @pytest.mark.parametrize("weight", ["Constraint", "number"])
 def test_a_scale_of_everything_leaves_the_balance_of_cost_and_penalty(scale, weight):
@@ -85,9 +65,6 @@ def test_a_subsampled_plate_inside_a_datum_stands_for_the_whole(kind, sizes):
     """Each element costs (b + 1)^2 with b its place, squared error; in nats, half of that and a constant."""
     full, part = sizes
     x = torch.zeros(6, full)
-
-    def cost_of(index):
-        return (index.float() + 1).square()
 
     def model(x):
         rows = pyro.plate("data", 6, dim=-1)

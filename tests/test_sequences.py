@@ -11,9 +11,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import normal
 from pyro import poutine
 from pyro.infer import SVI
-from references import Seen
+from references import Seen, nested, program
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -204,19 +205,6 @@ def test_each_site_is_a_step():
             assert context.prior is None
 
 
-def test_prior_draws_of_a_pair_are_of_its_steps():
-    """Variances 1, 1.25, 1.3125: of 4000 draws the relative standard error is 0.022, of a covariance alike."""
-    steps, record = Steps(), Seen(data_count)
-    WAELoss(Chain(record), prior_draws=1).loss(steps.model, steps.guide, rows(4000, 3))
-    variances = [1.0, 1.25, 1.3125]
-    for t, (_, prior, _) in enumerate(record.calls):
-        cov = prior.mT.cov()
-        eye = torch.eye(D).double()
-        blocks = [[variances[t], 0.5 * variances[t]], [0.5 * variances[t], variances[t + 1]]]
-        expected = torch.cat([torch.cat([b * eye for b in row], 1) for row in blocks])
-        torch.testing.assert_close(cov, expected, atol=0.15, rtol=0)
-
-
 def test_a_datum_that_has_ended_is_left_out_and_steps_weigh_by_their_data():
     x, record = rows(7, 5), Seen(data_count)
     steps = Steps(MASK)
@@ -382,57 +370,40 @@ def test_a_guard_sees_the_variances_of_its_run(order):
 # A sequence in one site
 
 
-def plated(x, mask):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1), poutine.mask(mask=mask):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+def in_plates(outer, inner):
+    sizes = {"data": 7, "time": 5}
+    return lambda x: nested(pyro.plate(outer, sizes[outer], dim=-2), pyro.plate(inner, sizes[inner], dim=-1))
 
 
-def plated_guide(x, mask):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1):
-        pyro.sample("z", dist.Delta(x).to_event(1))
+# Model and guide, and what makes their data of x and their mask of MASK.
+IN_ONE_SITE = {
+    "plate": (program(prior=lambda x: normal(x, D), plate=in_plates("data", "time")), lambda x: x),
+    "plate, time first": (
+        program(prior=lambda x: normal(x, D), plate=in_plates("time", "data")),
+        lambda x: x.transpose(0, 1),
+    ),
+    "event": (
+        program(
+            lambda x: dist.Delta(x).to_event(2),
+            lambda x: dist.Normal(x.new_zeros(x.shape[1:]), 1).mask(MASK[..., None]).to_event(2),
+            lambda z: dist.Normal(z, 1).to_event(2),
+        ),
+        None,
+    ),
+}
 
 
-def time_first(x, mask):
-    with pyro.plate("time", x.shape[1], dim=-2), pyro.plate("data", len(x), dim=-1), poutine.mask(mask=mask.mT):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.transpose(0, 1))
-
-
-def time_first_guide(x, mask):
-    with pyro.plate("time", x.shape[1], dim=-2), pyro.plate("data", len(x), dim=-1):
-        pyro.sample("z", dist.Delta(x.transpose(0, 1)).to_event(1))
-
-
-def event(x, mask):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[1:]), 1).mask(mask[..., None]).to_event(2))
-        pyro.sample("x", dist.Normal(z, 1).to_event(2), obs=x)
-
-
-def event_guide(x, mask):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(x).to_event(2))
-
-
-@pytest.mark.parametrize(
-    ("model", "guide"),
-    [(plated, plated_guide), (time_first, time_first_guide), (event, event_guide)],
-    ids=["plate", "plate-time-first", "event"],
-)
-def test_a_site_that_holds_a_sequence_is_cut_into_steps(model, guide):
-    x, record = rows(7, 5), Seen(data_count)
-    WAELoss(Chain(record, step_size=D), data_plate="data").loss(model, guide, x, MASK)
+@pytest.mark.parametrize("kind", IN_ONE_SITE)
+def test_a_site_that_holds_a_sequence_is_cut_into_steps(kind):
+    x, record, ((model, guide), laid_out) = rows(7, 5), Seen(data_count), IN_ONE_SITE[kind]
+    given = x if laid_out is None else laid_out(x)
+    mask = True if laid_out is None else laid_out(MASK)
+    WAELoss(Chain(record, step_size=D), data_plate="data").loss(poutine.mask(model, mask=mask), guide, given)
     assert [codes.shape[1] for codes, _, _ in record.calls] == [7, 5, 3, 2]
     for t, (codes, prior, _) in enumerate(record.calls[1:], 1):
         kept = MASK[:, t + 1]
         torch.testing.assert_close(codes[0], x[kept, t : t + 2].flatten(1))
         assert prior.shape == codes[0].shape
-
-
-def test_wrong_steps_of_a_site_are_refused():
-    with pytest.raises(ValueError, match="A code of 10 numbers is not made of steps of 3"):
-        WAELoss(Chain(MMD(), step_size=3), data_plate="data").loss(event, event_guide, rows(7, 5), MASK)
 
 
 # Pyro's deep Markov model

@@ -442,31 +442,6 @@ def with_a_density(kind):
 # Other programs of a kind that went wrong without a word
 
 
-@pytest.mark.parametrize("sign_in", ["model", "guide", "both"])
-def test_a_factor_trains_what_it_depends_on_as_trace_elbo_does(sign_in):
-    """Slope of Trace_ELBO in a parameter that only factors read, divided by the number of data."""
-    x = X
-
-    def make():
-        def line(name, sign, has_rsample=None):
-            return lambda *_: pyro.factor(
-                name, sign * (pyro.param("w", torch.tensor(2.0)) * F), has_rsample=has_rsample
-            )
-
-        nothing = lambda *_: None  # noqa: E731
-        in_model, in_guide = sign_in in ("model", "both"), sign_in in ("guide", "both")
-        return program(line("f", 1.0) if in_model else nothing, line("g", 0.3, True) if in_guide else nothing)
-
-    slopes = []
-    for loss in (pyro.infer.Trace_ELBO(), WAELoss(cost=NegativeLogLikelihood(), penalty_weight=0.0)):
-        pyro.clear_param_store()
-        model, guide = make()
-        loss.loss_and_grads(model, guide, x)
-        slopes.append(pyro.param("w").grad.item())
-    assert slopes[1] == pytest.approx(slopes[0] / N, rel=1e-5)
-    assert abs(slopes[1]) > 0.1
-
-
 def test_a_factor_of_the_guide_may_have_the_name_of_what_the_model_observes():
     model, guide = program(guide_line=lambda: pyro.factor("x", F, has_rsample=True))
     loss = WAELoss(Seen(), penalty_weight=0.0)

@@ -7,11 +7,11 @@ import itertools
 import math
 import pickle
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from references import mean_is_zero, rows
+from programs import normal
+from references import mean_is_zero, program, rows
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Laplace
@@ -303,15 +303,7 @@ def test_only_a_standardised_estimate_has_a_unit():
 def test_the_loss_of_matching_codes_has_mean_0_and_deviation_1(d):
     """Null: the guide is the prior, n = 50; 300 steps, seed 0."""
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(d), 1).to_event(1))
-            pyro.sample("x", dist.Normal(x, 1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(d), 1).to_event(1))
-
+    model, guide = program(lambda x: normal(x, d), lambda x: normal(x, d), lambda z: dist.Normal(z[..., 0], 1))
     loss, values = WAELoss(MMD(standardize=True)), []
     for _ in range(300):
         loss.loss(model, guide, torch.zeros(50))

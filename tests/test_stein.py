@@ -16,7 +16,7 @@ from pyro_wae.kernels import (
     MultiScale,
     RationalQuadratic,
 )
-from pyro_wae.penalties import MMD, PenaltyContext
+from pyro_wae.penalties import PenaltyContext
 from pyro_wae.penalties.stein import KernelStein
 
 # Each kernel beside its value as a function of squared distance.
@@ -132,28 +132,6 @@ def test_it_averages_to_the_closed_form_of_two_gaussians(shift, scale):
     errors = [penalty(mean + scale * rows(40, 3)) - truth for _ in range(200)]
     assert mean_is_zero(errors)
     assert (truth > 0.03) == (shift != 0 or scale != 1)
-
-
-@pytest.mark.parametrize("d", [1, 2, 8])
-def test_null_has_mean_0_and_off_the_null_it_is_positive(d):
-    # Null: the mean over 200 batches of 20 codes is 0; size 1/2000, seed 0.
-    context = normal_context(d, 2.0)
-    penalty = KernelStein()
-    assert mean_is_zero([penalty(2 * rows(20, d), context=context) for _ in range(200)])
-    for codes in (2 * rows(300, d) + 2, rows(300, d), 4 * rows(300, d), torch.zeros(300, d).double()):
-        assert penalty(codes, context=context) > 0.03
-
-
-def test_null_of_five_particles_has_mean_0_and_pooling_them_has_not():
-    # Null: the mean over 200 batches of 10 data of 5 particles is 0; size 1/2000, seed 0.
-    penalty, context = KernelStein(), normal_context(2)
-    pooled, apart = [], []
-    for _ in range(200):
-        codes = math.sqrt(0.8) * rows(1, 10, 2) + math.sqrt(0.2) * rows(5, 10, 2)
-        apart.append(penalty(codes, context=context))
-        pooled.append(penalty(codes.flatten(0, 1), context=context))
-    assert mean_is_zero(apart)
-    assert torch.stack(pooled).mean() > 0.03
 
 
 def test_a_hierarchical_prior_enters_by_its_joint_density():
@@ -293,14 +271,6 @@ def test_a_length_stays_and_is_saved():
         torch.testing.assert_close(same(codes, context=context), value)
 
 
-def test_it_needs_no_prior_draws_and_adds_to_a_penalty_that_does():
-    codes, prior, context = rows(20, 3), rows(30, 3), normal_context(3)
-    assert not KernelStein().needs_prior_draws
-    both = MMD() + 0.5 * KernelStein()
-    expected = MMD()(codes, prior, context) + 0.5 * KernelStein()(codes, context=context)
-    torch.testing.assert_close(both(codes, prior, context), expected)
-
-
 # Errors
 
 FIX = r"Write KernelStein\(log_prob=lambda z: \.\.\.\)"
@@ -391,12 +361,6 @@ def test_a_length_that_cannot_be_taken_is_named(prior, found):
     for context in (PenaltyContext(prior=lambda: prior), *([PenaltyContext()] if prior is None else [])):
         with pytest.raises(ValueError, match=rf"{found}\. Give the length, as in KernelStein\(RationalQuadratic\("):
             KernelStein(log_prob=standard_normal)(rows(4, 2), context=context)
-
-
-def test_codes_that_are_incomplete_are_refused():
-    penalty = KernelStein(Gaussian(1.0), log_prob=standard_normal)
-    with pytest.raises(ValueError, match=r"density of whole codes, but here a mask drops parts.*Write MMD\(\)"):
-        penalty(rows(20, 3), context=PenaltyContext(shared_data=True))
 
 
 def test_each_code_may_have_its_own_datums_density():

@@ -206,15 +206,6 @@ def test_guessing_the_plate_nesting_leaves_the_random_numbers_alone():
     assert loss.loss(net.model, net.guide, x) == guessed
 
 
-def test_evaluate_loss_is_the_loss_without_gradients(net):
-    pyro.set_rng_seed(1)
-    expected = step_by_hand(net, data())[2].item()
-    svi = SVI(net.model, net.guide, Adam({}), loss=WAELoss(of_draws(), penalty_weight=WEIGHT))
-    pyro.set_rng_seed(1)
-    assert svi.evaluate_loss(data()) == pytest.approx(expected, abs=1e-10)
-    assert all(gradient is None for gradient in grads(net).values())
-
-
 def test_the_default_penalty_is_that_of_the_known_prior_by_quadrature(net):
     """|z - p|^2 is noncentral chi-squared and |p - p'|^2 / 2 is chi-squared: integrals over their densities."""
     pyro.set_rng_seed(1)
