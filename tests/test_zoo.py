@@ -124,17 +124,15 @@ HALF_THE_STEPS = {"von Mises torus", "sphere", "low-rank Normal", "Gaussian HMM"
 @pytest.mark.slow
 @every_prior
 def test_training_reaches_the_prior(name):
-    # Null: the codes of 1,000 new pictures are draws of the prior. Of three seeds one may fail at size 0.05: an encoder
-    # without any fault fails with probability 0.007. The likely seeds come first: a p-value above 0.2, which codes that
-    # are rejected half of the time hardly reach, decides by itself. Other settings are those of `make zoo`.
+    # Null: the codes of 1,000 new pictures are draws of the prior. Size of a test: 0.05, so that an encoder without
+    # any fault fails two of three seeds with probability 0.007. Other settings are those of `make zoo`.
     args = zoo.BENCH.parse([])
     args.steps //= 1 + (name in HALF_THE_STEPS)
     table = json.loads((BENCHMARKS.parent / "docs" / "_generated" / "zoo.json").read_text())["results"]
     in_table = {row["seed"]: row["p_value"] for row in table if row["prior"] == name}
-    assert sum(p_value > 0.05 for p_value in in_table.values()) >= 2
     p_values: list[float] = []
+    # Of three seeds one may fail: two that pass have decided it, whatever the order. The likely ones come first.
     for seed in sorted((0, 1, 2), key=in_table.__getitem__, reverse=True):
-        passed = sum(p_value > 0.05 for p_value in p_values)
-        if passed < 2 and not (p_values and p_values[0] > 0.2):
+        if sum(p_value > 0.05 for p_value in p_values) < 2:
             p_values.append(zoo.run(name, seed, args)[0]["p_value"])
-    assert p_values[0] > 0.2 or sum(p_value <= 0.05 for p_value in p_values) <= 1, p_values
+    assert sum(p_value <= 0.05 for p_value in p_values) <= 1, p_values

@@ -6,9 +6,9 @@ A length that is left as ``None`` is taken from the prior samples when a penalty
 
 from pyro_wae.kernels.base import Kernel, Product, Scaled, Sum
 from pyro_wae.kernels.conditional import Conditional, SameLabel, UnitMean
+from pyro_wae.kernels.energy import Energy
 from pyro_wae.kernels.function import FunctionKernel
 from pyro_wae.kernels.radial import (
-    Energy,
     Gaussian,
     InverseMultiquadratic,
     Laplace,

@@ -166,7 +166,7 @@ class Gaussian(RadialKernel):
         return torch.exp(-u / 2)
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, *_ = scratch or _scratch(u)
+        values, slopes, *_ = scratch or scratch_like(u)
         torch.exp(torch.mul(u, -0.5, out=values), out=values)
         return values, torch.mul(values, -0.5, out=slopes)
 
@@ -205,7 +205,7 @@ class InverseMultiquadratic(RadialKernel):
     def profile_and_slope_at_scales(
         self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor]:
-        values, slopes, terms, *_ = scratch or _scratch(u)
+        values, slopes, terms, *_ = scratch or scratch_like(u)
         for index, factor in enumerate(factors):
             torch.add(u, factor, out=terms).reciprocal_()
             if index:
@@ -243,7 +243,7 @@ class Laplace(RadialKernel):
     is_smooth = False
 
     def profile(self, u: Tensor) -> Tensor:
-        return torch.exp(-_root(u))
+        return torch.exp(-root(u))
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
         return self.profile_and_slope_at_scales(u, (1.0,), scratch)
@@ -251,8 +251,8 @@ class Laplace(RadialKernel):
     def profile_and_slope_at_scales(
         self, u: Tensor, factors: Sequence[float], scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor]:
-        values, slopes, terms, roots, inverse = scratch or _scratch(u)
-        torch.mul(u, _inverse_root_into(u, inverse), out=roots)
+        values, slopes, terms, roots, inverse = scratch or scratch_like(u)
+        torch.mul(u, inverse_root_into(u, inverse), out=roots)
         for index, factor in enumerate(factors):
             rate = factor**-0.5
             if index:
@@ -310,14 +310,14 @@ class Matern(RadialKernel):
         return self.nu > 1
 
     def profile(self, u: Tensor) -> Tensor:
-        t = _root(2 * self.nu * u)
+        t = root(2 * self.nu * u)
         if self.nu == 0.5:
             return torch.exp(-t)
         return (1 + t) * torch.exp(-t) if self.nu == 1.5 else (1 + t + t.square() / 3) * torch.exp(-t)
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, t, *_ = scratch or _scratch(u)
-        _inverse_root_into(u, slopes)
+        values, slopes, t, *_ = scratch or scratch_like(u)
+        inverse_root_into(u, slopes)
         torch.mul(u, slopes, out=t).mul_(math.sqrt(2 * self.nu))
         torch.neg(t, out=values).exp_()
         if self.nu == 0.5:
@@ -358,64 +358,24 @@ class RationalQuadratic(RadialKernel):
         return (1 + u / (2 * self.alpha)) ** -self.alpha
 
     def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, base, *_ = scratch or _scratch(u)
+        values, slopes, base, *_ = scratch or scratch_like(u)
         torch.div(u, 2 * self.alpha, out=base).add_(1)
         torch.pow(base, -self.alpha, out=values)
         return values, torch.div(values, base, out=slopes).mul_(-0.5)
 
 
-class Energy(Kernel):
-    r"""The negative distance, :math:`k(x, y) = -\lVert x - y \rVert^a`.
-
-    It is positive definite only on differences of distributions, which is what a maximum mean
-    discrepancy needs; the discrepancy is then the energy distance. It has no length to choose.
-
-    Args:
-        exponent: a, in (0, 2).
-
-    Raises:
-        ValueError: For an exponent outside (0, 2).
-
-    Source: Szekely, Rizzo, "Energy statistics", 2013, doi:10.1016/j.jspi.2013.03.018.
-
-    Example:
-        >>> Energy()(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-        tensor([[-0.0000, -1.4142]])
-    """
-
-    is_definite = False
-
-    def __init__(self, exponent: float = 1.0) -> None:
-        super().__init__()
-        self.exponent = checks.number("Energy's exponent", exponent, above=0, below=2, write="Energy(1.0)")
-
-    @property
-    def is_radial(self) -> bool:
-        return True
-
-    def profile(self, u: Tensor) -> Tensor:
-        return -(_root(u) ** self.exponent)
-
-    def profile_and_slope(self, u: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        values, slopes, roots, *_ = scratch or _scratch(u)
-        _inverse_root_into(u, slopes)
-        if self.exponent == 1:
-            torch.mul(u, slopes.neg_(), out=values)
-            return values, slopes.mul_(0.5)
-        torch.pow(torch.mul(u, slopes, out=roots), self.exponent, out=values).neg_()
-        return values, slopes.square_().mul_(values).mul_(self.exponent / 2)
-
-
-def _root(u: Tensor) -> Tensor:
-    # The square root has an infinite slope at 0, and 0 times infinity on the diagonal would be NaN:
-    # below the smallest normal number the clamp passes no gradient.
+def root(u: Tensor) -> Tensor:
+    """The square root, with slope 0 at 0."""
+    # Its own slope is infinite there, and 0 times infinity on the diagonal would be NaN: below the smallest normal
+    # number the clamp passes no gradient.
     return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
 
 
-def _inverse_root_into(u: Tensor, out: Tensor) -> Tensor:
+def inverse_root_into(u: Tensor, out: Tensor) -> Tensor:
     """1 / sqrt(u), or 0 where that would be infinite; a processor takes it in less time than the root."""
     return torch.threshold(u, torch.finfo(u.dtype).tiny, math.inf, out=out).rsqrt_()
 
 
-def _scratch(u: Tensor) -> Scratch:
+def scratch_like(u: Tensor) -> Scratch:
+    """Tensors to work in, of the shape of u."""
     return tuple(torch.empty_like(u) for _ in range(SCRATCH))
