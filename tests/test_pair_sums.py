@@ -236,6 +236,21 @@ def test_profiles_are_the_values_of_pairs(name):
     torch.testing.assert_close(kernel.profile(distances(x, y) ** 2 / kernel.squared_unit(x)), kernel.gram(x, y))
 
 
+@pytest.mark.parametrize("n", [20, 70])
+@pytest.mark.parametrize("kernel", [Gaussian(1.0), Laplace(1.0), InverseMultiquadratic(1.0)])
+def test_values_and_gradients_stay_when_codes_and_prior_move_far_away(kernel, n, any_blocks):
+    # |x|^2 + |y|^2 - 2 x.y of rows near 2^27 is off by 2^54 eps, about 4, in float64. The shift itself is exact.
+    x, y = ((1024 * rows(n, 3)).round() / 1024 for _ in range(2))
+    for sets in (x, y), (x,):
+        moved = tuple(part + 2.0**27 for part in sets)
+        terms = (pair_sums.within(n, 1), -2 * pair_sums.every(n, n, 0, 1))[: len(sets)]
+        here, there = (
+            value_and_gradients(lambda *parts: pair_sums.pair_total(kernel, parts, terms), *parts)  # noqa: B023
+            for parts in (sets, moved)
+        )
+        torch.testing.assert_close(here, there, rtol=1e-7, atol=1e-9)
+
+
 @every_kernel
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_gradients_stay_finite_where_codes_coincide(name, unbiased, any_blocks):

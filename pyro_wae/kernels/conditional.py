@@ -89,7 +89,7 @@ class UnitMean(FittedBuffers, Kernel):
 
 
 class Conditional(Kernel):
-    """The product :math:`k_z(z, z'), k_y(y, y')`, for codes z beside what they are conditional on, y.
+    r"""The product :math:`k_z(z, z')\, k_y(y, y')`, for codes z beside what they are conditional on, y.
 
     Both sides must have the same y: an :class:`Energy` kernel on the codes then serves too, which in a plain
     :class:`Product` it does not.
