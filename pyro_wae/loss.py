@@ -7,7 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import pyro
@@ -17,6 +17,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
+from pyro_wae._core.fitted import unset_if_it_fails
 from pyro_wae._core.private import HANDLERS
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.costs import Cost, as_costs
@@ -153,6 +154,7 @@ class WAELoss(CallRepr, ELBO):
         self._seen: set[str] = set()
         self._hints = Hints(has_state=isinstance(self.penalty_weight, Constraint))
         self.terms = None
+        self._has_passed = False
 
     def __call__(self, model: Program, guide: Program) -> WAEModule:
         """Binds model and guide into a module, for plain torch optimisers; see :class:`~pyro_wae.WAEModule`."""
@@ -184,7 +186,7 @@ class WAELoss(CallRepr, ELBO):
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._first_or_later():
             return self._value(self._run(self._observer(model, guide), args, kwargs))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -197,10 +199,12 @@ class WAELoss(CallRepr, ELBO):
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
         """
         observer = self._observer(model, guide)
-        step = self._run(observer, args, kwargs)
-        assert step.loss is not None  # it has been added up
-        if step.loss.device.type == "cpu" or is_validation_enabled():
-            self._value(step)
+        with self._first_or_later():
+            step = self._run(observer, args, kwargs)
+            assert step.loss is not None  # it has been added up
+            if step.loss.device.type == "cpu" or is_validation_enabled():
+                self._value(step)
+        self._has_passed = True
         if torch.is_grad_enabled():
             if HANDLERS:  # as of an SVI that was given this method, which trains what it is told of
                 self._register()
@@ -220,7 +224,7 @@ class WAELoss(CallRepr, ELBO):
                 added; on an accelerator and over a process group it is not looked for.
         """
         observer = self._observer(model, guide)
-        with self._runner.training(observer, args, kwargs):
+        with self._runner.training(observer, args, kwargs), self._first_or_later():
             step = self._run(observer, args, kwargs)
             self._register()
             value = self._value(step)
@@ -254,6 +258,12 @@ class WAELoss(CallRepr, ELBO):
             max_plate_nesting=self.max_plate_nesting,
             condition=self.condition,
         )
+
+    def _first_or_later(self) -> AbstractContextManager[None]:
+        """Until a step has passed: unsets what one that fails has taken from its numbers, such as a kernel's length."""
+        if self._has_passed:
+            return nullcontext()
+        return unset_if_it_fails(lambda: (module for _, module in self.named_children()))
 
     def _run(self, observer: Observer, args: Any, kwargs: Any) -> Step:
         """One step, with its loss."""
@@ -299,6 +309,7 @@ class WAELoss(CallRepr, ELBO):
         value = step.loss.item()
         if not math.isfinite(value):
             raise ValueError(what_is_not_finite(step))
+        self._has_passed = True
         return value
 
     def _show_weight(self, step: Step) -> None:

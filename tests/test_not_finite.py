@@ -217,3 +217,33 @@ def test_a_finite_loss_with_an_infinite_slope_stops_before_it_reaches_the_encode
         cost = eval(re.search(message, str(raised.value))[1])
         WAELoss(MMD(Gaussian(1.0)), cost=cost, penalty_weight=1.0, **options).loss_and_grads(*programs, X)
         assert shift.grad.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:The prior of latent site 'z' differs between data")
+@pytest.mark.parametrize(
+    ("penalty", "condition"),
+    [(MMD, None), (lambda: MMD(standardize=True), None), (CramerWold, None), (MMD, "x"), (SlicedWasserstein, "x")],
+    ids=["mmd", "standardised", "cramer-wold", "condition", "condition as columns"],
+)
+def test_a_first_batch_that_fails_leaves_no_length_behind(penalty, condition):
+    encoder, decoder = nn.Linear(3, 2), nn.Linear(2, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
+
+    def made_by(*batches):
+        loss = WAELoss(penalty(), condition=condition, penalty_weight=1.0)
+        for x in batches:
+            with pytest.raises(ValueError, match=r"inf|total variance") if x.abs().max() > 1e9 else nullcontext():
+                pyro.set_rng_seed(1)
+                loss.loss_and_grads(model, guide, x)
+        return loss.terms.as_dict(), {name: part.state_dict() for name, part in loss.named_children()}
+
+    x = torch.randn(20, 3)
+    torch.testing.assert_close(made_by(1e30 * x, x), made_by(x), equal_nan=True)

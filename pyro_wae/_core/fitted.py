@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ class FittedBuffers(nn.Module):
     length would be rounded to a float32 placeholder. Whether a buffer is set is kept as a plain bool, because reading a
     tensor on an accelerator waits for it.
     """
+
+    counts: tuple[str, ...] = ()
+    """Plain attributes that say how far a buffer is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +50,11 @@ class FittedBuffers(nn.Module):
             setattr(self, name, value.detach().clone())
         self._is_fitted[name] = True
 
+    def _snapshot(self) -> dict[str, Any]:
+        # Buffers are replaced and never written into, so the dicts are all that has to be copied.
+        counts = {name: getattr(self, name) for name in self.counts}
+        return {"_buffers": dict(self._buffers), "_is_fitted": dict(self._is_fitted), **counts}
+
     def before_loading(self, saved: dict[str, Any]) -> None:
         """Makes what a saved state needs in order to be loaded; ``saved`` is the part below this module."""
 
@@ -64,3 +74,23 @@ class FittedBuffers(nn.Module):
                 args[-1].append(f"size mismatch for {prefix}{name}: {tuple(value.shape)} saved, one number expected.")
         self.after_loading()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def unset_if_it_fails(modules: Callable[[], Iterator[nn.Module]]) -> Iterator[None]:
+    """Runs a first step; if it raises, what it has fitted is unset again, because it comes from numbers that are bad.
+
+    Args:
+        modules: Gives the modules that the step may fit, those that it makes included.
+    """
+    before = {part: part._snapshot() for part in _fitted_parts(modules())}
+    try:
+        yield
+    except Exception:
+        for part in _fitted_parts(modules()):
+            vars(part).update(before.get(part) or {"_is_fitted": dict.fromkeys(part._is_fitted, False)})
+        raise
+
+
+def _fitted_parts(modules: Iterator[nn.Module]) -> Iterator[FittedBuffers]:
+    return (part for module in modules for part in module.modules() if isinstance(part, FittedBuffers))

@@ -121,6 +121,7 @@ class NullVariance(FittedBuffers):
     """Draws after which the average is kept as it is; its relative error is then about a percent."""
 
     square: Tensor
+    counts = ("draws",)
 
     def __init__(self) -> None:
         super().__init__()

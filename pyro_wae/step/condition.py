@@ -36,6 +36,7 @@ class Condition(FittedBuffers):
     """
 
     scales: Tensor
+    counts = ("_is_known",)
 
     def __init__(self, name: str, entries: int) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Condition(FittedBuffers):
             scales = self.scales.to(scale).clone()
             scales[entry] = scale
             self.set_fitted("scales", scales)
-            self._is_known[entry] = True
+            self._is_known = [known or place == entry for place, known in enumerate(self._is_known)]
         return self.scales[entry]
 
     def after_loading(self) -> None:
