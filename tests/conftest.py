@@ -95,3 +95,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device, found {found}"))
+
+
+@pytest.fixture
+def single_precision():
+    """float32 where a test names no dtype: for what is said of float32, under any default of torch."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(default)

@@ -183,6 +183,7 @@ def test_other_priors_are_compared_by_their_draws(prior):
     torch.testing.assert_close(value, penalty(codes, draws), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize("scale", [1.5, torch.full((3,), 1.5)])
 def test_any_normal_of_one_scale_serves_however_it_is_written(scale):
     codes = rows(20, 3, dtype=torch.float32)

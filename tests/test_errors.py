@@ -128,6 +128,7 @@ def test_codes_and_prior_on_two_devices(validation):
         step(model, guide)
 
 
+@pytest.mark.usefixtures("single_precision")
 def test_sites_on_two_devices(validation):
     def model(x):
         with pyro.plate("data", len(x)):
@@ -146,6 +147,7 @@ def test_sites_on_two_devices(validation):
         step(model, guide)
 
 
+@pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize(
     ("x", "output", "parts"),
     [
@@ -153,7 +155,7 @@ def test_sites_on_two_devices(validation):
         (x_of(5), torch.zeros(N, 2), ("data of shape (5, 2)", "(Normal) is of shape (6, 2)", "the shape of the data")),
         (x_of().tolist(), torch.zeros(N, 2), ("are list", "obs=torch.as_tensor(x)")),
         (x_of().numpy(), torch.zeros(N, 2), ("are ndarray", "obs=torch.as_tensor(x)")),
-        (x_of() + 1j, torch.zeros(N, 2), ("a tensor (torch.complex64, ", "dense tensors of real numbers")),
+        (x_of().cfloat(), torch.zeros(N, 2), ("a tensor (torch.complex64, ", "dense tensors of real numbers")),
     ],
 )
 def test_data_that_do_not_fit_the_decoder(validation, x, output, parts):

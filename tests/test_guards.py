@@ -24,6 +24,7 @@ def codes(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype)
 
 
+@pytest.mark.usefixtures("single_precision")
 def test_the_l1_is_the_sum_of_absolute_log_variances_averaged_over_data():
     variance = torch.tensor([[[1.0, math.e], [math.e**-2, 1.0]]])
     torch.testing.assert_close(LogVarianceL1(0.5)(codes(2, 2), context=context(variance)).float(), torch.tensor(0.75))

@@ -86,7 +86,7 @@ def test_result_is_readable_and_serialisable(test):
     assert said[test] in str(found)
 
 
-Z = torch.zeros(20, 3)
+Z = torch.zeros(20, 3, dtype=torch.float32)
 ERRORS = {
     "particles": (Z[None], Z, r"codes .* found \(1, 20, 3\).*codes\[0\]"),
     "vector": (Z, Z[0], r"prior .*shape \(n, d\).*\(3,\).*prior\[:, None\]"),

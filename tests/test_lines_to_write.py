@@ -129,7 +129,7 @@ def with_y(change):
 
     def model(x, y):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", around(y.float() @ torch.ones(2, 3)))
+            z = pyro.sample("z", around(y.to(x) @ x.new_ones(2, 3)))
             pyro.sample("x", around(z), obs=x)
 
     def guide(x, y):

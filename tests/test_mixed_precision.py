@@ -24,6 +24,8 @@ from pyro_wae.penalties import (
 )
 from pyro_wae.weights import Constraint
 
+pytestmark = pytest.mark.usefixtures("single_precision")
+
 N, X, D = 100, 20, 2
 UNIT_ROUNDOFF = 2.0**-8
 """Of bfloat16, which keeps 8 bits: the largest relative error of rounding to the nearest."""

@@ -78,7 +78,7 @@ def test_a_loss_that_overflows_is_named(method):
     options = {"penalty": lambda codes, prior: codes.sum() * 0 + 1e30, "penalty_weight": 1e30}
     match = r"The loss is not finite, though its parts are.*\(1e\+30\).*overflows"
     with pytest.raises(ValueError, match=match):
-        getattr(WAELoss(**options), method)(*program(), X)
+        getattr(WAELoss(**options), method)(*program(), X.float())
 
 
 @pytest.mark.parametrize("is_validated", [True, False])

@@ -107,6 +107,7 @@ def test_the_users_choice_of_implementation_is_kept(optim_args):
     assert not optim.optimizers[0].param_groups[0]["fused"]
 
 
+@pytest.mark.usefixtures("single_precision")
 def test_parameters_that_no_fused_kernel_takes_have_their_own_optimiser():
     real, imaginary = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64, requires_grad=True)
     for p in (real, imaginary):

@@ -197,6 +197,7 @@ def test_the_state_of_a_groups_penalty_is_saved_and_loaded():
     assert other.state_dict()[key] == state[key]
 
 
+@pytest.mark.usefixtures("single_precision")
 def test_svi_trains_the_discriminator_of_a_group():
     x = x_of().float()
     discriminator = torch.nn.Linear(3, 1)

@@ -135,6 +135,7 @@ def test_equal_samples_have_value_and_gradient_0(penalty):
         assert (codes.grad == 0).all()
 
 
+@pytest.mark.usefixtures("single_precision")
 def test_float32_far_from_0_keeps_its_digits(ot):
     codes, prior = pair()
     # Numbers that float32 holds exactly, so that only the arithmetic differs.
@@ -175,6 +176,7 @@ def test_max_sliced_sees_a_change_of_shape_better_than_many_random_directions(ot
     assert MaxSlicedWasserstein()(codes, prior).item() > 2 * bound
 
 
+@pytest.mark.usefixtures("single_precision")
 def test_max_sliced_gets_better_from_step_to_step():
     # Codes that differ in the spread of one of 60 coordinates, so that the means show nothing; fresh batches, seed 2.
     torch.manual_seed(2)

@@ -30,7 +30,7 @@ def step(programs=None, x=X, **options):
 
 def learnt_mixture(x):
     logits = pyro.param("logits", torch.zeros(3))
-    return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(torch.zeros(3, 3), 1).to_event(1))
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(x.new_zeros(3, 3), 1).to_event(1))
 
 
 def nan_codes():
@@ -65,7 +65,7 @@ CASES = {
     "The penalty ... must return a scalar tensor": lambda: step(penalty=lambda codes, prior: codes.sum(1)),
     "needs at least 2 data and 2 prior samples": lambda: step(x=X[:1]),
     "must have one floating dtype": lambda: step(pair(prior=lambda x: normal(x.double()))),
-    "must be on one device": lambda: MMD()(X, torch.zeros(8, 3, device="meta")),
+    "must be on one device": lambda: MMD()(X, X.to("meta")),
     "The guide is deterministic at site": lambda: step(penalty=MMD() + UnitVarianceKL()),
     "penalty has no entry for the latent site": lambda: step(penalty={}),
     "has learnable parameters but cannot be reparameterised": lambda: step(
