@@ -219,6 +219,7 @@ def test_a_finite_loss_with_an_infinite_slope_stops_before_it_reaches_the_encode
         assert shift.grad.isfinite()
 
 
+@pytest.mark.usefixtures("single_precision")  # in which the cost of a huge number is infinite
 @pytest.mark.filterwarnings("ignore:The prior of latent site 'z' differs between data")
 @pytest.mark.parametrize(
     ("penalty", "condition"),
