@@ -61,7 +61,7 @@ def _fresh_start(request):
 
 @pytest.fixture
 def one_thread():
-    """Bit by bit the same sums, and no more processes than asked for."""
+    """Bit by bit the same sums, and as many processes as the tests are run with."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

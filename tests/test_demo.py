@@ -28,6 +28,8 @@ def test_demo_draws_every_picture(smoke, name):
     pixels = image.imread(out / f"{name}.png")
     assert pixels.shape[1] == 900
     assert pixels.std() > 0
+    # Text that is cut off is dark at an edge.
+    assert pixels[:, [0, -1], :3].min() > 0.5
 
 
 def test_demo_writes_what_it_reached(smoke):

@@ -89,9 +89,7 @@ def draw_pictures(wae: DigitWAE, images: Tensor, labels: Tensor, samples: Tensor
         "reconstructions": reconstructions(
             images[:30], outputs[:30], cmap="gray_r", title="Test digits and their reconstructions"
         ),
-        "codes": codes_and_prior(
-            codes, prior, labels, title="Codes of test digits in the directions of largest discrepancy"
-        ),
+        "codes": codes_and_prior(codes, prior, labels, title="Codes of test digits beside prior samples"),
     }
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png")

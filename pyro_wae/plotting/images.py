@@ -83,6 +83,8 @@ def reconstructions(
         rows += [above[start : start + columns], below[start : start + columns]]
     mosaic, centres = make_mosaic(rows, group=2)
     with styled_figure(mosaic_size(mosaic, title, margin=LABEL_WIDTH), title) as figure:
+        # The usual layout leaves no room for labels at the first drawing of an image of fixed proportions.
+        figure.set_layout_engine("compressed")
         axes = figure.add_subplot()
         show_mosaic(axes, mosaic, cmap)
         axes.set_yticks(centres, ["data", "reconstruction"] * (len(rows) // 2))
