@@ -116,9 +116,8 @@ class WAE(LightningModule):
     def on_validation_epoch_end(self) -> None:
         rows = self._rows.compute()  # those of all processes
         self._rows.reset()
-        chosen = torch.randperm(len(rows), generator=new_generator(0)[0], device="cpu")[: self.test_codes].to(
-            rows.device
-        )
+        order = torch.randperm(len(rows), generator=new_generator(0)[0], device="cpu")
+        chosen = order[: self.test_codes].to(rows.device)
         self.log("val_p", two_sample_test(*rows[chosen].chunk(2, 1)).p_value, batch_size=1, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
