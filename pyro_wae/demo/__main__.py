@@ -96,9 +96,7 @@ def draw_pictures(wae: DigitWAE, images: Tensor, labels: Tensor, samples: Tensor
 
 
 @torch.no_grad()
-def evaluate(
-    wae: DigitWAE, images: Tensor, heldout: Tensor, classifier: DigitClassifier, samples: Tensor
-) -> dict[str, float]:
+def evaluate(wae: DigitWAE, images: Tensor, heldout: Tensor, classifier: DigitClassifier) -> dict[str, float]:
     """Measures on digits that were not trained on.
 
     The cost is that of test digits. How well codes match the prior, and samples the digits, is judged on held-out
@@ -111,7 +109,7 @@ def evaluate(
     null = torch.stack([mmd(prior.sample((len(codes),)), prior.sample((len(codes),))) for _ in range(20)])
     tested = codes[torch.linspace(0, len(codes) - 1, min(TESTED, len(codes))).long()]
     drawn = torch.cat([wae.decoder(prior.sample((len(tested),))) for _ in range(10)])
-    sure = classifier.probabilities(samples).amax(1) > SURE
+    sure = classifier.probabilities(drawn).amax(1) > SURE
     return {
         "test_cost": (outputs - images).square().sum((1, 2, 3)).mean().item(),
         "heldout_mmd2": mmd(codes, prior.sample((len(codes),))).item(),
@@ -184,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         samples = wae.decoder(wae.prior().sample((100,)))
     draw_pictures(wae, test_images, test_labels, samples, args.out)
     classifier = DigitClassifier().to(args.device).learn(train_images, train_labels)
-    reached = evaluate(wae, test_images, heldout, classifier, samples)
+    reached = evaluate(wae, test_images, heldout, classifier)
 
     p_value = reached["heldout_p_value"]
     options = {key: str(value) if key == "out" else value for key, value in vars(args).items()}
@@ -196,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     ... of prior samples and prior                    {0:+8.4f} +- {reached["null_mmd2_std"]:.4f}
     Frechet distance of held-out reconstructions      {reached["reconstructions_frechet"]:8.1f}
     Frechet distance of samples                       {reached["samples_frechet"]:8.1f}
-    samples that a classifier reads at > 90 %         {100 * reached["samples_read"]:8.0f} of 100
+    samples that a classifier reads at > 90 %         {100 * reached["samples_read"]:8.0f} %
     penalty weight of the last epoch                  {history["weight"][-1]:8.0f}
     seconds of training                               {seconds:8.0f}
 
