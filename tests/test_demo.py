@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyro_wae.demo import __main__ as demo
+from pyro_wae.demo import digits
 from pyro_wae.demo.digits import load_digits
 from pyro_wae.demo.judge import frechet_distance
 
@@ -132,6 +133,17 @@ def test_bundled_digits_have_the_class_shares_of_mnist():
 def test_unknown_digits_are_named():
     with pytest.raises(ValueError, match='name must be "bundled" or "mnist", but is \'fashion\''):
         load_digits("fashion")
+
+
+def test_what_is_held_out_of_mnist_is_of_both_its_halves(monkeypatch):
+    """MNIST's training digits at even and at odd places are two populations."""
+    places = torch.arange(60_000)
+    fake = {"train_images": places[:, None, None].expand(-1, 1, 1), "train_labels": places}
+    monkeypatch.setattr(digits, "_load_mnist", lambda root: dict(fake))
+    _, train, _, heldout = load_digits("mnist", parts=("train", "heldout"))
+    assert torch.equal(torch.cat([train, heldout]).sort().values, places)
+    assert 5000 <= len(heldout) <= 6000
+    assert abs((heldout % 2).double().mean() - 0.5) < 1e-3
 
 
 def test_missing_mnist_says_what_to_do_without_a_network(tmp_path, monkeypatch):

@@ -19,8 +19,12 @@ MNIST_FILES = (
 )
 
 
-HELD_OUT_OF_MNIST = 12
-"""One in so many of MNIST's training digits is held out where that part is loaded."""
+HELD_OUT_OF_MNIST = 11
+"""One in so many of MNIST's training digits is held out where that part is loaded.
+
+The number is odd: digits at even and at odd places of the training set are two populations, which a two-sample test of
+their pixels distinguishes, and every twelfth would be of one of them alone.
+"""
 
 
 def load_digits(
@@ -33,7 +37,7 @@ def load_digits(
             (see ``digits.md``), or ``"mnist"`` for all 60,000 and 10,000 through torchvision.
         root: Folder of torchvision's MNIST, which is downloaded into it once. Unused for ``"bundled"``.
         parts: What to load. ``"heldout"`` are digits of MNIST's training set that are not trained on: of
-            ``"mnist"`` every twelfth, and ``"train"`` beside it are the other 55,000. Codes are compared with the prior
+            ``"mnist"`` every eleventh, and ``"train"`` beside it are the other 54,545. Codes are compared with the prior
             on these, because MNIST's test set is of other writers, and another population than the training set.
 
     Returns:
