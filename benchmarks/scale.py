@@ -134,8 +134,8 @@ Steps of SVI over nets with one hidden layer of 400, codes of {d} numbers, `MMD(
 Milliseconds are those of the processor, the median of {options["steps"]} steps, the mean over ranks.
 The model has the constants of one process: {1e3 * a:.1f} ms for a step, {1e6 * c:.0f} microseconds for the nets of a
 datum, {1e9 * b:.1f} nanoseconds for a pair.
-Runs with several ranks differ from the model by {1e3 * min(beyond):+.0f} to {1e3 * max(beyond):+.0f} ms. The model leaves
-out the exchange itself and the mean of the gradients.
+Runs with several ranks differ from the model by {1e3 * min(beyond):+.0f} to {1e3 * max(beyond):+.0f} ms. The model
+leaves out the exchange itself and the mean of the gradients.
 The second table follows from the constants. The third one is on paper, and has not been run on a GPU:
 {pair_flops(d):.0f} operations a pair, at {SHARE_OF_PEAK:.0%} of 30 TFLOP/s, half of the rate in float32, and of
 0.94 TFLOP/s, a sixty-fourth of it.

@@ -37,8 +37,8 @@ def load_digits(
             (see ``digits.md``), or ``"mnist"`` for all 60,000 and 10,000 through torchvision.
         root: Folder of torchvision's MNIST, which is downloaded into it once. Unused for ``"bundled"``.
         parts: What to load. ``"heldout"`` are digits of MNIST's training set that are not trained on: of
-            ``"mnist"`` every eleventh, and ``"train"`` beside it are the other 54,545. Codes are compared with the prior
-            on these, because MNIST's test set is of other writers, and another population than the training set.
+            ``"mnist"`` every eleventh, and ``"train"`` beside it are the other 54,545. Codes are compared with the
+            prior on these, because MNIST's test set is of other writers, and another population than the training set.
 
     Returns:
         Images and labels of each part, ``train_images, train_labels, test_images, test_labels`` by default: images as
