@@ -43,10 +43,6 @@ def zeroed():
     return discriminator
 
 
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
 class Case:
     """A penalty with what is known of it at Q_Z = P_Z, for n = m = 100 and d = 8.
 
@@ -111,4 +107,14 @@ CASES = {
     "scaled": Case(lambda: 0.5 * CramerWold()),
     "function": Case(lambda: as_penalty(mean_gap), D * (1 / 100 + 1 / 100), written=False),
 }
+VARIANTS = {
+    **{f"sliced, p = {p}": Case(lambda p=p: SlicedWasserstein(3, p=p)) for p in (1, 1.5, 2)},
+    **{
+        f"on the sphere, p = {p}": Case(lambda p=p: SphericalSlicedWasserstein(3, p=p), sphere=True)
+        for p in (1, 1.5, 2)
+    },
+    "Cramer-Wold, all pairs": Case(lambda: CramerWold(0.3, unbiased=False)),
+}
+"""Options that have a derivative of their own."""
+
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
