@@ -160,3 +160,10 @@ def test_max_sliced_starts_afresh_for_codes_of_another_size():
     penalty = MaxSlicedWasserstein()
     penalty(codes, prior)
     assert penalty(codes[:, :2], prior[:, :2]).isfinite()
+
+
+def test_max_sliced_recovers_from_a_step_of_nan():
+    codes, prior = pair()
+    penalty = MaxSlicedWasserstein()
+    assert penalty(codes * torch.nan, prior).isnan()
+    assert penalty(codes, prior).isfinite()
