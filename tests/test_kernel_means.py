@@ -293,8 +293,9 @@ def test_the_most_specific_pair_wins_and_of_one_pair_the_later(registry):
     assert kernel_mean(Narrower(1.0), shifted).value == 1
     assert kernel_mean(Narrower(1.0), normal).value == 2
     assert isinstance(kernel_mean(Gaussian(1.0), normal), kernel_means.NormalMixtureMean)
-    register_kernel_mean(Gaussian, dist.Normal)(lambda kernel, prior: Known(5.0))
-    assert kernel_mean(Gaussian(1.0), normal).value == 5
+    for value in (5.0, 6.0):
+        register_kernel_mean(Gaussian, dist.Normal)(lambda kernel, prior, value=value: Known(value))
+    assert kernel_mean(Gaussian(1.0), normal).value == 6
 
 
 def test_the_function_is_handed_the_kernel_and_the_prior_and_stays_a_function(registry):

@@ -191,6 +191,13 @@ def test_float32_keeps_its_digits(name, place):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_far_from_0_it_keeps_its_digits():
+    # Shifted by a power of 2, which float64 holds exactly: the value must stay.
+    codes, place = (rows(50, 3) * 256).round() / 256, 2.0**30
+    values = [KernelStein(Gaussian(1.0), log_prob=lambda z, c=c: mixture(z - c))(codes + c) for c in (0.0, place)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+
+
 # The length
 
 
