@@ -64,13 +64,13 @@ class Case:
         self.exact = exact
         self._fitted = None
 
-    def rows(self, n, dtype=torch.float64):
-        z = torch.randn(n, D, dtype=dtype)
+    def rows(self, n, dtype=torch.float64, d=D):
+        z = torch.randn(n, d, dtype=dtype)
         return normalize(z, dim=-1) if self.sphere else z
 
-    def elsewhere(self, n, dtype=torch.float64):
+    def elsewhere(self, n, dtype=torch.float64, d=D):
         """Codes around a point off the prior's centre."""
-        z = 0.5 * torch.randn(n, D, dtype=dtype) + 1
+        z = 0.5 * torch.randn(n, d, dtype=dtype) + 1
         return normalize(z, dim=-1) if self.sphere else z
 
     def fitted(self):
