@@ -45,3 +45,7 @@ def same_state(module, before):
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.5)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-2)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
+from adversaries import net as discriminator
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
@@ -151,10 +152,6 @@ class ByIndex(Net):
 
     def guide(self, index):
         super().guide(Rows(index))
-
-
-def discriminator():
-    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
 
 def sgd(parameters):

@@ -1,4 +1,4 @@
-"""Trains in forked processes that are killed at random moments, and says how all ended; run by test_checkpoint.py."""
+"""Trains in processes that are killed at random moments, and says how all ended; run by test_checkpoint_file.py."""
 
 import io
 import json
@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
-from pyro.infer import SVI
 from torch.optim.lr_scheduler import ExponentialLR
-from trainings import D, Net
+from trainings import ByPyro, ByTorch, discriminator
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
@@ -23,74 +22,41 @@ from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD, JensenShannon
 from pyro_wae.weights import Constraint
 
-# The training by torch leaves pyro.param untrained, which is saved all the same.
-warnings.filterwarnings("ignore", message="The loss depends on")
+# The training by torch leaves pyro.param untrained, which is saved all the same; a scheduler steps in every step, also
+# for the parameter that only some steps use.
+warnings.filterwarnings("ignore", message="The loss depends on|Detected call of `lr_scheduler.step")
 
 STEPS = 60
 BEFORE_FIRST_STEP = 255
-DATA = torch.Generator().manual_seed(7)
-X = torch.randn(200, D, generator=DATA)
 
 
-def discriminator():
-    return torch.nn.Sequential(torch.nn.LazyLinear(16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+def by_pyro():
+    """A discriminator that has an optimiser of its own, a constraint and a schedule of the learning rate."""
+    optim = Adam({"lr": 1e-2}, scheduler=lambda optimizer: ExponentialLR(optimizer, gamma=0.98))
+    return ByPyro(WAELoss(JensenShannon(discriminator()), penalty_weight=Constraint(200, pool=8)), optim)
 
 
-class ByPyro:
-    """SVI with a discriminator that has an optimiser of its own, a constraint and a schedule of the learning rate."""
-
-    def __init__(self):
-        self.net = Net(width=16)
-        loss = WAELoss(JensenShannon(discriminator()), penalty_weight=Constraint(200, pool=8))
-        optim = Adam({"lr": 1e-2}, scheduler=lambda optimizer: ExponentialLR(optimizer, gamma=0.98))
-        self.svi = SVI(self.net.model, self.net.guide, optim, loss=loss)
-        self.parts = {"svi": self.svi}
-        self.modules = [self.net, loss.penalty, loss.penalty_weight]
-
-    def step(self, x):
-        self.svi.step(x)
-        self.svi.optim.step()
-
-
-class ByTorch:
+def by_torch():
     """A torch optimiser, a torch scheduler and a standardised MMD."""
-
-    def __init__(self):
-        self.net = Net(width=16)
-        self.wae = WAELoss(MMD(standardize=True, closed_form=False), prior_draws=2)(self.net.model, self.net.guide)
-        self.optimizer = torch.optim.Adam(self.wae.parameters(), lr=1e-2)
-        self.scheduler = ExponentialLR(self.optimizer, gamma=0.98)
-        self.parts = {"wae": self.wae, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.modules = [self.wae]
-
-    def step(self, x):
-        self.optimizer.zero_grad()
-        self.wae(x).backward()
-        self.optimizer.step()
-        self.scheduler.step()
+    return ByTorch(WAELoss(MMD(standardize=True, closed_form=False), prior_draws=2))
 
 
 def train(route, folder, every, progress=None):
     """Trains to the end from the last checkpoint, if there is one; the bits of everything at the end."""
     path = folder / "run.pt"
     pyro.set_rng_seed(1 if not path.exists() else os.getpid())  # what is not restored would differ
-    training = {"svi": ByPyro, "torch": ByTorch}[route]()
+    training = {"svi": by_pyro, "torch": by_torch}[route]()
     first = load_checkpoint(path, **training.parts)["step"] if path.exists() else 0
     for step in range(first, STEPS):
-        rows = torch.randperm(len(X))[: 16 + random.randrange(16)]
-        training.step(X[rows] + 0.1 * np.random.randn())  # noqa: NPY002
+        training.step(step)
         if progress is not None:
             os.pwrite(progress, bytes([step]), 0)
         if (step + 1) % every == 0:
             save_checkpoint(path, **training.parts, extra={"step": step + 1})
     buffer = io.BytesIO()
-    states = [{key: value.tolist() for key, value in values(module)} for module in training.modules]
+    states = {key: value.tolist() for key, value in training.values().items() if isinstance(value, torch.Tensor)}
     torch.save([states, torch.rand(3).tolist(), random.random(), float(np.random.rand())], buffer)  # noqa: NPY002
     (folder / "end").write_bytes(buffer.getvalue())
-
-
-def values(module):
-    return ((key, value) for key, value in module.state_dict().items() if isinstance(value, torch.Tensor))
 
 
 def die_in_write(number):

@@ -43,10 +43,6 @@ def zeroed():
     return discriminator
 
 
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
 class Case:
     """A penalty with what is known of it at Q_Z = P_Z, for n = m = 100 and d = 8.
 
@@ -68,13 +64,13 @@ class Case:
         self.exact = exact
         self._fitted = None
 
-    def rows(self, n, dtype=torch.float64):
-        z = torch.randn(n, D, dtype=dtype)
+    def rows(self, n, dtype=torch.float64, d=D):
+        z = torch.randn(n, d, dtype=dtype)
         return normalize(z, dim=-1) if self.sphere else z
 
-    def elsewhere(self, n, dtype=torch.float64):
+    def elsewhere(self, n, dtype=torch.float64, d=D):
         """Codes around a point off the prior's centre."""
-        z = 0.5 * torch.randn(n, D, dtype=dtype) + 1
+        z = 0.5 * torch.randn(n, d, dtype=dtype) + 1
         return normalize(z, dim=-1) if self.sphere else z
 
     def fitted(self):
@@ -111,4 +107,14 @@ CASES = {
     "scaled": Case(lambda: 0.5 * CramerWold()),
     "function": Case(lambda: as_penalty(mean_gap), D * (1 / 100 + 1 / 100), written=False),
 }
+VARIANTS = {
+    **{f"sliced, p = {p}": Case(lambda p=p: SlicedWasserstein(3, p=p)) for p in (1, 1.5, 2)},
+    **{
+        f"on the sphere, p = {p}": Case(lambda p=p: SphericalSlicedWasserstein(3, p=p), sphere=True)
+        for p in (1, 1.5, 2)
+    },
+    "Cramer-Wold, all pairs": Case(lambda: CramerWold(0.3, unbiased=False)),
+}
+"""Options that have a derivative of their own."""
+
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -105,6 +105,19 @@ def rows(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype)
 
 
+def pair(n=30, m=41, d=4, dtype=torch.float64):
+    """Codes off the prior, and prior samples; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(n, d, generator=generator, dtype=torch.float64) * 1.5 + 0.5
+    return codes.to(dtype), torch.randn(m, d, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def seeded(penalty, codes, prior):
+    """The value where the directions are those after the seed 3."""
+    torch.manual_seed(3)
+    return penalty(codes, prior)
+
+
 @contextmanager
 def made_by_default(dtype, device):
     """Within, torch makes tensors of this dtype and on this device where none is named."""

@@ -10,6 +10,8 @@ import sys
 import pyro
 import pyro.distributions as dist
 import torch
+from adversaries import adam
+from adversaries import net as discriminator
 from programs import AutoEncoder
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,22 +49,14 @@ class Hierarchical(Net):
             pyro.sample("z2", dist.Delta(z[:, 1:]).to_event(1))
 
 
-def discriminator():
-    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
 CASES = {
     "MMD": (Net, lambda: WAELoss(MMD(), penalty_weight=10.0)),
     "constraint": (Net, lambda: WAELoss(SlicedWasserstein(10))),
     "hierarchy": (Hierarchical, lambda: WAELoss(MMD(), penalty_weight=10.0)),
-    "adversary": (Net, lambda: WAELoss(JensenShannon(discriminator(), optimizer=adam), penalty_weight=10.0)),
+    "adversary": (Net, lambda: WAELoss(JensenShannon(discriminator(D), optimizer=adam), penalty_weight=10.0)),
     "adversary of the caller": (
         Net,
-        lambda: WAELoss(JensenShannon(discriminator(), optimizer=None), penalty_weight=10.0),
+        lambda: WAELoss(JensenShannon(discriminator(D), optimizer=None), penalty_weight=10.0),
     ),
     "micro_batch": (Net, lambda: WAELoss(MMD(), penalty_weight=10.0, micro_batch=8)),
 }

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:The loss depends on"), pytest.m
 STEPS = 16
 
 
-def assert_resumes(make, path, at):
+def assert_resumes(make, path, at, before_loading=lambda resumed: None):
     """A training that is left at one of its steps, and goes on from new objects, ends bit by bit as if it had not."""
     seed(0)
     undisturbed = make()
@@ -41,27 +41,24 @@ def assert_resumes(make, path, at):
     pyro.clear_param_store()
     seed(99)
     resumed = make()
+    before_loading(resumed)
     assert load_checkpoint(path, **resumed.parts) == {"step": at}
     assert run(resumed, at, STEPS) == losses[at:]
     assert_same(resumed.values(), expected)
     assert torch.equal(torch.rand(2), draw)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("route", [ByPyro, ByTorch])
-def test_a_resumed_training_ends_bit_by_bit_as_an_undisturbed_one(route, loss, tmp_path):
-    assert_resumes(lambda: route(LOSSES[loss]()), tmp_path / "run.pt", at=7)
+FITTED = ["standardised", "gan", "gan of the caller", "constraint"]
+RESUMED = [
+    *((route, loss, 7, torch.float32) for route in (ByPyro, ByTorch) for loss in LOSSES),
+    *((ByPyro, loss, at, torch.float32) for at in (0, 1) for loss in (*FITTED, "sliced condition")),
+    *((ByPyro, loss, 5, torch.float64) for loss in (*FITTED, "max-sliced", "condition")),
+]
 
 
-@pytest.mark.parametrize("loss", ["standardised", "gan", "gan of the caller", "constraint", "sliced condition"])
-@pytest.mark.parametrize("at", [0, 1])
-def test_the_first_steps_can_be_resumed_as_well(loss, at, tmp_path):
-    assert_resumes(lambda: ByPyro(LOSSES[loss]()), tmp_path / "run.pt", at=at)
-
-
-@pytest.mark.parametrize("loss", ["standardised", "gan", "gan of the caller", "constraint", "max-sliced", "condition"])
-def test_double_precision_is_not_rounded(loss, tmp_path):
-    assert_resumes(lambda: ByPyro(LOSSES[loss](), dtype=torch.float64), tmp_path / "run.pt", at=5)
+@pytest.mark.parametrize(("route", "loss", "at", "dtype"), RESUMED)
+def test_a_resumed_training_ends_bit_by_bit_as_an_undisturbed_one(route, loss, at, dtype, tmp_path):
+    assert_resumes(lambda: route(LOSSES[loss](), dtype=dtype), tmp_path / "run.pt", at)
 
 
 @pytest.mark.parametrize("at", [2, 3, 10])
@@ -168,28 +165,18 @@ class ByAutoguide(ByPyro):
 
 
 def test_an_autoguide_is_resumed_once_it_has_been_called(tmp_path):
-    seed(0)
-    undisturbed = ByAutoguide()
-    losses = run(undisturbed, 0, STEPS)
-    pyro.clear_param_store()
-    seed(0)
-    left = ByAutoguide()
-    run(left, 0, 5)
-    save_checkpoint(tmp_path / "run.pt", **left.parts)
-    pyro.clear_param_store()
-    seed(99)
-    resumed = ByAutoguide()
-    with pytest.raises(ValueError, match=r"evaluate_loss"):
-        load_checkpoint(tmp_path / "run.pt", **resumed.parts)
-    resumed.svi.evaluate_loss(torch.ones(8, D))
-    load_checkpoint(tmp_path / "run.pt", **resumed.parts)
-    assert run(resumed, 5, STEPS) == losses[5:]
+    def call(resumed):
+        with pytest.raises(ValueError, match=r"evaluate_loss"):
+            load_checkpoint(tmp_path / "run.pt", **resumed.parts)
+        resumed.svi.evaluate_loss(torch.ones(8, D))
+
+    assert_resumes(ByAutoguide, tmp_path / "run.pt", 5, call)
 
 
 # Going back in one process
 
 
-@pytest.mark.parametrize("loss", ["standardised", "gan", "gan of the caller", "constraint"])
+@pytest.mark.parametrize("loss", FITTED)
 @pytest.mark.parametrize("optim", ["pyro", "shared", "pyro scheduler", "shared scheduler"])
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 def test_a_training_goes_back_to_its_own_checkpoint(loss, optim, tmp_path):

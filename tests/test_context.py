@@ -33,10 +33,6 @@ def seen_by(model, guide, x, penalty=None, **options):
     return codes, context
 
 
-def observe(z, x):
-    pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-
 PRIOR_OF_ROOT = dist.Normal(torch.tensor([1.0, -1.0]).double(), 0.7).to_event(1)
 root, root_guide = program(lambda x: dist.Normal(x, 0.3).to_event(1), lambda x: PRIOR_OF_ROOT)
 conditional, _ = program(prior=lambda x: dist.Normal(2 * x, x.abs() + 1).to_event(1))
@@ -46,7 +42,7 @@ def hierarchical(x):
     with pyro.plate("data", len(x)):
         z1 = pyro.sample("z1", dist.Normal(x.new_zeros(1), 1.5).to_event(1))
         z2 = pyro.sample("z2", dist.Normal(2 * z1, 0.5).to_event(1))
-        observe(torch.cat([z1, z2], -1), x)
+        pyro.sample("x", around(torch.cat([z1, z2], -1)), obs=x)
 
 
 def hierarchical_guide(x):
@@ -196,36 +192,23 @@ def test_masked_numbers_count_as_unit_variance_and_masked_data_are_left_out():
 # Guards through the loss
 
 
-class Encoder(nn.Module):
-    """One log-deviation for each number, and no pull on it from the cost."""
-
-    def __init__(self):
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor([-3.0, 2.0]).double())
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            observe(pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1)).detach(), x)
-
-    def guide(self, x):
-        pyro.module("encoder", self)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, self.log_scale.exp()).to_event(1))
-
-
 @pytest.mark.parametrize("guard", [LogVarianceL1, UnitVarianceKL])
 @every_particles
 def test_a_guard_alone_trains_the_variance_to_1(guard, options):
-    net = Encoder()
+    # One log-deviation for each number, and no pull on it from the cost.
+    start = torch.tensor([-3.0, 2.0]).double()
+    model, guide = program(
+        lambda x: dist.Normal(x, pyro.param("log_scale", start).exp()).to_event(1), output=lambda z: around(z.detach())
+    )
     loss = WAELoss(guard(0.1), **options)
-    svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=loss)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), loss=loss)
     svi.step(rows(N, 2))
     # |2 log s| is 6 and 4; (s^2 - 2 log s - 1) / 2 is (e^-6 + 5) / 2 and (e^4 - 5) / 2.
     expected = 10 if guard is LogVarianceL1 else (math.exp(-6) + math.exp(4)) / 2
     assert loss.terms.penalty.item() == pytest.approx(0.1 * expected)
     for _ in range(120):
         svi.step(rows(N, 2))
-    torch.testing.assert_close(net.log_scale.exp().detach(), torch.ones(2).double(), atol=0.15, rtol=0)
+    torch.testing.assert_close(pyro.param("log_scale").exp().detach(), torch.ones(2).double(), atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("guard", [LogVarianceL1, UnitVarianceKL])
@@ -237,26 +220,6 @@ def test_a_guard_of_a_deterministic_guide_is_refused_by_the_sites_name(guard, pe
 
 
 # The Stein discrepancy through the loss
-
-
-def test_kernel_stein_takes_its_length_from_the_priors_variance():
-    loss = WAELoss(KernelStein())
-    loss.loss(root, root_guide, rows(N, 2))
-    (length,) = [v for name, v in loss.penalty.state_dict().items() if name.endswith("squared_length")]
-    assert length.item() == pytest.approx(2 * 0.7**2 * RationalQuadratic.squared_length_factor, rel=1e-6)
-
-
-class Free(nn.Module):
-    """Codes that are parameters, one for each datum."""
-
-    def __init__(self, n, d, start):
-        super().__init__()
-        self.codes = nn.Parameter(start + 0.3 * rows(n, d))
-
-    def guide(self, x):
-        pyro.module("codes", self)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.codes, event_dim=1))
 
 
 class Unsampled(dist.TorchDistribution):
@@ -281,20 +244,24 @@ class Unsampled(dist.TorchDistribution):
 
 @pytest.mark.parametrize("options", PARTICLES[:2], ids=["one", "sequential"])
 def test_a_prior_that_cannot_be_sampled_trains_with_kernel_stein(options):
-    model, _ = program(
-        prior=lambda x: Unsampled(torch.tensor([2.0, -1.0]).double()), output=lambda z: around(z.detach())
+    x, start = rows(60, 2), 0.3 * rows(60, 2)
+    model, guide = program(
+        lambda x: delta(pyro.param("codes", start)),
+        lambda x: Unsampled(torch.tensor([2.0, -1.0]).double()),
+        lambda z: around(z.detach()),
     )
-    net, x = Free(60, 2, 0.0), rows(60, 2)
     loss = WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=1.4)), **options)
-    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=loss)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), loss=loss)
     svi.step(x)
     first = loss.terms.penalty
     for _ in range(100):
         svi.step(x)
     assert loss.terms.penalty < 0.1 * first
-    torch.testing.assert_close(net.codes.mean(0).detach(), torch.tensor([2.0, -1.0]).double(), atol=0.3, rtol=0)
+    torch.testing.assert_close(
+        pyro.param("codes").mean(0).detach(), torch.tensor([2.0, -1.0]).double(), atol=0.3, rtol=0
+    )
     with pytest.raises(NotImplementedError, match="cannot be sampled"):
-        WAELoss(MMD(), penalty_weight=1.0).loss(model, net.guide, x)
+        WAELoss(MMD(), penalty_weight=1.0).loss(model, guide, x)
 
 
 @pytest.mark.parametrize("kind", ["conditional", "hierarchical"])

@@ -12,8 +12,7 @@ import torch
 from programs import around
 from pyro import poutine
 from pyro.infer import SVI
-from references import KERNELS, LargestTensor, distances, half_mean_square, program
-from scipy.spatial.distance import cdist
+from references import KERNELS, LargestTensor, distances, half_mean_square, program, rows
 from sklearn.gaussian_process import kernels as sklearn_kernels
 
 from pyro_wae import WAELoss
@@ -47,10 +46,6 @@ every_kernel = pytest.mark.parametrize("name", KERNELS)
 every_length = pytest.mark.parametrize("kernel", LENGTHS)
 
 
-def rows(n, d=3, dtype=torch.float64):
-    return torch.randn(n, d, dtype=dtype)
-
-
 def fitted(name, prior):
     kernel = KERNELS[name][0]()
     kernel.fit(prior)
@@ -74,13 +69,21 @@ SCIKIT_LEARN = {
         Gaussian(1.3) * RationalQuadratic(2.0, 0.7),
         sklearn_kernels.RBF(1.3) * sklearn_kernels.RationalQuadratic(0.7, alpha=2.0),
     ),
+    "sum of three": (
+        Sum(Gaussian(1.3), Laplace(0.7), Matern(1.5, 2.0)),
+        sklearn_kernels.RBF(1.3) + sklearn_kernels.Matern(0.7, nu=0.5) + sklearn_kernels.Matern(2.0, nu=1.5),
+    ),
+    "product of three": (
+        Product(Gaussian(1.3), Laplace(0.7), Matern(1.5, 2.0)),
+        sklearn_kernels.RBF(1.3) * sklearn_kernels.Matern(0.7, nu=0.5) * sklearn_kernels.Matern(2.0, nu=1.5),
+    ),
     "multiscale": (MultiScale(Gaussian(1.3), (0.25, 4.0)), sklearn_kernels.RBF(0.65) + sklearn_kernels.RBF(2.6)),
 }
 
 
 @pytest.mark.parametrize(("kernel", "theirs"), SCIKIT_LEARN.values(), ids=SCIKIT_LEARN)
 def test_values_are_those_of_scikit_learn(kernel, theirs):
-    x, y = rows(11), rows(7)
+    x, y = rows(11, 3), rows(7, 3)
     np.testing.assert_allclose(kernel(x, y), theirs(x.numpy(), y.numpy()), rtol=1e-12)
 
 
@@ -88,32 +91,16 @@ def lengthscale(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("exponent", [0.3, 1, 1.0, 1.7])
-def test_energy_is_the_negative_power_of_scipys_distance(exponent):
-    x, y = rows(11), rows(7)
-    np.testing.assert_allclose(Energy(exponent)(x, y), -(cdist(x, y) ** exponent), rtol=1e-12)
-
-
 @every_kernel
 def test_values_with_lengths_from_the_prior_follow_the_formula(name):
-    x, y, prior = rows(11), rows(7), 2 * rows(50) + 1
+    x, y, prior = rows(11, 3), rows(7, 3), 2 * rows(50, 3) + 1
     expected = KERNELS[name][1](distances(x, y), half_mean_square(prior))
     torch.testing.assert_close(fitted(name, prior)(x, y), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_sums_and_products_take_any_number_of_kernels():
-    x, y = rows(11), rows(7)
-    r = distances(x, y)
-    a, b, c = torch.exp(-(r**2) / 2), torch.exp(-r), 3 / (3 + r**2)
-    parts = Gaussian(1.0), Laplace(1.0), InverseMultiquadratic(3.0**0.5)
-    torch.testing.assert_close(Sum(*parts)(x, y), a + b + c)
-    torch.testing.assert_close(Product(*parts)(x, y), a * b * c)
-    torch.testing.assert_close((parts[0] * (parts[1] + 2 * parts[2]))(x, y), a * (b + 2 * c))
-
-
 @every_kernel
 def test_the_kernel_is_symmetric_and_one_on_slices_and_copies(name):
-    x = rows(20) + 5
+    x = rows(20, 3) + 5
     kernel = fitted(name, x)
     gram = kernel(x, x)
     torch.testing.assert_close(gram, gram.mT, rtol=1e-14, atol=1e-15)
@@ -138,8 +125,8 @@ def test_gram_matrices_are_positive_definite(name, d):
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_values_come_in_the_precision_of_the_codes_and_half_precision_is_cast_up(name, dtype):
-    x, y = rows(6).to(dtype), rows(5).to(dtype)
-    kernel = fitted(name, rows(50))
+    x, y = rows(6, 3).to(dtype), rows(5, 3).to(dtype)
+    kernel = fitted(name, rows(50, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values = kernel(x, y)
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -148,18 +135,18 @@ def test_values_come_in_the_precision_of_the_codes_and_half_precision_is_cast_up
 
 @every_kernel
 def test_gradients_agree_with_finite_differences(name):
-    kernel = fitted(name, rows(50))
-    assert torch.autograd.gradcheck(kernel, (rows(4).requires_grad_(), rows(5).requires_grad_()))
+    kernel = fitted(name, rows(50, 3))
+    assert torch.autograd.gradcheck(kernel, (rows(4, 3).requires_grad_(), rows(5, 3).requires_grad_()))
 
 
 @every_kernel
 def test_gradients_stay_finite_at_coinciding_points(name):
     """A kink has no slope at 0, but by symmetry the gradient of a pair of equal points is 0."""
-    kernel = fitted(name, rows(50))
-    x = rows(1).expand(4, 3).clone().requires_grad_()
+    kernel = fitted(name, rows(50, 3))
+    x = rows(1, 3).expand(4, 3).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(kernel(x, x).sum(), x)
     assert torch.equal(gradient, torch.zeros_like(gradient))
-    y = torch.cat([x.detach(), rows(2)]).requires_grad_()
+    y = torch.cat([x.detach(), rows(2, 3)]).requires_grad_()
     gradients = torch.autograd.grad(kernel(x, y).sum(), (x, y))
     assert all(g.isfinite().all() for g in gradients)
 
@@ -167,8 +154,8 @@ def test_gradients_stay_finite_at_coinciding_points(name):
 @every_kernel
 def test_far_from_0_a_kernel_keeps_its_digits(name):
     """Shifted by a power of 2, and of numbers that float64 then still holds exactly."""
-    x, y = ((256 * rows(n)).round() / 256 for n in (6, 5))
-    kernel, place = fitted(name, rows(50)), 2.0**30
+    x, y = ((256 * rows(n, 3)).round() / 256 for n in (6, 5))
+    kernel, place = fitted(name, rows(50, 3)), 2.0**30
     torch.testing.assert_close(kernel(x + place, y + place), kernel(x, y), rtol=1e-10, atol=1e-12)
 
 
@@ -213,43 +200,20 @@ def test_the_unit_mean_of_many_rows_is_that_of_all_pairs_without_their_matrix(mo
 # Lengths from the prior
 
 
-@every_length
-def test_a_length_never_moves_once_set(kernel):
-    x, y = rows(5), rows(6)
-    taken, given = kernel(), kernel(1.5)
-    taken.fit(rows(50))
-    before = taken(x, y), given(x, y)
-    taken.fit(100 * rows(50))
-    given.fit(100 * rows(50))
-    assert torch.equal(taken(x, y), before[0])
-    assert torch.equal(given(x, y), before[1])
-
-
-def test_a_penalty_takes_the_length_from_the_prior_and_not_from_codes():
-    prior = rows(50).requires_grad_()
-    near, far = MMD(Gaussian()), MMD(Gaussian())
-    near(0.01 * rows(30), prior)
-    far(100 * rows(30), prior)
-    assert torch.equal(near.kernel.squared_length, far.kernel.squared_length)
-    assert near.kernel.squared_length.item() == pytest.approx(half_mean_square(prior))
-    assert not near.kernel.squared_length.requires_grad
-    assert list(near.parameters()) == []
-
-
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_lengths_are_kept_in_the_state_and_load_exactly_into_an_unset_kernel(name, dtype):
-    x, y = rows(5), rows(6)
-    kernel, other = fitted(name, rows(50, dtype=dtype)), KERNELS[name][0]()
+    x, y = rows(5, 3), rows(6, 3)
+    kernel, other = fitted(name, rows(50, 3, dtype=dtype)), KERNELS[name][0]()
     assert all(not value.isnan() for value in kernel.state_dict().values())
     other.load_state_dict(kernel.state_dict())
-    other.fit(100 * rows(50))
+    other.fit(100 * rows(50, 3))
     assert torch.equal(other(x, y), kernel(x, y))
 
 
 def test_a_state_with_a_length_does_not_load_where_a_length_was_given():
     with pytest.raises(RuntimeError, match=r"Unexpected key.*squared_length"):
-        Gaussian(1.0).load_state_dict(fitted("gaussian", rows(9)).state_dict())
+        Gaussian(1.0).load_state_dict(fitted("gaussian", rows(9, 3)).state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*squared_length"):
         Gaussian().load_state_dict(Gaussian(1.0).state_dict())
 
@@ -257,11 +221,11 @@ def test_a_state_with_a_length_does_not_load_where_a_length_was_given():
 @every_kernel
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))], ids=["deepcopy", "pickle"])
 def test_copies_have_the_same_values_and_lengths_of_their_own(name, copied):
-    x, y = rows(5), rows(6)
-    kernel, unset = fitted(name, rows(50)), KERNELS[name][0]()
+    x, y = rows(5, 3), rows(6, 3)
+    kernel, unset = fitted(name, rows(50, 3)), KERNELS[name][0]()
     assert torch.equal(copied(kernel)(x, y), kernel(x, y))
     duplicate = copied(unset)
-    duplicate.fit(rows(50))
+    duplicate.fit(rows(50, 3))
     kernels = [part for part in unset.modules() if hasattr(part, "is_set") and "squared_length" in part._buffers]
     assert not any(part.is_set for part in kernels)
 
@@ -271,17 +235,17 @@ def test_copies_have_the_same_values_and_lengths_of_their_own(name, copied):
 
 @every_kernel
 def test_a_repr_evaluates_to_an_equal_kernel(name):
-    kernel, prior = KERNELS[name][0](), rows(50)
+    kernel, prior = KERNELS[name][0](), rows(50, 3)
     again = eval(repr(kernel))
     assert repr(again) == repr(kernel)
     kernel.fit(prior)
     again.fit(prior)
-    x, y = rows(5), rows(6)
+    x, y = rows(5, 3), rows(6, 3)
     assert torch.equal(again(x, y), kernel(x, y))
 
 
 def test_compound_reprs_keep_their_precedence():
-    x, y = rows(5), rows(6)
+    x, y = rows(5, 3), rows(6, 3)
     a, b, c = Gaussian(1.0), Laplace(2.0), InverseMultiquadratic(3.0**0.5)
     for kernel in ((a + b) * c, a + b * c, 2.0 * (a + b), 2.0 * a + b, 2.0 * (a * b), a * (2.0 * b), (a + b) + c):
         torch.testing.assert_close(eval(repr(kernel))(x, y), kernel(x, y), rtol=1e-14, atol=0)
@@ -300,7 +264,7 @@ def dot_product(x, y):
 
 
 def test_any_callable_is_a_kernel():
-    x, y = rows(5), rows(6)
+    x, y = rows(5, 3), rows(6, 3)
     torch.testing.assert_close(as_kernel(dot_product)(x, y), x @ y.mT)
     assert as_kernel(lambda x, y: x.new_ones(len(x), len(y)))(x, y).sum() == 30
     kernel = Gaussian(1.0)
@@ -308,7 +272,7 @@ def test_any_callable_is_a_kernel():
 
 
 def test_a_function_enters_sums_and_survives_a_pickle():
-    x, y = rows(5), rows(6)
+    x, y = rows(5, 3), rows(6, 3)
     kernel = pickle.loads(pickle.dumps(2.0 * FunctionKernel(dot_product) + Gaussian(1.0)))
     torch.testing.assert_close(kernel(x, y), 2 * x @ y.mT + torch.exp(-(distances(x, y) ** 2) / 2))
 
@@ -321,7 +285,7 @@ def test_a_function_receives_plain_tensors_of_its_own_precision():
         return x @ y.mT
 
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        as_kernel(spy)(rows(5, dtype=dtype), rows(6, dtype=dtype))
+        as_kernel(spy)(rows(5, 3, dtype=dtype), rows(6, 3, dtype=dtype))
     assert [x.dtype for x in seen[::2]] == [torch.float32, torch.float32, torch.float64]
     assert all(type(x) is torch.Tensor for x in seen)
 
@@ -339,8 +303,8 @@ class Bilinear(torch.nn.Module):
 def test_a_module_is_frozen_and_passes_gradients_to_codes(module):
     kernel = as_kernel(module())
     assert isinstance(kernel, ModuleKernel)
-    x = rows(5).requires_grad_()
-    kernel(x, rows(6)).sum().backward()
+    x = rows(5, 3).requires_grad_()
+    kernel(x, rows(6, 3)).sum().backward()
     assert x.grad.abs().sum() > 0
     assert list(kernel.parameters())
     assert all(not p.requires_grad and p.grad is None for p in kernel.parameters())
@@ -358,7 +322,7 @@ def test_a_module_is_frozen_and_passes_gradients_to_codes(module):
     ids=["rbf", "ard", "linear", "sum", "product"],
 )
 def test_pyro_kernels_keep_their_values_and_the_param_store_stays_empty(theirs):
-    x, y = rows(11), rows(7)
+    x, y = rows(11, 3), rows(7, 3)
     expected = theirs()(x, y).detach()
     pyro.clear_param_store()
     kernel = as_kernel(theirs())
@@ -369,19 +333,8 @@ def test_pyro_kernels_keep_their_values_and_the_param_store_stays_empty(theirs):
     assert not captured.trace.nodes
 
 
-def test_two_pyro_kernels_with_different_lengthscales_do_not_overwrite_each_other():
-    x, y = rows(11), rows(7)
-    squares = distances(x, y) ** 2
-    narrow, wide = (as_kernel(pyro_kernels.RBF(3, lengthscale=lengthscale(s))) for s in (0.5, 4.0))
-    with poutine.trace(param_only=True):
-        for _ in range(2):
-            torch.testing.assert_close(narrow(x, y), torch.exp(-squares / (2 * 0.25)))
-            torch.testing.assert_close(wide(x, y), torch.exp(-squares / (2 * 16)))
-    torch.testing.assert_close((narrow + wide)(x, y), torch.exp(-squares / 0.5) + torch.exp(-squares / 32))
-
-
 def test_a_pyro_kernel_takes_no_notice_of_a_users_parameter_of_the_same_name():
-    x, y = rows(11), rows(7)
+    x, y = rows(11, 3), rows(7, 3)
     pyro.param("lengthscale", torch.tensor(100.0), constraint=dist.constraints.positive)
     pyro.param("variance", torch.tensor(7.0))
     kernel = as_kernel(pyro_kernels.RBF(3, lengthscale=lengthscale(0.5)))
@@ -416,51 +369,36 @@ def test_pyro_kernels_leave_svi_its_own_parameters():
 # Errors
 
 
-@pytest.mark.parametrize(("x", "y"), [((4,), (5, 3)), ((4, 3), (5, 2)), ((2, 4, 3), (5, 3))])
-def test_shapes_that_are_no_rows_are_refused(x, y):
-    with pytest.raises(ValueError, match=r"Gaussian\(x, y\) takes x of shape \(n, d\).*found \(.*x\.flatten\(1\)"):
-        Gaussian(1.0)(torch.zeros(x), torch.zeros(y))
+SHAPES = r"Gaussian\(x, y\) takes x of shape \(n, d\).*found \(.*x\.flatten\(1\)"
+NO_SPREAD = r"total variance of {},.*Laplace\(bandwidth=None\)\. Give the length"
+PAIRS = r"must return shape \(5, 6\), found {}\. Return one value for each pair"
+UNSET = r"has no length yet\. Give one, as in \w+\(bandwidth=1\.0\).*kernel\.fit\(prior\)"
+XY, WHOLE = (torch.zeros(5, 3), torch.zeros(6, 3)), torch.arange(6).view(3, 2)
 
 
-def test_whole_numbers_are_refused_and_not_rounded():
-    with pytest.raises(ValueError, match=r"takes floats, found torch\.int64 and torch\.int64\. Write x\.float\(\)"):
-        Gaussian(1.0)(torch.arange(6).view(3, 2), torch.arange(6).view(3, 2))
-
-
-@every_length
-def test_an_unset_length_says_how_to_set_it(kernel):
-    with pytest.raises(
-        ValueError, match=r"has no length yet\. Give one, as in \w+\(bandwidth=1\.0\).*kernel\.fit\(prior\)"
-    ):
-        kernel()(rows(4), rows(5))
+def fit_a_sum(prior):
+    Gaussian(1.0).fit(prior)  # which has its length
+    (Gaussian(1.0) + Laplace()).fit(prior)
 
 
 @pytest.mark.parametrize(
-    ("prior", "found"),
-    [(torch.ones(9, 3), "0"), (torch.full((9, 3), math.nan), "nan"), (torch.tensor([[0.0], [math.inf]]), "nan")],
-)
-def test_a_prior_without_spread_gives_no_length(prior, found):
-    with pytest.raises(ValueError, match=rf"total variance of {found},.*Laplace\(bandwidth=None\)\. Give the length"):
-        (Gaussian(1.0) + Laplace()).fit(prior)
-    Gaussian(1.0).fit(prior)
-
-
-def test_a_single_prior_draw_gives_no_length():
-    with pytest.raises(ValueError, match="at least 2 prior samples, found 1"):
-        Gaussian().fit(rows(1))
-
-
-@pytest.mark.parametrize(
-    ("function", "found"),
+    ("call", "arguments", "message"),
     [
-        (lambda x, y: (x @ y.mT).sum(), r"shape \(\)"),
-        (lambda x, y: y @ x.mT, r"shape \(6, 5\)"),
-        (lambda x, y: x.sum(1), r"shape \(5,\)"),
-        (lambda x, y: 1.0, "float"),
+        (Gaussian(1.0), (torch.zeros(4), torch.zeros(5, 3)), SHAPES),
+        (Gaussian(1.0), (torch.zeros(4, 3), torch.zeros(5, 2)), SHAPES),
+        (Gaussian(1.0), (torch.zeros(2, 4, 3), torch.zeros(5, 3)), SHAPES),
+        (Gaussian(1.0), (WHOLE, WHOLE), r"takes floats, found torch\.int64 and torch\.int64\. Write x\.float\(\)"),
+        (fit_a_sum, (torch.ones(9, 3),), NO_SPREAD.format("0")),
+        (fit_a_sum, (torch.full((9, 3), math.nan),), NO_SPREAD.format("nan")),
+        (fit_a_sum, (torch.tensor([[0.0], [math.inf]]),), NO_SPREAD.format("nan")),
+        (Gaussian().fit, (torch.zeros(1, 3),), "at least 2 prior samples, found 1"),
+        (as_kernel(lambda x, y: (x @ y.mT).sum()), XY, PAIRS.format(r"shape \(\)")),
+        (as_kernel(lambda x, y: y @ x.mT), XY, PAIRS.format(r"shape \(6, 5\)")),
+        (as_kernel(lambda x, y: x.sum(1)), XY, PAIRS.format(r"shape \(5,\)")),
+        (as_kernel(lambda x, y: 1.0), XY, PAIRS.format("float")),
+        *((kernel(), XY, UNSET) for kernel in LENGTHS),
     ],
 )
-def test_a_function_of_the_wrong_shape_is_refused(function, found):
-    with pytest.raises(
-        ValueError, match=rf"must return shape \(5, 6\), found {found}\. Return one value for each pair"
-    ):
-        as_kernel(function)(rows(5), rows(6))
+def test_what_does_not_fit_is_named_with_the_line_to_write(call, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(*arguments)

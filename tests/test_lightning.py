@@ -9,7 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import around
 from pyro import poutine
+from references import program
 
 from pyro_wae import WAELoss
 from pyro_wae.penalties import MMD
@@ -86,12 +88,9 @@ def test_the_p_value_is_that_of_all_held_out_codes(tmp_path, factor, is_prior):
 
 def test_a_code_and_a_prior_draw_of_one_datum_are_not_compared(tmp_path):
     """With a prior that depends on the datum, codes of some data stand beside the prior draws of others."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x[:, :2], 1e-3).to_event(1))
-            pyro.sample("x", dist.Normal(z.sum(1, keepdim=True).expand(-1, 5), 1).to_event(1), obs=x)
-
+    model, _ = program(
+        prior=lambda x: dist.Normal(x[:, :2], 1e-3).to_event(1), output=lambda z: around(z[..., :1].expand(-1, 5))
+    )
     seen = []
 
     class Seen(WAE):

@@ -4,11 +4,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from references import KERNELS, differences, distances, half_mean_square, mean_is_zero, off_diagonal, rows
-from scipy.optimize import linear_sum_assignment
+from references import KERNELS, differences, distances, half_mean_square, off_diagonal, rows
 from scipy.spatial.distance import cdist
 
-from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Laplace
+from pyro_wae.kernels import Gaussian, Laplace
 from pyro_wae.penalties import MMD, FunctionPenalty, PenaltyContext, as_penalty
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -83,64 +82,6 @@ def test_float32_values_and_gradients_keep_their_digits(name, float32_case):
     assert gradient_error <= 5e-6
 
 
-# Bias
-
-
-REPLICATES = 400
-
-
-def replicates(estimate):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        return torch.stack([estimate() for _ in range(REPLICATES)])
-
-
-def noisy_codes(n, d, *, particles=5, share=0.5):
-    """Particles of an encoder N(mu, share I) with mu ~ N(0, (1 - share) I), so that Q_Z = N(0, I) exactly."""
-    return (1 - share) ** 0.5 * rows(n, d) + share**0.5 * rows(particles, n, d)
-
-
-@pytest.mark.parametrize("m", [10, 50])
-def test_null_of_five_particles_has_mean_0_and_pooling_them_has_not(m):
-    """Null: K = 5 particles of n = 10 data whose aggregate is the prior, N(0, I_2); 400 replicates, seed 1."""
-    mmd = MMD(Gaussian(1.5))
-    assert mean_is_zero(replicates(lambda: mmd(noisy_codes(10, 2, share=0.1), rows(m, 2))))
-    pooled = replicates(lambda: mmd(noisy_codes(10, 2, share=0.1).flatten(0, 1), rows(m, 2)))
-    assert not mean_is_zero(pooled, standard_errors=10)
-
-
-def shared_offset(particles=1, repeats=1):
-    """Codes and prior samples that are N(offset, I) with one offset for each of 20 data: q_i = p_i."""
-    offset = 2 * rows(20, 2)
-    return rows(particles, 20, 2) + offset, (rows(repeats, 20, 2) + offset).flatten(0, 1)
-
-
-def shared_mask(particles=1, repeats=1):
-    """Codes and prior samples of N(3, I) with the same random elements set to 0, as ragged sequences have them."""
-    mask = torch.rand(20, 4) < torch.rand(20, 1)
-    return (rows(particles, 20, 4) + 3) * mask, ((rows(repeats, 20, 4) + 3) * mask).flatten(0, 1)
-
-
-@pytest.mark.parametrize("draw", [shared_offset, shared_mask])
-@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (1, 5), (3, 3)])
-def test_null_of_shared_data_has_mean_0_and_all_pairs_have_not(draw, particles, repeats):
-    """Null: q_i = p_i given each of n = 20 data; 400 replicates, seed 1."""
-    mmd, shared = MMD(Gaussian(1.5)), PenaltyContext(shared_data=True)
-    assert mean_is_zero(replicates(lambda: mmd(*draw(particles, repeats), shared)))
-    all_pairs = replicates(lambda: mmd(*draw(particles, repeats)))
-    assert not mean_is_zero(all_pairs, standard_errors=10)
-
-
-def test_more_prior_draws_keep_the_mean_and_lower_the_variance():
-    """Null: one mean for m = n and m = 5 n, codes N(0.5, I_2) of n = 20; 400 replicates, seed 1."""
-    mmd = MMD(Gaussian(1.5))
-    few, many = (replicates(lambda m=m: mmd(rows(20, 2) + 0.5, rows(m, 2))) for m in (20, 100))
-    standard_error = ((few.var() + many.var()) / REPLICATES).sqrt()
-    assert abs(few.mean() - many.mean()) < 3.5 * standard_error
-    assert many.mean() > 10 * standard_error
-    assert many.var() < 0.8 * few.var()
-
-
 # Expectations without sampling: every outcome of a discrete encoder is enumerated.
 
 ATOMS = torch.tensor(
@@ -179,49 +120,30 @@ def expectation(particles, *, shared_with=None, repeats=1, data_size=None):
     return torch.stack(values).mean().item()
 
 
-def test_mmd_plus_plus_averages_to_that_of_the_whole_finite_data_set():
-    prior = PRIOR_ATOMS[0:2]
-    exact = gaussian_mean(ATOMS, ATOMS) + gaussian_mean(prior, prior) - 2 * gaussian_mean(ATOMS, prior)
-    assert expectation(2, data_size=4) == pytest.approx(exact, rel=1e-12)
-    assert abs(expectation(1) - exact) > 0.01
+DIFFERENT = np.kron(1 - np.eye(4), np.ones((2, 2))) == 1
 
 
-def test_without_a_data_size_it_averages_to_that_of_pairs_of_different_data():
-    prior = PRIOR_ATOMS[0:2]
-    different = np.kron(1 - np.eye(4), np.ones((2, 2))) == 1
-    exact = gaussian_mean(ATOMS, ATOMS, different) + gaussian_mean(prior, prior) - 2 * gaussian_mean(ATOMS, prior)
-    assert expectation(1) == pytest.approx(exact, rel=1e-12)
+@pytest.mark.parametrize(
+    ("particles", "options", "prior", "pairs"),
+    [
+        (2, {"data_size": 4}, PRIOR_ATOMS[0:2], None),
+        (1, {}, PRIOR_ATOMS[0:2], DIFFERENT),
+        (2, {"data_size": 4, "shared_with": PRIOR_ATOMS, "repeats": 2}, PRIOR_ATOMS, None),
+    ],
+    ids=["MMD++", "no data size", "MMD++ with shared data"],
+)
+def test_it_averages_to_that_of_the_whole_finite_mixtures_or_of_pairs_of_different_data(
+    particles, options, prior, pairs
+):
+    exact = gaussian_mean(ATOMS, ATOMS, pairs) + gaussian_mean(prior, prior) - 2 * gaussian_mean(ATOMS, prior)
+    assert expectation(particles, **options) == pytest.approx(exact, rel=1e-12)
 
 
-def test_mmd_plus_plus_with_shared_data_averages_to_that_of_both_finite_mixtures():
-    exact = (
-        gaussian_mean(ATOMS, ATOMS) + gaussian_mean(PRIOR_ATOMS, PRIOR_ATOMS) - 2 * gaussian_mean(ATOMS, PRIOR_ATOMS)
-    )
-    assert expectation(2, shared_with=PRIOR_ATOMS, repeats=2, data_size=4) == pytest.approx(exact, rel=1e-12)
-
-
-@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (2, 1), (1, 2)])
-def test_a_prior_that_is_the_encoder_of_every_datum_averages_to_0(particles, repeats):
-    value = expectation(particles, shared_with=ATOMS, repeats=repeats, data_size=4)
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize(("particles", "repeats"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_prior_that_is_the_encoder_of_every_datum_averages_to_0(particles, repeats, size):
+    value = expectation(particles, shared_with=ATOMS, repeats=repeats, data_size=size)
     assert value == pytest.approx(0, abs=1e-14)
-
-
-def test_descent_on_the_penalty_alone_moves_codes_onto_the_prior():
-    """Free codes lose nine tenths of their exact squared Wasserstein distance to prior samples."""
-    fresh = rows(100, 2)
-
-    def wasserstein(x):
-        squares = cdist(x.detach(), fresh, "sqeuclidean")
-        return squares[linear_sum_assignment(squares)].mean()
-
-    codes = (0.1 * rows(100, 2) + 2).requires_grad_()
-    mmd, optimiser = MMD(InverseMultiquadratic.multiscale()), torch.optim.SGD([codes], lr=30.0)
-    before = wasserstein(codes)
-    for _ in range(100):
-        optimiser.zero_grad()
-        mmd(codes, rows(100, 2)).backward()
-        optimiser.step()
-    assert wasserstein(codes) < 0.1 * before
 
 
 # Functions as penalties
@@ -231,14 +153,6 @@ def mean_distance(codes, prior):
     return (codes.mean(0) - prior.mean(0)).square().sum()
 
 
-def test_a_function_is_a_penalty_of_plain_rows():
-    codes, prior = rows(20, 3), rows(30, 3)
-    penalty = as_penalty(mean_distance)
-    assert isinstance(penalty, FunctionPenalty)
-    torch.testing.assert_close(penalty(codes, prior), (codes.mean(0) - prior.mean(0)).square().sum())
-    assert as_penalty(penalty) is penalty
-
-
 def test_a_function_sees_one_particle_at_a_time_and_its_values_are_averaged():
     codes, prior, seen = rows(3, 20, 3), rows(60, 3), []
 
@@ -246,7 +160,10 @@ def test_a_function_sees_one_particle_at_a_time_and_its_values_are_averaged():
         seen.append((codes, prior))
         return mean_distance(codes, prior)
 
-    value = as_penalty(spy)(codes, prior)
+    penalty = as_penalty(spy)
+    assert isinstance(penalty, FunctionPenalty)
+    assert as_penalty(penalty) is penalty
+    value = penalty(codes, prior)
     expected = (codes.mean(1) - prior.view(3, 20, 3).mean(1)).square().sum(1).mean()
     torch.testing.assert_close(value, expected)
     assert [(tuple(q.shape), tuple(p.shape)) for q, p in seen] == [((20, 3), (20, 3))] * 3
@@ -277,48 +194,31 @@ def test_a_function_that_gives_no_scalar_is_refused(function, found):
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("codes", "prior"), [((5,), (5,)), ((5, 3), (5, 2)), ((5, 3), (2, 5, 3)), ((2, 2, 5, 3), (5, 3)), ((5, 3), (3,))]
-)
-def test_shapes_that_do_not_fit_are_refused(codes, prior):
-    with pytest.raises(ValueError, match=r"codes of shape \(n, d\), or \(K, n, d\).*found \(.*codes\.flatten\(1\)"):
-        MMD()(rows(*codes), rows(*prior))
+SHAPES = r"codes of shape \(n, d\), or \(K, n, d\).*found \(.*codes\.flatten\(1\)"
+TWO = r"at least 2 data and 2 prior samples, found {}\. .*drop_last=True"
+ROWS, SHARED = rows(5, 3), PenaltyContext(shared_data=True)
+REFUSED = [
+    (rows(5), rows(5), None, SHAPES),
+    (ROWS, rows(5, 2), None, SHAPES),
+    (ROWS, rows(2, 5, 3), None, SHAPES),
+    (rows(2, 2, 5, 3), ROWS, None, SHAPES),
+    (ROWS, rows(3), None, SHAPES),
+    (rows(1, 3), ROWS, None, TWO.format("1 and 5")),
+    (ROWS, rows(1, 3), None, TWO.format("5 and 1")),
+    (rows(4, 1, 3), ROWS, None, TWO.format("1 and 5")),
+    (rows(0, 3), ROWS, None, TWO.format("0 and 5")),
+    (ROWS, ROWS.float(), None, r"one floating dtype, found torch\.float64 and torch\.float32\..*x\.new_zeros"),
+    (ROWS.long(), ROWS.long(), None, r"one floating dtype, found torch\.int64 and torch\.int64"),
+    (ROWS, ROWS.to("meta"), None, r"on one device, found cpu and meta\..*x\.new_zeros"),
+    (rows(10, 3), ROWS, SHARED, r"multiples of the 10 data, found 5\. Draw the prior once or several times"),
+    (rows(10, 3), rows(25, 3), SHARED, r"multiples of the 10 data, found 25\. Draw the prior once or several times"),
+]
 
 
-@pytest.mark.parametrize(
-    ("codes", "prior", "found"),
-    [
-        ((1, 3), (5, 3), "1 and 5"),
-        ((5, 3), (1, 3), "5 and 1"),
-        ((4, 1, 3), (5, 3), "1 and 5"),
-        ((0, 3), (5, 3), "0 and 5"),
-    ],
-)
-def test_fewer_than_two_rows_are_refused(codes, prior, found):
-    with pytest.raises(ValueError, match=rf"at least 2 data and 2 prior samples, found {found}\. .*drop_last=True"):
-        MMD()(rows(*codes), rows(*prior))
-
-
-def test_different_and_whole_dtypes_are_refused():
-    with pytest.raises(
-        ValueError, match=r"one floating dtype, found torch\.float64 and torch\.float32\..*x\.new_zeros"
-    ):
-        MMD()(rows(5, 3), rows(5, 3).float())
-    with pytest.raises(ValueError, match=r"one floating dtype, found torch\.int64 and torch\.int64"):
-        MMD()(torch.ones(5, 3).long(), torch.ones(5, 3).long())
-
-
-def test_different_devices_are_refused():
-    with pytest.raises(ValueError, match=r"on one device, found cpu and meta\..*x\.new_zeros"):
-        MMD()(rows(5, 3), torch.zeros(5, 3, dtype=torch.float64, device="meta"))
-
-
-@pytest.mark.parametrize("m", [5, 25])
-def test_shared_data_with_draws_for_a_part_of_the_data_are_refused(m):
-    with pytest.raises(
-        ValueError, match=rf"multiples of the 10 data, found {m}\. Draw the prior once or several times"
-    ):
-        MMD()(rows(10, 3), rows(m, 3), PenaltyContext(shared_data=True))
+@pytest.mark.parametrize(("codes", "prior", "context", "message"), REFUSED)
+def test_rows_that_do_not_fit_are_refused(codes, prior, context, message):
+    with pytest.raises(ValueError, match=message):
+        MMD()(codes, prior, context)
 
 
 # State

@@ -1,11 +1,10 @@
 """Optimisers that share one torch optimiser move parameters as one for each does."""
 
-from functools import partial
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from adversaries import net as discriminator
 from optim_trajectories import (
     SCHEDULERS,
     STEPS,
@@ -24,7 +23,6 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.dct_adam import DCTAdam
-from torch.optim import lr_scheduler
 
 from pyro_wae import WAELoss
 from pyro_wae.optim import SGD, Adam, AdamW, SharedOptim
@@ -63,13 +61,6 @@ CASES = {
 @pytest.mark.parametrize("args", CASES.values(), ids=CASES)
 def test_parameters_move_as_with_an_optimiser_for_each(args):
     assert_same(trajectory(SharedOptim(*args)), trajectory(PyroOptim(*args)))
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
-def test_named_optimisers_are_those_of_pyro(name):
-    args = {"lr": 0.001, "weight_decay": 0.1}
-    ours, pyros = {"Adam": Adam, "AdamW": AdamW, "SGD": SGD}[name], getattr(pyro.optim, name)
-    assert_same(trajectory(ours(args, {"clip_norm": 1.0})), trajectory(pyros(args, {"clip_norm": 1.0})))
 
 
 def test_optimiser_that_lowers_its_own_rate_starts_anew_for_a_late_parameter():
@@ -181,10 +172,6 @@ def test_step_with_generator_and_no_parameters():
     assert torch.equal(p, torch.zeros(2))
 
 
-def discriminator():
-    return torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)).double()
-
-
 @pytest.mark.parametrize(
     ("make_loss", "num_params"),
     [(Trace_ELBO, 4), (lambda: WAELoss(JensenShannon(discriminator(), optimizer=None)), 8)],
@@ -214,21 +201,12 @@ def test_learning_rates_fall_as_with_a_scheduler_for_each(scheduler):
     assert_same(trajectory(ours, after_step=advance), trajectory(pyros, after_step=advance))
 
 
-def test_late_parameter_has_its_own_first_learning_rate():
-    optim = Adam({"lr": 1.0}, scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.5))
-    early, late = (torch.ones(2, requires_grad=True) for _ in range(2))
-    for p in (early, late):
-        p.grad = torch.ones(2)
-    optim([early])
-    optim.step()
-    optim([early, late])
-    assert [optim.optim_objs[p].optimizer.param_groups[0]["lr"] for p in (early, late)] == [0.5, 1.0]
-
-
-def test_repr_is_the_call():
-    assert repr(Adam({"lr": 0.1})) == (
-        "SharedOptim(optim_constructor=<class 'torch.optim.adam.Adam'>, optim_args={'lr': 0.1}, "
-        "clip_args=None, scheduler=None)"
+@pytest.mark.parametrize("kind", [Adam, AdamW, SGD])
+def test_a_named_optimiser_is_that_of_torch_and_its_repr_the_call(kind):
+    constructor = getattr(torch.optim, kind.__name__)
+    assert repr(kind({"lr": 0.1}, {"clip_norm": 1.0})) == (
+        f"SharedOptim(optim_constructor={constructor!r}, optim_args={{'lr': 0.1}}, "
+        "clip_args={'clip_norm': 1.0}, scheduler=None)"
     )
 
 

@@ -28,45 +28,32 @@ def without_validation():
         yield
 
 
-@pytest.mark.parametrize(
-    "make_optim",
-    [
-        lambda: Adam({"lr": 0.03}),
-        lambda: Adam(by_name, {"clip_norm": 0.5}),
-        lambda: SGD({"lr": 0.001, "momentum": 0.9}),
-        lambda: SharedOptim(torch.optim.Adagrad, {"lr": 0.1}),
-        lambda: SharedOptim(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
-        lambda: SharedOptim(ClippedAdam, {"lr": 0.03, "lrd": 0.99}),
-    ],
-    ids=["Adam", "by name", "SGD", "Adagrad", "RMSprop", "ClippedAdam"],
-)
-def test_continues_bit_for_bit_from_a_file(make_optim, tmp_path):
-    check_continuation(make_optim, 28, tmp_path / "optim.pt")
+CONTINUED = {
+    "Adam": lambda: Adam({"lr": 0.03}),
+    "by name": lambda: Adam(by_name, {"clip_norm": 0.5}),
+    "SGD": lambda: SGD({"lr": 0.001, "momentum": 0.9}),
+    "Adagrad": lambda: SharedOptim(torch.optim.Adagrad, {"lr": 0.1}),
+    "RMSprop": lambda: SharedOptim(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "ClippedAdam": lambda: SharedOptim(ClippedAdam, {"lr": 0.03, "lrd": 0.99}),
+    **{name: lambda args=args: scheduled(*args, {"lr": 0.03})[0] for name, args in SCHEDULERS.items()},
+}
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_scheduler_continues_bit_for_bit_from_a_file(scheduler, tmp_path):
-    make_scheduler, kwargs = scheduler
-    check_continuation(
-        lambda: Adam({"lr": 0.03}, scheduler=lambda optimizer: make_scheduler(optimizer, **kwargs)),
-        28,  # An even step: a parameter that is not used in it has a scheduler that is to advance.
-        tmp_path / "optim.pt",
-        after_step=advance,
-    )
-
-
-def check_continuation(make_optim, stop, path, **kwargs):
-    optim = make_optim()
-    trajectory(optim, last=stop, **kwargs)
-    optim.save(str(path))
+@pytest.mark.parametrize("name", CONTINUED)
+def test_continues_bit_for_bit_from_a_file(name, tmp_path):
+    stop = 28  # An even step: a parameter that is not used in it has a scheduler that is to advance.
+    path, options = str(tmp_path / "optim.pt"), {"after_step": advance} if name in SCHEDULERS else {}
+    optim = CONTINUED[name]()
+    trajectory(optim, last=stop, **options)
+    optim.save(path)
     store = deepcopy(pyro.get_param_store().get_state())
-    expected = steps(optim, first=stop, **kwargs)
+    expected = steps(optim, first=stop, **options)
 
     pyro.clear_param_store()
     pyro.get_param_store().set_state(store)
-    again = make_optim()
-    again.load(str(path))
-    assert_identical(steps(again, first=stop, **kwargs), expected)
+    again = CONTINUED[name]()
+    again.load(path)
+    assert_identical(steps(again, first=stop, **options), expected)
     assert len(again.optimizers) == len(optim.optimizers)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from penalty_cases import CASES, D, adam, every_case, zeroed
+from adversaries import adam
+from penalty_cases import CASES, VARIANTS, D, every_case, zeroed
 from programs import AutoEncoder, delta
 from pyro.infer import SVI
 from references import made_by_default
@@ -80,8 +82,6 @@ def test_the_gradient_reaches_the_codes_and_a_fixed_prior_stays_out_of_the_graph
     if not isinstance(penalty, JensenShannon):
         assert codes.grad.abs().sum(1).min() > 0
     assert prior.grad is None
-    with torch.no_grad():
-        assert not penalty(codes, prior).requires_grad
 
 
 @every_case
@@ -161,43 +161,69 @@ def test_one_particle_is_a_code_and_several_are_averaged_over(case):
 
 @every_case
 def test_float32_agrees_with_float64(case):
-    codes, prior = case.elsewhere(30), case.rows(40)
-    values, gradients = [], []
-    wide = case.fitted()
-    narrow = case.make()
+    codes, prior, found = case.elsewhere(30), case.rows(40), []
+    wide, narrow = case.fitted(), case.make()
     narrow.load_state_dict(wide.state_dict())
     if list(narrow.parameters()):
         narrow.float()
     for penalty, dtype in ((wide, torch.float64), (narrow, torch.float32)):
-        if isinstance(penalty, SlicedWasserstein | MaxSlicedWasserstein | SphericalSlicedWasserstein | SumPenalty):
-            continue  # their directions are drawn in the precision of the codes, and differ
         z = codes.detach().clone().to(dtype).requires_grad_()
         value = penalty(z, prior.to(dtype))
         value.backward()
         assert value.dtype == z.grad.dtype == dtype
-        values.append(value.detach().double())
-        gradients.append(z.grad.double())
-    if values:
-        torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-4 * float(gradients[0].abs().max()))
-    else:
-        z = codes.float().requires_grad_()
-        narrow(z, prior.float()).backward()
-        assert z.grad.dtype == torch.float32
         assert z.grad.isfinite().all()
+        found.append((value.detach().double(), z.grad.double()))
+    # Directions are drawn in the precision of the codes, and differ.
+    if not isinstance(wide, SlicedWasserstein | MaxSlicedWasserstein | SphericalSlicedWasserstein | SumPenalty):
+        (value, gradient), (value_32, gradient_32) = found
+        torch.testing.assert_close(value_32, value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient_32, gradient, rtol=1e-2, atol=1e-4 * float(gradient.abs().max()))
+
+
+# Those of a matching or a player that is held fixed are tested in their own files.
+DIFFERENTIATED = [
+    *(pytest.param(case, 4, 5, id=name) for name, case in CASES.items() if case.exact),
+    *(pytest.param(case, 4, m, id=f"{name}, 4 and {m}") for name, case in VARIANTS.items() for m in (4, 5, 8)),
+]
+
+
+@pytest.mark.parametrize(("case", "n", "m"), DIFFERENTIATED)
+def test_gradients_by_codes_and_prior_agree_with_finite_differences(case, n, m):
+    penalty, prior = case.fitted(), case.rows(m, d=3).requires_grad_(case.reads_prior)
+
+    def value(*rows):
+        pyro.set_rng_seed(7)
+        return penalty(*(normalize(z, dim=-1) if case.sphere else z for z in rows))
+
+    assert torch.autograd.gradcheck(value, (case.elsewhere(n, d=3).requires_grad_(), prior))
 
 
 @every_case
-def test_gradients_agree_with_finite_differences(case):
-    if not case.exact:
-        return  # those of a matching or a player that is held fixed; their own files
-    penalty, prior = case.fitted(), case.rows(7)
-
-    def value(z):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_first_call_without_gradients_has_the_same_value_and_leaves_all_as_it_was(case, mode):
+    penalty, codes, prior, values = case.make().double(), case.elsewhere(20).requires_grad_(), case.rows(30), []
+    for context in (mode, nullcontext):
         pyro.set_rng_seed(7)
-        return penalty(normalize(z, dim=-1) if case.sphere else z, prior)
+        with context():
+            values.append(penalty(codes, prior))
+            assert torch.is_grad_enabled() == (context is nullcontext)
+    assert not values[0].requires_grad
+    torch.testing.assert_close(values[0].clone(), values[1], rtol=1e-10, atol=1e-13)
+    values[1].backward()
+    assert codes.grad.isfinite().all()
 
-    assert torch.autograd.gradcheck(value, case.elsewhere(5).requires_grad_())
+
+@every_case
+def test_what_the_first_prior_draws_decide_stays(case):
+    penalty = case.fitted()
+    kept = {name: value.clone() for name, value in tensors(penalty)}
+    with torch.no_grad():
+        penalty(case.elsewhere(20), case.rows(30) * (1 if case.sphere else 9))
+    torch.testing.assert_close(dict(tensors(penalty)), kept, rtol=0, atol=0)
+
+
+def tensors(penalty):
+    return [(name, value) for name, value in penalty.state_dict().items() if isinstance(value, torch.Tensor)]
 
 
 @every_case
@@ -225,7 +251,7 @@ def test_a_batch_that_is_not_finite_shows_in_the_value_and_leaves_nothing_behind
         assert not penalty(rows["codes"].requires_grad_(), rows["prior"]).isfinite()
     except ValueError as error:
         assert "found" in str(error)  # noqa: PT017 - some refuse it by name
-    assert all(value.isfinite().all() for value in penalty.state_dict().values() if isinstance(value, torch.Tensor))
+    assert all(value.isfinite().all() for _, value in tensors(penalty))
     assert penalty_of(penalty, codes, prior) == expected
 
 
@@ -352,29 +378,33 @@ def distance(net, case):
         return (normalize(z, dim=-1) if case.sphere else z).mean(0).norm().item()
 
 
+def by_svi(loss, net):
+    return SVI(net.model, net.guide, pyro.optim.Adam({"lr": 3e-2}), loss=loss).step
+
+
+def by_torch(loss, net):
+    loss_fn = loss(net.model, net.guide)
+    optimiser = torch.optim.Adam(loss_fn.parameters(), lr=3e-2)
+
+    def step(x):
+        optimiser.zero_grad()
+        value = loss_fn(x)
+        value.backward()
+        optimiser.step()
+        return value.item()
+
+    return step
+
+
 @every_case
-def test_svi_trains_the_encoder_with_it(case):
+@pytest.mark.parametrize("route", [by_svi, by_torch])
+def test_it_trains_the_encoder(case, route):
     net = make_net(case.sphere)
     loss = WAELoss(trainable(case), cost=lambda x, g: 0 * g.sum(-1), penalty_weight=100.0)
-    svi = SVI(net.model, net.guide, pyro.optim.Adam({"lr": 3e-2}), loss=loss)
-    before = distance(net, case)
+    before, step = distance(net, case), route(loss, net)
     for _ in range(60):
-        assert math.isfinite(svi.step(torch.randn(64, 10)))
+        assert math.isfinite(step(torch.randn(64, 10)))
     assert distance(net, case) < 0.6 * before
-
-
-@every_case
-def test_torch_optimisers_train_the_encoder_with_it(case):
-    net = make_net(case.sphere)
-    loss_fn = WAELoss(trainable(case), cost=lambda x, g: 0 * g.sum(-1), penalty_weight=100.0)(net.model, net.guide)
-    optimiser = torch.optim.Adam(loss_fn.parameters(), lr=3e-2)
-    before = distance(net, case)
-    for _ in range(60):
-        optimiser.zero_grad()
-        loss_fn(torch.randn(64, 10)).backward()
-        optimiser.step()
-    assert distance(net, case) < 0.6 * before
-    assert loss_fn.terms.penalty.isfinite()
 
 
 @pytest.mark.parametrize(

@@ -93,17 +93,12 @@ def test_codes_and_prior_shows_the_plane_that_fits_worst():
         assert abs(np.corrcoef(shown[:, column], expected)[0, 1]) > 0.99
 
 
-def test_codes_and_prior_shows_the_chosen_coordinates():
-    codes = torch.randn(20, 5)
-    figure = codes_and_prior(codes, torch.randn(20, 5), plane=(3, 1))
-    np.testing.assert_allclose(figure.axes[0].collections[0].get_offsets(), codes[:, [3, 1]], rtol=1e-6)
-    assert figure.axes[0].get_xlabel() == "coordinate 3"
-
-
-def test_two_dimensional_codes_are_shown_as_they_are():
-    codes = torch.randn(20, 2)
-    figure = codes_and_prior(codes, torch.randn(20, 2))
-    np.testing.assert_allclose(figure.axes[0].collections[0].get_offsets(), codes, rtol=1e-6)
+@pytest.mark.parametrize(("d", "plane", "shown"), [(5, (3, 1), [3, 1]), (2, None, [0, 1])], ids=["chosen", "all"])
+def test_codes_and_prior_shows_the_chosen_coordinates_or_both(d, plane, shown):
+    codes = torch.randn(20, d)
+    figure = codes_and_prior(codes, torch.randn(20, d), plane=plane)
+    np.testing.assert_allclose(figure.axes[0].collections[0].get_offsets(), codes[:, shown], rtol=1e-6)
+    assert figure.axes[0].get_xlabel() == f"coordinate {shown[0]}"
 
 
 def test_classes_have_colours_and_a_legend():

@@ -309,11 +309,6 @@ def test_errors_say_what_to_write(options, error, message):
         report(*pair(lambda x: x), data(50), **options)
 
 
-def test_data_without_any_batch_are_an_error():
-    with pytest.raises(ValueError, match="no batch"):
-        report(*pair(lambda x: x), batches=[])
-
-
 def test_codes_that_are_not_finite_are_an_error():
     with pytest.raises(ValueError, match="site 'z'"):
         report(*pair(lambda x: x / 0), data(50))

@@ -2,27 +2,22 @@
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import delta, normal
+from references import program
 from reported import FAST, data, pair
 
 from pyro_wae.diagnostics import report
 
 
 def imaging(shape, scale=1.0):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
-            pixels = torch.sigmoid(z.mean(1)).reshape(-1, *[1] * len(shape)) * scale * x.new_ones(shape)
-            pyro.sample("x", dist.Normal(pixels, 1).to_event(len(shape)), obs=x)
+    def output(z):
+        pixels = torch.sigmoid(z.mean(-1)).reshape(-1, *[1] * len(shape)) * scale * z.new_ones(shape)
+        return dist.Normal(pixels, 1).to_event(len(shape))
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x.flatten(1)[:, :3]).to_event(1))
-
-    return model, guide
+    return program(lambda x: delta(x.flatten(1)[:, :3]), lambda x: normal(x, 3), output)
 
 
 @pytest.mark.parametrize(

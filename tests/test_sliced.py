@@ -2,23 +2,13 @@
 
 import pytest
 import torch
+from references import pair, seeded
 from torch.nn.functional import normalize
 
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, SlicedWasserstein, transport_along
 
 BOTH = [SlicedWasserstein, MaxSlicedWasserstein]
 SIZES = [(30, 30), (30, 60), (60, 30), (30, 41), (7, 3)]
-
-
-def pair(n=30, m=41, d=4, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randn(n, d, generator=generator, dtype=torch.float64) * 1.5 + 0.5
-    return codes.to(dtype), torch.randn(m, d, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def seeded(penalty, codes, prior, seed=3):
-    torch.manual_seed(seed)
-    return penalty(codes, prior)
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])
@@ -40,24 +30,12 @@ def test_in_one_dimension_both_are_transport_on_the_line(penalty, n, m, p, ot):
     assert penalty(p=p)(codes, prior).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_of_point_masses_the_value_is_their_distance():
-    codes, prior = torch.full((3, 1), 2.0), torch.full((5, 1), -1.0)
-    assert SlicedWasserstein(p=3)(codes, prior).item() == pytest.approx(27, rel=1e-6)
-
-
 def test_a_shift_by_v_has_the_value_v_squared_over_d():
     # Null: the mean over directions of (t.v)^2 is |v|^2 / d; its standard error with 20000 directions is 0.013.
     _, prior = pair(m=20, d=5)
     shift = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5], dtype=torch.float64)
     value = seeded(SlicedWasserstein(20_000), prior + shift, prior)
     assert value.item() == pytest.approx(shift.square().sum().item() / 5, abs=4 * 0.013)
-
-
-def test_of_two_gaussians_the_value_is_the_squared_difference_of_spreads():
-    # Null: W_2^2(N(0, 4), N(0, 1)) = 1 on every line. At n = 20000 the bias is below 0.001, the standard error 0.01.
-    torch.manual_seed(1)
-    value = SlicedWasserstein()(2 * torch.randn(20_000, 3), torch.randn(20_000, 3))
-    assert value.item() == pytest.approx(1, abs=0.04)
 
 
 def test_every_step_has_directions_of_its_own():
@@ -67,43 +45,12 @@ def test_every_step_has_directions_of_its_own():
     assert seeded(penalty, codes, prior) == seeded(penalty, codes, prior)
 
 
-def test_the_mean_does_not_tell_how_alike_the_particles_of_one_datum_are():
-    # Null: the mean is one whether the 4 particles are equal or independent. 60 pairs each, n = 100, d = 8, seed 6.
-    torch.manual_seed(6)
-    penalty = SlicedWasserstein()
-
-    def both(estimate):
-        equal, independent = [], []
-        for _ in range(60):
-            prior = torch.randn(400, 8)
-            equal.append(estimate(torch.randn(1, 100, 8).expand(4, -1, -1), prior))
-            independent.append(estimate(torch.randn(4, 100, 8), prior))
-        return torch.stack(equal), torch.stack(independent)
-
-    def difference(estimate):
-        equal, independent = both(estimate)
-        return (equal - independent).mean() / (equal - independent).std() * 60**0.5
-
-    assert difference(penalty).abs() < 4
-    assert difference(lambda codes, prior: penalty(codes.flatten(0, 1), prior)) > 10
-
-
 @pytest.mark.parametrize("penalty", BOTH)
 def test_particles_are_compared_with_all_the_prior_draws_and_averaged(penalty):
     codes, prior = pair(20, 40, d=1)
     particles = torch.stack([codes, 2 * codes, codes - 1])
     expected = torch.stack([penalty()(particle, prior) for particle in particles]).mean()
     assert penalty()(particles, prior).item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-@pytest.mark.parametrize("p", [1, 1.5, 2])
-@pytest.mark.parametrize(("n", "m"), [(4, 4), (4, 8), (4, 5)])
-def test_sliced_gradients_are_finite_differences(n, m, p):
-    codes, prior = pair(n, m, d=3)
-    penalty = SlicedWasserstein(3, p=p)
-    assert torch.autograd.gradcheck(
-        lambda z, y: seeded(penalty, z, y), (codes.requires_grad_(), prior.requires_grad_())
-    )
 
 
 @pytest.mark.parametrize(("n", "m"), [(6, 6), (6, 7)])
@@ -213,13 +160,6 @@ def test_max_sliced_starts_afresh_for_codes_of_another_size():
     penalty = MaxSlicedWasserstein()
     penalty(codes, prior)
     assert penalty(codes[:, :2], prior[:, :2]).isfinite()
-
-
-def test_max_sliced_finds_the_same_with_and_without_gradients():
-    codes, prior = pair()
-    with torch.no_grad():
-        value = seeded(MaxSlicedWasserstein(), codes, prior)
-    assert value == seeded(MaxSlicedWasserstein(), codes, prior)
 
 
 def test_max_sliced_recovers_from_a_step_of_nan():

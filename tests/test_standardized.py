@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import pickle
 
 import pyro.distributions as dist
 import pytest
@@ -119,17 +117,6 @@ def test_null_of_particles_has_mean_0_and_a_deviation_that_counts_data(closed_fo
     assert 1 / 3 < values.std() < 1
 
 
-def test_off_the_null_the_value_counts_standard_deviations():
-    """A shift of 0.3 in each coordinate: the mean is that of the plain estimate over its own deviation; seed 0."""
-    plain, standard = MMD(Gaussian(2.0)), MMD(Gaussian(2.0), standardize=True)
-    context = standard_normal(4)
-    nulls = torch.stack([plain(rows(64, 4), rows(64, 4), context) for _ in range(400)])
-    codes = rows(64, 4) + 0.3
-    ratio = plain(codes, rows(64, 4), context) / standard(codes, rows(64, 4), context)
-    assert ratio.item() == pytest.approx(nulls.std().item(), rel=0.2)
-    assert standard(codes, rows(64, 4), context) > 4
-
-
 # The estimate of the variance
 
 
@@ -164,15 +151,6 @@ def test_the_variance_of_the_estimate_is_that_of_its_pairs(n, m):
     torch.testing.assert_close(of_codes @ (values @ of_draws).square(), pair_variance(n, None) * square)
 
 
-def test_the_centred_square_does_not_see_the_diagonal_or_a_constant():
-    gram = rows(6, 6)
-    gram = gram + gram.T
-    torch.testing.assert_close(centred_square(gram + torch.diag(rows(6))), centred_square(gram))
-    torch.testing.assert_close(centred_square(gram + 5), centred_square(gram))
-    shift = rows(6)
-    torch.testing.assert_close(centred_square(gram + shift[:, None] + shift), centred_square(gram))
-
-
 def test_draws_that_coincide_give_no_nan():
     penalty, codes = MMD(Gaussian(1.0), standardize=True), rows(8, 2).requires_grad_()
     penalty(codes, torch.zeros(6, 2, dtype=torch.float64)).backward()
@@ -186,27 +164,17 @@ def test_the_centred_square_of_a_nearly_constant_kernel_keeps_its_digits():
     torch.testing.assert_close(centred_square(1 + 1e-6 * gram) * 1e12, centred_square(gram), rtol=1e-8, atol=0)
 
 
-def test_the_unit_averages_the_first_draws_and_then_stays(monkeypatch):
-    monkeypatch.setattr(NullVariance, "enough_draws", 400)
-    penalty = MMD(Gaussian(1.0), standardize=True)
-    seen = []
-    for _ in range(4):
-        prior = rows(100, 2)
-        seen.append(centred_square(Gaussian(1.0).gram(prior, prior)))
-        penalty(rows(8, 2), prior)
-        torch.testing.assert_close(penalty.null.square, torch.stack(seen).mean())
-    kept = penalty.null.square.clone()
-    penalty(rows(8, 2), 5 * rows(100, 2))
-    assert penalty.null.square == kept
-
-
-def test_draws_of_different_numbers_are_weighted_by_them():
-    penalty, seen = MMD(Gaussian(1.0), standardize=True), []
-    for m in (10, 40):
+def test_the_unit_averages_the_first_draws_by_their_numbers_and_then_stays(monkeypatch):
+    monkeypatch.setattr(NullVariance, "enough_draws", 150)
+    penalty, seen, sizes = MMD(Gaussian(1.0), standardize=True), [], (10, 40, 100)
+    for m in sizes:
         prior = rows(m, 2)
         seen.append(m * centred_square(Gaussian(1.0).gram(prior, prior)))
         penalty(rows(8, 2), prior)
-    torch.testing.assert_close(penalty.null.square, sum(seen) / 50)
+        torch.testing.assert_close(penalty.null.square, sum(seen) / sum(sizes[: len(seen)]))
+    kept = penalty.null.square.clone()
+    penalty(rows(8, 2), 5 * rows(100, 2))
+    assert penalty.null.square == kept
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -263,32 +231,7 @@ def test_a_prior_that_learns_does_not_move_the_unit():
     assert penalty.null.square == kept
 
 
-def test_it_works_under_no_grad_and_inference_mode_and_trains_afterwards():
-    penalty, codes = MMD(Gaussian(1.0), standardize=True), rows(20, 2).requires_grad_()
-    with torch.inference_mode():
-        penalty(codes, rows(20, 2))
-    with torch.no_grad():
-        assert not penalty(codes, rows(20, 2)).requires_grad
-    penalty(codes, rows(20, 2)).backward()
-    assert codes.grad.isfinite().all()
-
-
 # State
-
-
-@pytest.mark.parametrize("context", [PenaltyContext(), standard_normal(3)], ids=["draws", "closed form"])
-@pytest.mark.parametrize("draws", [50, 400])
-def test_a_state_carries_the_unit_over(context, draws, monkeypatch):
-    monkeypatch.setattr(NullVariance, "enough_draws", 400)
-    penalty, codes, prior = MMD(standardize=True), rows(20, 3), 2 * rows(50, 3)
-    penalty(codes, rows(draws, 3), context)
-    loaded = MMD(standardize=True)
-    loaded.load_state_dict(penalty.state_dict())
-    copies = [loaded, copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))]
-    expected = penalty(codes, prior, context)
-    for other in copies:
-        torch.testing.assert_close(other(codes, prior, context), expected, rtol=1e-14, atol=0)
-        assert other.null.square == penalty.null.square
 
 
 def test_only_a_standardised_estimate_has_a_unit():
