@@ -375,6 +375,11 @@ def test_an_argument_without_dense_values_is_named(y, found):
         WAELoss(condition="y").loss(model, guide, rows(N, D), y)
 
 
+def test_a_condition_is_a_name():
+    with pytest.raises(TypeError, match=r"condition must be the name.*found 1\. Write condition='y'"):
+        WAELoss(condition=1)
+
+
 def test_a_condition_masked_by_itself_is_an_error():
     def masked(x, y):
         with pyro.plate("data", len(x)):
