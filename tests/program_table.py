@@ -21,7 +21,7 @@ import torch
 from programs import ALL, FIRST, PART, SIZE, D, N, around, data, delta, normal, pair, part_of_the_data
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.effect import AutoNormalMessenger
 
 from pyro_wae import WAELoss
@@ -118,6 +118,7 @@ PROGRAMS = {
     "conditioned": Program(lambda: programs.handled(poutine.condition)),
     "do": Program(lambda: programs.handled(poutine.do)),
     "AutoDelta": Program(lambda: programs.autoguide(AutoDelta)),
+    "AutoNormal": Program(lambda: programs.autoguide(AutoNormal), tolerance=1e-2),
     "messenger guide": Program(lambda: programs.autoguide(AutoNormalMessenger), tolerance=1e-2),
     # What is refused
     "global latent": Program(programs.global_latent, error=unfit("w")),

@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, init_to_mean
+from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.infer.reparam import LocScaleReparam
 from torch import nn
 
@@ -52,7 +53,13 @@ def around(z: torch.Tensor) -> Any:
     return dist.Normal(z, 1).to_event(1)
 
 
-def all_data(x: torch.Tensor, index: torch.Tensor) -> Any:
+def gaussian(numbers: torch.Tensor) -> Any:
+    """A Normal from its means and the logarithms of its standard deviations, side by side."""
+    loc, scale = numbers.chunk(2, -1)
+    return dist.Normal(loc, scale.exp()).to_event(1)
+
+
+def all_data(x: torch.Tensor, *_: Any) -> Any:
     return pyro.plate("data", len(x))
 
 
@@ -60,17 +67,60 @@ def part_of_the_data(x: torch.Tensor, index: torch.Tensor, *_: Any) -> Any:
     return pyro.plate("data", SIZE, subsample=index)
 
 
-def pair(prior=normal, code=delta, output=around, plate=all_data, guide_plate=None, seen_alone=False):
-    """A model with one latent and one observed site, and its guide."""
+def pair(
+    prior=normal,
+    code=delta,
+    output=around,
+    plate=all_data,
+    guide_plate=None,
+    seen_alone=False,
+    line=lambda x, z: None,
+    guide_line=lambda x, seen: None,
+    observed=lambda x: x,
+):
+    """A model with one latent and one observed site, and its guide.
 
-    def model(x, index, seen):
+    Each may have a line more in the data plate; what the model's returns is added to the code that is decoded.
+    """
+
+    def model(x, index=None, seen=None):
         with plate(x, index), poutine.mask(mask=seen) if seen_alone else nullcontext():
             z = pyro.sample("z", prior(x))
-            pyro.sample("x", output(z), obs=x)
+            more = line(x, z)
+            pyro.sample("x", output(z if more is None else z + more), obs=observed(x))
 
-    def guide(x, index, seen):
+    def guide(x, index=None, seen=None):
         with (guide_plate or plate)(x, index):
+            guide_line(x, seen)
             pyro.sample("z", code(encoded(x)))
+
+    return model, guide
+
+
+def sites(latents, output=lambda *values: around(torch.cat(values, -1)), *, plate=all_data, observed=lambda x: x):
+    """A model of several latent sites and an observed one, and its guide; each takes the data and ignores the rest.
+
+    Args:
+        latents: For each site its prior, of the data and the values of the sites before it, and its code, of the data.
+            The guide samples the codes from the last to the first, and none for a site whose code is None.
+        output: The distribution of the observed site, of the values of all latent ones.
+        plate: The data plate, of the data.
+        observed: What of the data is observed.
+    """
+    priors, codes = ({name: parts[i] for name, parts in latents.items()} for i in (0, 1))
+
+    def model(x, *args, **kwargs):
+        with plate(x):
+            values = []
+            for name, prior in priors.items():
+                values.append(pyro.sample(name, prior(x, *values)))
+            pyro.sample("x", output(*values), obs=observed(x))
+
+    def guide(x, *args, **kwargs):
+        with plate(x):
+            for name, code in reversed(codes.items()):
+                if code is not None:
+                    pyro.sample(name, code(x))
 
     return model, guide
 
@@ -103,33 +153,23 @@ class AutoEncoder(nn.Module):
 
 
 def two_sites(second=lambda x: x):
-    def model(x, index, seen):
-        with all_data(x, index):
-            a = pyro.sample("z1", normal(x, 1))
-            b = pyro.sample("z2", normal(second(x), 2))
-            pyro.sample("x", around(torch.cat([a, b.to(a)], -1)), obs=x)
-
-    def guide(x, index, seen):
-        with all_data(x, index):
-            pyro.sample("z2", delta(second(encoded(x)[..., 1:])))
-            pyro.sample("z1", delta(encoded(x)[..., :1]))
-
-    return model, guide
+    return sites(
+        {
+            "z1": (lambda x: normal(x, 1), lambda x: delta(encoded(x)[..., :1])),
+            "z2": (lambda x, _: normal(second(x), 2), lambda x: delta(second(encoded(x)[..., 1:]))),
+        },
+        lambda a, b: around(torch.cat([a, b.to(a)], -1)),
+    )
 
 
 def hierarchy():
-    def model(x, index, seen):
-        with all_data(x, index):
-            above = pyro.sample("above", normal(x))
-            z = pyro.sample("z", around(above))
-            pyro.sample("x", around(z), obs=x)
-
-    def guide(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", delta(encoded(x)))
-            pyro.sample("above", delta(2 * z))
-
-    return model, guide
+    return sites(
+        {
+            "above": (normal, lambda x: delta(2 * encoded(x))),
+            "z": (lambda x, above: around(above), lambda x: delta(encoded(x))),
+        },
+        lambda above, z: around(z),
+    )
 
 
 def inner_plate(factor=1, of_guide=True, data=lambda x, index: pyro.plate("data", len(x), dim=-2)):
@@ -223,37 +263,26 @@ def scaled(observed=1.0, latent=1.0, guide_scale=1.0, each=False):
 def factors(where):
     """A factor of minus b, its slope -1: the loss rises by b."""
 
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x))
-            pyro.sample("x", around(z), obs=x)
-            if where == "model":
-                pyro.factor("f", -shift().square().expand(len(x)))
+    def in_the_model(x, z):
+        pyro.factor("f", -shift().square().expand(len(x)))
+
+    def in_the_guide(x, seen):
+        pyro.factor("f", shift().square().expand(len(x)), has_rsample=False)
 
     def guide(x, index, seen):
-        with all_data(x, index):
-            pyro.sample("z", delta(encoded(x)))
-            if where == "guide":
-                pyro.factor("f", shift().square().expand(len(x)), has_rsample=False)
-        if where == "outside":
-            pyro.factor("f", N * shift().square(), has_rsample=False)
+        pair()[1](x, index, seen)
+        pyro.factor("f", N * shift().square(), has_rsample=False)
 
-    return model, guide
+    if where == "outside":
+        return pair()[0], guide
+    return pair(line=in_the_model) if where == "model" else pair(guide_line=in_the_guide)
 
 
 def computed_and_auxiliary():
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x))
-            pyro.deterministic("d", 1e6 * z, event_dim=1)
-            pyro.sample("x", around(z), obs=x)
-
-    def guide(x, index, seen):
-        with all_data(x, index):
-            u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1), infer={"is_auxiliary": True})
-            pyro.sample("z", delta(encoded(x) + 0 * u[..., None]))
-
-    return model, guide
+    return pair(
+        line=lambda x, z: 0 * pyro.deterministic("d", 1e6 * z, event_dim=1),
+        guide_line=lambda x, seen: pyro.sample("u", dist.Normal(x.new_zeros(()), 1), infer={"is_auxiliary": True}),
+    )
 
 
 def reparametrised():
@@ -294,9 +323,10 @@ def autoguide(kind):
             z = pyro.sample("z", normal(x))
             pyro.sample("x", around(z + encoded(x)), obs=x)
 
-    if kind is AutoDelta:
-        return model, AutoDelta(model, init_loc_fn=init_to_mean, create_plates=part_of_the_data)
-    return model, kind(model, init_loc_fn=init_to_mean, init_scale=1e-5)
+    options = {} if kind is AutoNormalMessenger else {"create_plates": part_of_the_data}
+    if kind is not AutoDelta:
+        options["init_scale"] = 1e-5
+    return model, kind(model, init_loc_fn=init_to_mean, **options)
 
 
 # Programs that are refused
@@ -318,11 +348,7 @@ def global_latent(in_plate=True):
 
 
 def no_plate():
-    def model(x, index, seen):
-        z = pyro.sample("z", normal(x).expand([len(x)]))
-        pyro.sample("x", around(z), obs=x)
-
-    return model, lambda x, index, seen: pyro.sample("z", delta(encoded(x)))
+    return pair(lambda x: normal(x).expand([len(x)]), plate=lambda x, index: nullcontext())
 
 
 def own_plates():
@@ -369,15 +395,12 @@ def nothing_observed():
 
 
 def enumerated(in_model, how="parallel"):
-    def model(x, index, seen):
-        with all_data(x, index):
-            if in_model:
-                pyro.sample("k", dist.Bernoulli(x.new_tensor(0.5)), infer={"enumerate": how})
-            z = pyro.sample("z", normal(x) if in_model else dist.Bernoulli(x.new_full((D,), 0.5)).to_event(1))
-            pyro.sample("x", around(z), obs=x)
-
-    guide = pair(code=lambda loc: dist.Bernoulli(logits=loc).to_event(1))[1]
-    return with_guide(model) if in_model else (model, config_enumerate(guide))
+    if in_model:
+        return pair(line=lambda x, z: 0 * pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": how})[..., None])
+    model, guide = pair(
+        lambda x: dist.Bernoulli(x.new_full((D,), 0.5)).to_event(1), lambda loc: dist.Bernoulli(logits=loc).to_event(1)
+    )
+    return model, config_enumerate(guide)
 
 
 def one_code_for_all():
@@ -385,12 +408,7 @@ def one_code_for_all():
 
 
 def broadcast():
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x))
-            pyro.sample("x", dist.Normal(z[..., 0], 1), obs=x[:, :1])
-
-    return with_guide(model)
+    return pair(output=lambda z: dist.Normal(z[..., 0], 1), observed=lambda x: x[:, :1])
 
 
 def mask_of_another_batch(site):
@@ -405,14 +423,21 @@ def mask_of_another_batch(site):
     return with_guide(model)
 
 
+def scalars(**options):
+    """A code of one number, or a batch of them, in a data plate of dimension -2."""
+    return pair(
+        output=lambda z: dist.Normal(z, 1), plate=lambda x, index: pyro.plate("data", len(x), dim=-2), **options
+    )
+
+
 def dimension_of_the_guide():
     """The data are in dimension -2 of the model and in dimension -1 of the guide."""
-
-    def model(x, index, seen):
-        with pyro.plate("data", len(x), dim=-2):
-            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(x.new_zeros(()), 1)), 1), obs=x[:, :1])
-
-    return model, pair(code=lambda loc: dist.Delta(loc[..., 0]))[1]
+    return scalars(
+        prior=lambda x: dist.Normal(x.new_zeros(()), 1),
+        code=lambda loc: dist.Delta(loc[..., 0]),
+        guide_plate=all_data,
+        observed=lambda x: x[:, :1],
+    )
 
 
 def batch_in_the_event():
@@ -426,21 +451,10 @@ def batch_in_the_event():
 
 
 def undeclared_dimension():
-    def model(x, index, seen):
-        with pyro.plate("data", len(x), dim=-2):
-            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(x.new_zeros(D), 1)), 1), obs=x)
-
-    def guide(x, index, seen):
-        with pyro.plate("data", len(x), dim=-2):
-            pyro.sample("z", dist.Delta(encoded(x)))
-
-    return model, guide
+    return scalars(prior=lambda x: dist.Normal(x.new_zeros(D), 1), code=dist.Delta)
 
 
 def guide_observes():
-    def guide(x, index, seen):
-        with all_data(x, index):
-            pyro.sample("label", dist.Bernoulli(logits=encoded(x)[..., 0]), obs=seen.float())
-            pyro.sample("z", delta(encoded(x)))
-
-    return pair()[0], guide
+    return pair(
+        guide_line=lambda x, seen: pyro.sample("label", dist.Bernoulli(logits=encoded(x)[..., 0]), obs=seen.float())
+    )

@@ -3,10 +3,9 @@
 import math
 from contextlib import ExitStack, contextmanager
 
-import pyro
 import pytest
 import torch
-from programs import around, delta, normal
+from programs import all_data, around, delta, normal, sites
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -137,22 +136,12 @@ def nested(*plates):
         yield [stack.enter_context(plate) for plate in plates]
 
 
-def program(code=delta, prior=None, output=around, *, plate=lambda x: pyro.plate("data", len(x))):
+def program(code=delta, prior=None, output=around, *, plate=all_data):
     """A model with one latent and one observed site, and its guide; a standard Normal prior unless another is given.
 
     Each takes the data x, and nothing of what is passed beside them.
     """
-
-    def model(x, *args, **kwargs):
-        with plate(x):
-            z = pyro.sample("z", normal(x, x.shape[-1]) if prior is None else prior(x))
-            pyro.sample("x", output(z), obs=x)
-
-    def guide(x, *args, **kwargs):
-        with plate(x):
-            pyro.sample("z", code(x))
-
-    return model, guide
+    return sites({"z": (prior or (lambda x: normal(x, x.shape[-1])), code)}, output, plate=plate)
 
 
 class Seen(Penalty):

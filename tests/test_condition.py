@@ -12,10 +12,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder, around, delta, normal
+from programs import AutoEncoder, around, delta, normal, sites
 from pyro import poutine
 from pyro.infer import SVI
-from references import Seen, every_particles, program, rows
+from references import Seen, every_particles, nested, program, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -165,18 +165,18 @@ def test_rows_follow_a_subsample_that_the_user_gives():
 def test_the_data_plate_says_which_dimension_of_a_site_is_the_data():
     y = rows(4, 3)
 
-    def model(y):
-        with pyro.plate("data", 4, dim=-2), pyro.plate("time", 3, dim=-1):
-            pyro.sample("y", dist.Normal(0, 1), obs=y)
-            z = pyro.sample("z", dist.Normal(y.new_zeros(()), 1))
-            pyro.sample("x", dist.Normal(z, 1), obs=y)
+    def output(z):
+        pyro.sample("y", dist.Normal(0, 1), obs=y)
+        return dist.Normal(z, 1)
 
-    def guide(y):
-        with pyro.plate("data", 4, dim=-2), pyro.plate("time", 3, dim=-1):
-            pyro.sample("z", dist.Delta(y))
-
-    torch.testing.assert_close(seen_by(Aware(), model, guide, y, data_plate="data").context.condition, y)
-    torch.testing.assert_close(seen_by(Aware(), model, guide, y, data_plate="time").context.condition, y.T)
+    programs = program(
+        dist.Delta,
+        lambda x: dist.Normal(x.new_zeros(()), 1),
+        output,
+        plate=lambda x: nested(pyro.plate("data", 4, dim=-2), pyro.plate("time", 3, dim=-1)),
+    )
+    torch.testing.assert_close(seen_by(Aware(), *programs, y, data_plate="data").context.condition, y)
+    torch.testing.assert_close(seen_by(Aware(), *programs, y, data_plate="time").context.condition, y.T)
 
 
 @pytest.mark.parametrize("condition", ["y", "label"])
@@ -258,26 +258,25 @@ def test_labels_reach_an_mmd_in_a_sum_beside_a_guard():
 
 
 def test_each_sites_own_code_is_joined_with_the_condition():
-    def two(x, y):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", normal(x, 1))
-            b = pyro.sample("b", dist.Normal(x.new_zeros(3), 5).to_event(1))
-            pyro.sample("x", around(a + b.sum(-1, keepdim=True)), obs=x)
-
-    def encode(x, y):
-        with pyro.plate("data", len(x)):
-            pyro.sample("a", delta(x[:, :1]))
-            pyro.sample("b", delta(torch.cat([x, x[:, 1:]], 1)))
-
+    programs = sites(
+        {
+            "a": (lambda x: normal(x, 1), lambda x: delta(x[:, :1])),
+            "b": (
+                lambda x, a: dist.Normal(x.new_zeros(3), 5).to_event(1),
+                lambda x: delta(torch.cat([x, x[:, 1:]], 1)),
+            ),
+        },
+        lambda a, b: around(a + b.sum(-1, keepdim=True)),
+    )
     x, y = rows(N, D), rows(N, 2)
     parts = {"a": Joint(), "b": Joint()}
-    WAELoss(parts, condition="y").loss(two, encode, x, y)
+    WAELoss(parts, condition="y").loss(*programs, x, y=y)
     for name, size in (("a", 1), ("b", 3)):
         seen = parts[name]
         assert seen.codes.shape == (1, N, size + 2)
         torch.testing.assert_close(seen.codes[0, :, size:].var(0).sum(), 16 * seen.prior[:, :size].var(0).sum())
     loss = WAELoss({"a": MMD(), "b": None}, condition="y")
-    assert math.isfinite(loss.loss(two, encode, x, y))
+    assert math.isfinite(loss.loss(*programs, x, y=y))
 
 
 def test_the_density_that_a_discriminator_adds_is_that_of_the_code():
@@ -307,12 +306,9 @@ def test_a_condition_has_no_cost_unless_it_is_named():
     both = WAELoss(cost={"x": SquaredError(), "label": NegativeLogLikelihood()}, condition="label")
     both.loss(labelled, guide, x, y)
     assert both.terms.costs["label"].item() == pytest.approx(math.log(3))
-
-
-def test_an_argument_that_is_no_site_changes_no_cost():
-    loss = WAELoss(condition="y")
-    loss.loss(model, guide, rows(N, D), rows(N))
-    assert list(loss.terms.costs) == ["x"]
+    argument = WAELoss(condition="y")
+    argument.loss(model, guide, x, rows(N))
+    assert list(argument.terms.costs) == ["x"]
 
 
 # Training
@@ -336,79 +332,52 @@ def test_svi_and_module_train_with_a_condition(penalty, options):
     optimiser.step()
 
 
-def test_a_part_of_an_image_is_a_condition():
-    images = torch.rand(N, 1, 4, 4)
-
-    def model(images, mode=None):
-        with pyro.plate("data", len(images)):
-            top = pyro.sample("top", dist.Normal(images.new_zeros(1, 2, 4), 1).to_event(3), obs=images[:, :, :2])
-            z = pyro.sample("z", around(top.flatten(-3)[..., :D]))
-            mean = z.sum(-1)[..., None, None, None] + top
-            pyro.sample("bottom", dist.Normal(mean, 1).to_event(3), obs=images[:, :, 2:])
-
-    def guide(images):
-        with pyro.plate("data", len(images)):
-            pyro.sample("z", delta(images[:, 0, 2:].flatten(1)[:, :D]))
-
-    penalty = seen_by(Aware(), model, guide, images, condition="top")
-    torch.testing.assert_close(penalty.context.condition, images[:, 0, :2].flatten(1))
-    for penalty in (MMD(), SlicedWasserstein()):
-        loss = WAELoss(penalty, condition="top")
-        assert math.isfinite(loss.loss(model, guide, images))
-        assert list(loss.terms.costs) == ["bottom"]
-
-
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("options", "y", "message"),
-    [
-        (
-            {"condition": "w"},
-            rows(N),
-            r"'w' is neither.*observed sites are \['x'\], its arguments \['x', 'y', 'size'\]",
-        ),
-        ({"condition": "z"}, rows(N), r"It is latent here.*obs="),
-        ({}, rows(N + 1), rf"'y' has shape \({N + 1},\).*'data' has {N} data.*needs {N} rows\."),
-        ({}, torch.tensor(1.0), r"'y' has shape \(\)"),
-        ({}, torch.ones(N, 3, dtype=torch.int64), r"rows of shape \(3,\) and torch.int64.*y\.float\(\)"),
-        ({}, torch.ones(N), r"give.*no length.*MMD\(condition_kernel="),
-        ({}, torch.full((N,), math.nan), "The condition 'y' holds NaN"),
-        ({"penalty": SlicedWasserstein()}, torch.ones(N), r"'y' has a total variance of 0"),
-        ({"penalty": SlicedWasserstein()}, torch.arange(N), r"SlicedWasserstein.*labels \(torch.int64\).*one_hot"),
-        ({"penalty": MMD() + JensenShannon()}, torch.arange(N) % 3, r"(?s)JensenShannon.*one_hot"),
-        ({"penalty": KernelStein()}, rows(N), r"condition='y': KernelStein"),
-        ({"penalty": MMD() + 0.5 * Chain(step_size=1)}, rows(N), r"condition='y': Chain"),
-    ],
-    ids=["unknown", "latent", "rows", "scalar", "ints", "constant", "nan", "scale", "labels", "gan", "stein", "chain"],
-)
-def test_what_cannot_be_a_condition_is_named(options, y, message):
+# What cannot be a condition: options of the loss, arguments after the data, and the message.
+REFUSED = {
+    "unknown": ({"condition": "w"}, [rows(N)], r"'w' is neither.*sites are \['x'\].*\['x', 'y', 'size'\]"),
+    "latent": ({"condition": "z"}, [rows(N)], r"It is latent here.*obs="),
+    "alone": ({"condition": "x"}, [None], "condition 'x' is the model's only observed site"),
+    "rows": ({}, [rows(N + 1)], rf"'y' has shape \({N + 1},\).*'data' has {N} data.*needs {N} rows\."),
+    "subsample": ({}, [rows(7, 2), 5], rf"shape \(7, 2\).*has 5 data in this step: it needs 5 rows, or {N} for all"),
+    "scalar": ({}, [torch.tensor(1.0)], r"'y' has shape \(\)"),
+    "ints": ({}, [torch.ones(N, 3).long()], r"rows of shape \(3,\) and torch.int64.*y\.float\(\)"),
+    "constant": ({}, [torch.ones(N)], r"give.*no length.*MMD\(condition_kernel="),
+    "nan": ({}, [torch.full((N,), math.nan)], "The condition 'y' holds NaN"),
+    "scale": ({"penalty": SlicedWasserstein()}, [torch.ones(N)], r"'y' has a total variance of 0"),
+    "labels": ({"penalty": SlicedWasserstein()}, [Y], r"SlicedWasserstein.*labels \(torch.int64\).*one_hot"),
+    "gan": ({"penalty": MMD() + JensenShannon()}, [Y % 3], r"(?s)JensenShannon.*one_hot"),
+    "stein": ({"penalty": KernelStein()}, [rows(N)], r"condition='y': KernelStein"),
+    "chain": ({"penalty": MMD() + 0.5 * Chain(step_size=1)}, [rows(N)], r"condition='y': Chain"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_a_condition_is_named(kind):
+    options, given, message = REFUSED[kind]
     with pytest.raises(ValueError, match=message):
-        WAELoss(**{"condition": "y", **options}).loss(model, guide, rows(N, D), y)
+        WAELoss(**{"condition": "y", **options}).loss(model, guide, rows(N, D), *given)
 
 
-@pytest.mark.parametrize("y", [torch.eye(N).to_sparse(), torch.ones(N, device="meta")], ids=["sparse", "meta"])
-def test_an_argument_without_dense_values_is_named(y):
-    with pytest.raises(TypeError, match=r"condition='y' names an argument.*a tensor \(torch.*Give a tensor with a row"):
+@pytest.mark.parametrize(
+    ("y", "found"),
+    [
+        (torch.eye(N).to_sparse(), r"a tensor \(torch.*Give a tensor with a row"),
+        (torch.ones(N, device="meta"), r"a tensor \(torch.*Give a tensor with a row"),
+        (None, "NoneType"),
+    ],
+    ids=["sparse", "meta", "none"],
+)
+def test_an_argument_without_dense_values_is_named(y, found):
+    with pytest.raises(TypeError, match=f"'y' names an argument.* {found}"):
         WAELoss(condition="y").loss(model, guide, rows(N, D), y)
 
 
-def test_an_argument_that_is_no_tensor_is_named():
-    with pytest.raises(TypeError, match="'y' names an argument of the model, and it is NoneType"):
-        WAELoss(condition="y").loss(model, guide, rows(N, D), None)
+def test_a_condition_is_a_name():
     with pytest.raises(TypeError, match=r"condition must be the name.*found 1\. Write condition='y'"):
         WAELoss(condition=1)
-
-
-def test_wrong_rows_beside_a_subsample_name_both_counts():
-    with pytest.raises(ValueError, match=rf"shape \(7, 2\).*has 5 data in this step: it needs 5 rows, or {N} for all"):
-        WAELoss(condition="y").loss(model, guide, rows(N, D), rows(7, 2), 5)
-
-
-def test_a_condition_alone_leaves_nothing_to_reconstruct():
-    with pytest.raises(ValueError, match="condition 'x' is the model's only observed site"):
-        WAELoss(condition="x").loss(model, guide, rows(N, D), None)
 
 
 def test_a_condition_masked_by_itself_is_an_error():

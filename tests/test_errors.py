@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import around, delta, normal
+from programs import around, delta, normal, sites
 from pyro import poutine
 from pyro.infer import SVI
 from references import program
@@ -130,21 +130,18 @@ def test_codes_and_prior_on_two_devices(validation):
 
 @pytest.mark.usefixtures("single_precision")
 def test_sites_on_two_devices(validation):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-            pyro.sample("b", dist.Normal(0.0, 1))
-            pyro.sample("x", dist.Normal(a, 1), obs=x[:, 0])
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("a", dist.Delta(x[:, 0]))
-            pyro.sample("b", dist.Delta(x[:, 1].to("meta"), validate_args=False))
-
+    programs = sites(
+        {
+            "a": (lambda x: dist.Normal(0.0, 1), lambda x: dist.Delta(x[:, 0])),
+            "b": (lambda x, a: dist.Normal(0.0, 1), lambda x: dist.Delta(x[:, 1].to("meta"), validate_args=False)),
+        },
+        lambda a, b: dist.Normal(a, 1),
+        observed=lambda x: x[:, 0],
+    )
     with raises(
         ValueError, "'b' has values of torch.float32 on meta", "'a' of torch.float32 on cpu", "one dtype and device"
     ):
-        step(model, guide)
+        step(*programs)
 
 
 @pytest.mark.usefixtures("single_precision")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import around, delta, normal
-from pyro.infer import SVI
-from references import mean_is_zero, rows
+from references import every_particles, mean_is_zero, program, rows
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -150,31 +147,19 @@ def test_codes_that_match_the_prior_only_together_are_found_out(penalty):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}],
-    ids=["one", "sequential", "vectorised"],
-)
+@every_particles
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("kind", ["labels", "floats"])
 def test_the_mean_is_zero_where_the_codes_of_each_condition_follow_its_prior(kind, standardize, options):
     # Null: q(z | x) is p(z | y). Size: 3.5 standard errors, two-sided 5e-4. Seed 0.
     y = torch.arange(20) % 3 if kind == "labels" else torch.linspace(-1, 1, 20)
 
-    def model(y):
-        with pyro.plate("data", len(y)):
-            z = pyro.sample("z", dist.Normal(y.double(), 1))
-            pyro.sample("x", dist.Normal(z, 1), obs=y.double())
-
-    def guide(y):
-        with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Normal(y.double(), 1))
-
+    programs = program(lambda x: dist.Normal(x, 1), lambda x: dist.Normal(x, 1), lambda z: dist.Normal(z, 1))
     loss = WAELoss(MMD(standardize=standardize), condition="y", **options)
-    loss.loss(model, guide, y)  # takes lengths and units from draws of its own
+    loss.loss(*programs, y.double(), y=y)  # takes lengths and units from draws of its own
     values = []
     for _ in range(200):
-        loss.loss(model, guide, y)
+        loss.loss(*programs, y.double(), y=y)
         values.append(loss.terms.penalty)
     assert mean_is_zero(torch.stack(values))
 
@@ -193,45 +178,6 @@ def test_the_standardised_estimate_has_unit_variance_when_codes_match(kind):
     values = torch.stack([penalty(rows(n, 4), rows(n, 4), context) for _ in range(1000)])
     assert values.var().item() == pytest.approx(1, abs=0.25)
     assert mean_is_zero(values)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("condition", [None, "y"])
-def test_only_the_joint_penalty_makes_codes_independent_of_the_label(condition):
-    # x is a sign and a normal number beside it; a code of one number can hold the normal number, the label the sign.
-    pyro.set_rng_seed(0)
-    encoder, decoder = (nn.Sequential(nn.Linear(inputs, 32), nn.Tanh(), nn.Linear(32, 1)) for inputs in (1, 2))
-
-    def model(x, y):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", normal(x, 1))
-            pyro.sample("x", around(decoder(torch.cat([z, y[:, None].float()], 1))), obs=x)
-
-    def guide(x, y):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", delta(encoder(x)))
-
-    def draw(n):
-        y = torch.arange(n) % 2
-        return (4.0 * y + torch.randn(n))[:, None], y
-
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=WAELoss(condition=condition, penalty_weight=20.0))
-    for _ in range(600):
-        svi.step(*draw(100))
-    x, y = draw(4000)
-    with torch.no_grad():
-        z = encoder(x)[:, 0]
-        made = decoder(torch.stack([torch.randn(4000), y.float()], 1))[:, 0]
-    gap = (z[y == 1].mean() - z[y == 0].mean()).abs().item()
-    right = ((made > 2) == (y == 1)).double().mean().item()
-    # Of codes that are split by the sign the halves of a normal are 1.6 apart, and half of the samples are wrong.
-    if condition is None:
-        assert gap > 1
-    else:
-        assert gap < 0.3
-        assert right > 0.93
 
 
 def test_plain_tensors_of_other_shapes_are_named():

@@ -8,15 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import around, normal
+from programs import around, normal, sites
 from pyro import poutine
-from references import Seen, program, rows
+from references import PARTICLES, Seen, nested, program, rows
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.penalties import MMD, PenaltyContext, kernel_mean
-from pyro_wae.step.observe import Observer
 
 N = 12
 S = 1.1
@@ -46,17 +45,11 @@ def flat_model(prior):
 
 def inner_plate_model(prior):
     """A code of two steps times two numbers; the step's dimension is left of the data's."""
-
-    def model(x):
-        with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", prior(x))
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.expand(2, -1, -1))
-
-    def guide(x):
-        with pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(x.expand(2, -1, -1), 0.3).to_event(1))
-
-    return model, guide
+    return sites(
+        {"z": (prior, lambda x: dist.Normal(x.expand(2, -1, -1), 0.3).to_event(1))},
+        plate=lambda x: nested(pyro.plate("steps", 2, dim=-2), pyro.plate("data", len(x), dim=-1)),
+        observed=lambda x: x.expand(2, -1, -1),
+    )
 
 
 TWO = torch.tensor([[-1.0, 0.5], [1.0, 2.0]], dtype=torch.float64)
@@ -100,18 +93,11 @@ FOUND = {
         lambda x: (ONE, TWO.reshape(1, 4), SPREADS.reshape(1, 4)),
     ),
 }
-PARTICLES = [
-    {"data_plate": "data"} | options
-    for options in (
-        {},
-        {"num_particles": 3},
-        {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2},
-    )
-]
+every_particles = pytest.mark.parametrize("options", [{"data_plate": "data"} | more for more in PARTICLES], ids=str)
 
 
 @pytest.mark.parametrize("name", FOUND)
-@pytest.mark.parametrize("options", PARTICLES, ids=str)
+@every_particles
 def test_the_prior_is_found_in_the_model(name, options):
     make, prior, law = FOUND[name]
     x, keep = rows(N, 2), []
@@ -149,25 +135,18 @@ def test_it_is_found_by_a_penalty_of_the_site_in_a_sum_and_with_standardisation(
     assert values["standardised"] == pytest.approx(values["plain"] / unit, rel=1e-9)
 
 
-def hierarchical(x):
-    with pyro.plate("data", len(x)):
-        z1 = pyro.sample("z1", normal(x, 1))
-        z2 = pyro.sample("z2", around(z1))
-        pyro.sample("x", around(torch.cat([z1, z2], -1)), obs=x)
-
-
-def hierarchical_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z1", dist.Normal(x[:, :1], 0.3).to_event(1))
-        pyro.sample("z2", dist.Normal(x[:, 1:], 0.3).to_event(1))
-
-
+HIERARCHICAL = sites(
+    {
+        "z1": (lambda x: normal(x, 1), lambda x: dist.Normal(x[:, :1], 0.3).to_event(1)),
+        "z2": (lambda x, z1: around(z1), lambda x: dist.Normal(x[:, 1:], 0.3).to_event(1)),
+    }
+)
 HALF = torch.arange(N) % 2 == 0
 NOT_FOUND = {
     "masked data": tuple(poutine.mask(one, mask=HALF) for one in flat_model(normal_of_two)),
     "depends on the data": flat_model(lambda x: dist.Normal(0.5 * x, 1).to_event(1)),
     "a scale for each datum": flat_model(lambda x: dist.Normal(x.new_zeros(2), x.abs() + 1).to_event(1)),
-    "hierarchical": (hierarchical, hierarchical_guide),
+    "hierarchical": HIERARCHICAL,
     "a mixture for each datum": flat_model(
         lambda x: dist.MixtureSameFamily(dist.Categorical(x.abs()), dist.Normal(TWO, SPREADS).to_event(1))
     ),
@@ -177,7 +156,7 @@ NOT_FOUND = {
 
 
 @pytest.mark.parametrize("name", NOT_FOUND)
-@pytest.mark.parametrize("options", PARTICLES, ids=str)
+@every_particles
 def test_where_the_prior_is_not_one_known_law_its_draws_are_used(name, options):
     model, guide = NOT_FOUND[name]
     x, values = rows(N, 2), []
@@ -197,7 +176,7 @@ def test_a_penalty_of_one_site_of_several_takes_draws():
     for penalty in (MMD(Gaussian(S)), MMD(Gaussian(S), closed_form=False)):
         loss = WAELoss({"z1": penalty, "z2": None})
         pyro.set_rng_seed(2)
-        values.append(loss.loss(hierarchical, hierarchical_guide, x))
+        values.append(loss.loss(*HIERARCHICAL, x))
     assert values[0] == values[1]
 
 
@@ -235,27 +214,22 @@ class Learning(nn.Module):
         self.locs = nn.Parameter(TWO.clone())
         self.log_scales = nn.Parameter(SPREADS.log())
 
-    def prior(self, x):
+    def forward(self, x):
+        pyro.module("prior", self)
         scales = self.log_scales.exp()
         if self.kind == "Normal":
             return dist.Normal(self.locs[0], scales[0]).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), dist.Normal(self.locs, scales).to_event(1))
 
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior(x))
-            pyro.sample("x", dist.Normal(z.detach(), 1).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x, event_dim=1))
+    def programs(self):
+        return program(prior=self, output=lambda z: around(z.detach()))
 
 
 @pytest.mark.parametrize("kind", ["Normal", "mixture"])
 @pytest.mark.parametrize("kernel", [Gaussian(0.8), InverseMultiquadratic.multiscale(2.0)], ids=["gaussian", "authors"])
 def test_a_prior_that_learns_gets_the_gradient_of_the_closed_form(kind, kernel):
     net, x = Learning(kind), rows(N, 2)
-    loss_fn = WAELoss(MMD(kernel), penalty_weight=1.0)(net.model, net.guide)
+    loss_fn = WAELoss(MMD(kernel), penalty_weight=1.0)(*net.programs())
     loss_fn(x).backward()
     for parameter in (net.locs, net.log_scales) if kind == "Normal" else net.parameters():
         flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
@@ -272,13 +246,8 @@ def test_a_prior_that_learns_gets_the_gradient_of_the_closed_form(kind, kernel):
 def test_a_mixture_that_learns_moves_to_the_codes_by_svi():
     net = Learning("mixture")
     x = torch.cat([rows(30, 2) * 0.3 - 2, rows(10, 2) * 0.3 + 2])
-
-    def model(x):
-        pyro.module("net", net)
-        net.model(x)
-
     svi = pyro.infer.SVI(
-        model, net.guide, pyro.optim.Adam({"lr": 0.1}), loss=WAELoss(MMD(Gaussian(1.0)), penalty_weight=100.0)
+        *net.programs(), pyro.optim.Adam({"lr": 0.1}), loss=WAELoss(MMD(Gaussian(1.0)), penalty_weight=100.0)
     )
     for _ in range(100):
         svi.step(x)
@@ -315,34 +284,3 @@ def test_a_mean_first_needed_in_inference_can_be_trained_with():
     with torch.inference_mode():
         mmd(codes, torch.randn(4, 2), context)
     mmd(codes.requires_grad_(), torch.randn(4, 2), context).backward()
-
-
-MIXTURES = {
-    "MixtureOfDiagNormals": lambda n: dist.MixtureOfDiagNormals(
-        torch.randn(2, n), torch.rand(2, n) + 1, torch.zeros(2)
-    ),
-    "as many components": lambda n: dist.MixtureOfDiagNormals(
-        torch.randn(n, n), torch.rand(n, n) + 1, torch.arange(1.0 * n)
-    ),
-    "shared covariance": lambda n: dist.MixtureOfDiagNormalsSharedCovariance(
-        torch.randn(2, n), torch.rand(n) + 1, torch.zeros(2)
-    ),
-    "low rank": lambda n: dist.LowRankMultivariateNormal(torch.randn(n), torch.randn(n, n), torch.rand(n) + 1),
-}
-
-
-@pytest.mark.parametrize("n", [4, 7])
-@pytest.mark.parametrize("name", MIXTURES)
-def test_a_prior_of_as_many_numbers_as_there_are_data_is_one_for_all(name, n):
-    prior = MIXTURES[name](n)
-
-    def model(x):
-        with pyro.plate("data", n):
-            z = pyro.sample("z", prior)
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", n):
-            pyro.sample("z", dist.Delta(x, event_dim=1))
-
-    assert not Observer(model, guide, prior_draws=1).observe((torch.randn(n, n),), {}).prior_varies

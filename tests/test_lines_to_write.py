@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from program_table import PROGRAMS, run
-from programs import N, all_data, around, data, delta, encoded, normal, pair
+from programs import N, all_data, around, data, delta, encoded, normal, pair, sites
 from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
@@ -49,37 +49,6 @@ def of_table(name):
     return broken
 
 
-def with_(line, guide=None):
-    """A model with a line more in the data plate."""
-
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x))
-            more = line(x, z, seen)
-            pyro.sample("x", around(z if more is None else z + more), obs=x)
-
-    return model, pair()[1] if guide is None else guide
-
-
-def guide_with(line):
-    def guide(x, index, seen):
-        with all_data(x, index):
-            line(encoded(x), seen)
-            pyro.sample("z", delta(encoded(x)))
-
-    return guide
-
-
-def observing(value_of, output=around):
-    """A program that observes what a function makes of the data."""
-
-    def model(x, index, seen):
-        with all_data(x, index):
-            pyro.sample("x", output(pyro.sample("z", normal(x))), obs=value_of(x))
-
-    return model, pair()[1]
-
-
 def labels(x):
     return (x[:, 0] > 0).long()
 
@@ -88,16 +57,16 @@ def one_of_three(z):
     return dist.OneHotCategorical(logits=z)
 
 
-def condition_alone(x, index, seen):
-    with all_data(x, index):
-        z = pyro.sample("z", normal(x))
-        pyro.sample("y", around(z), obs=x)
+def of_condition(*order):
+    """A model of z and y, a condition, and of x where it is named; each is centred at the one before."""
 
+    def model(x, index, seen):
+        loc = torch.zeros_like(x)
+        with all_data(x, index):
+            for site in order:
+                loc = pyro.sample(site, around(loc), obs=None if site == "z" else x)
 
-def condition_and_data(x, index, seen):
-    with all_data(x, index):
-        z = pyro.sample("z", around(pyro.sample("y", normal(x), obs=x)))
-        pyro.sample("x", around(z), obs=x)
+    return model, pair()[1]
 
 
 def with_nan(codes):
@@ -119,44 +88,35 @@ class Weighted(PyroModule):
             pyro.sample("x", around(pyro.sample("z", normal(x)) * w), obs=x)
 
 
-def guide_of_weight(x, index, seen):
-    pyro.sample("weight.w", delta(torch.ones(3)))
-    pair()[1](x, index, seen)
+def beside(latent):
+    """Model and guide with a latent outside the data plate."""
+
+    def both(program):
+        def run(x, index, seen):
+            latent()
+            program(x, index, seen)
+
+        return run
+
+    return tuple(map(both, pair()))
 
 
 def with_y(change):
     """A condition of two whole numbers for each datum, or what is made of it."""
-
-    def model(x, y):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", around(y.to(x) @ x.new_ones(2, 3)))
-            pyro.sample("x", around(z), obs=x)
-
-    def guide(x, y):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", delta(encoded(x)))
-
-    y = torch.arange(2 * N).reshape(N, 2)
-    loss = WAELoss(MMD(Gaussian(1.0)), condition="y", penalty_weight=1.0)
-    return lambda: loss.loss(model, guide, X, change(y))
+    y = change(torch.arange(2 * N).reshape(N, 2))
+    programs = sites({"z": (lambda x: around(y.to(x) @ x.new_ones(2, 3)), lambda x: delta(encoded(x)))})
+    return lambda: WAELoss(MMD(Gaussian(1.0)), condition="y", penalty_weight=1.0).loss(*programs, X, y=y)
 
 
 def masked_by(mask_of):
     """The second latent is masked by what is read off the first or off the data."""
-
-    def model(x, index, seen):
-        with all_data(x, index):
-            first = pyro.sample("first", dist.Normal(x.new_zeros(()), 1))
-            with poutine.mask(mask=mask_of(first, x)):
-                z = pyro.sample("z", normal(x))
-            pyro.sample("x", around(z), obs=x)
-
-    def guide(x, index, seen):
-        with all_data(x, index):
-            pyro.sample("first", dist.Delta(x[:, 0]))
-            pyro.sample("z", delta(encoded(x)))
-
-    return model, guide
+    return sites(
+        {
+            "first": (lambda x: dist.Normal(x.new_zeros(()), 1), lambda x: dist.Delta(x[:, 0])),
+            "z": (lambda x, first: normal(x).mask(mask_of(first, x)), lambda x: delta(encoded(x))),
+        },
+        lambda first, z: around(z),
+    )
 
 
 def two_structures(varies):
@@ -228,12 +188,12 @@ CASES = {
     ),
     "pyro.sample('q', ..., obs=q) in the data plate, or name an argument": (
         go(condition="q"),
-        go(with_(lambda x, z, seen: 0 * pyro.sample("q", around(z), obs=x)), condition="q"),
+        go(pair(line=lambda x, z: 0 * pyro.sample("q", around(z), obs=x)), condition="q"),
     ),
     "y.float()": (with_y(lambda y: y), with_y(lambda y: y.float())),
     "pyro.sample('x', ..., obs=x) for the decoder's output": (
-        go((condition_alone, pair()[1]), condition="y"),
-        go((condition_and_data, pair()[1]), condition="y"),
+        go(of_condition("z", "y"), condition="y"),
+        go(of_condition("y", "z", "x"), condition="y"),
     ),
     "cost={'x': SquaredError(), ...}": (go(cost={"y": SquaredError()}), go(cost={"x": SquaredError()})),
     "cost={..., 'x': SquaredError()}": (go(cost={}), go(cost={"x": SquaredError()})),
@@ -245,10 +205,15 @@ CASES = {
     "with pyro.plate('data', n): pyro.sample('z0', ...)": (of_table("data one by one"), go()),
     "w = pyro.param('w', ...), and leave it out of the guide": (
         of_table("global latent"),
-        go(with_(lambda x, z, seen: 0 * pyro.param("w", torch.ones(3)))),
+        go(pair(line=lambda x, z: 0 * pyro.param("w", torch.ones(3)))),
     ),
     "self.weight.w = nn.Parameter(...), and leave it out of the guide": (
-        go((Weighted(PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))), guide_of_weight)),
+        go(
+            (
+                Weighted(PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))),
+                beside(lambda: pyro.sample("weight.w", delta(torch.ones(3))))[1],
+            )
+        ),
         go((Weighted(nn.Parameter(torch.ones(3))), pair()[1])),
     ),
     "in model and guide: with pyro.plate('data', 8): pyro.sample('z', ...)": (
@@ -268,20 +233,20 @@ CASES = {
         go(pair(prior=lambda x: dist.Normal(x.new_zeros((3,)), 1).to_event(1))),
     ),
     "pyro.factor('f', value.sum(-1))": (
-        go(with_(lambda x, z, seen: pyro.factor("f", x[:, :1] * torch.ones(N)))),
-        go(with_(lambda x, z, seen: pyro.factor("f", (x[:, :1] * torch.ones(N)).sum(-1)))),
+        go(pair(line=lambda x, z: pyro.factor("f", x[:, :1] * torch.ones(N)))),
+        go(pair(line=lambda x, z: pyro.factor("f", (x[:, :1] * torch.ones(N)).sum(-1)))),
     ),
     "Write .to_event(1) if it belongs to the value of one datum": (
-        go(observing(lambda x: x[:, 0], lambda z: dist.Normal(z[:, :1], 1))),
-        go(observing(lambda x: x[:, :1], lambda z: dist.Normal(z[:, :1], 1).to_event(1))),
+        go(pair(observed=lambda x: x[:, 0], output=lambda z: dist.Normal(z[:, :1], 1))),
+        go(pair(observed=lambda x: x[:, :1], output=lambda z: dist.Normal(z[:, :1], 1).to_event(1))),
     ),
     "Write obs=x.unsqueeze(-1)": (
-        go(observing(lambda x: x[:, 0], lambda z: around(z[:, :1]))),
-        go(observing(lambda x: x[:, 0].unsqueeze(-1), lambda z: around(z[:, :1]))),
+        go(pair(observed=lambda x: x[:, 0], output=lambda z: around(z[:, :1]))),
+        go(pair(observed=lambda x: x[:, 0].unsqueeze(-1), output=lambda z: around(z[:, :1]))),
     ),
     "obs=torch.nn.functional.one_hot(x, classes)": (
-        lambda: unvalidated(go(observing(labels, one_of_three))),
-        go(observing(lambda x: torch.nn.functional.one_hot(labels(x), 3), one_of_three)),
+        lambda: unvalidated(go(pair(observed=labels, output=one_of_three))),
+        go(pair(observed=lambda x: torch.nn.functional.one_hot(labels(x), 3), output=one_of_three)),
     ),
     "Write into the guide: x = x.nan_to_num()": (
         lambda: unvalidated(go(pair(code=lambda loc: delta(with_nan(loc)), seen_alone=True))),
@@ -292,19 +257,16 @@ CASES = {
     "pyro.factor('label', -distribution.log_prob(value), has_rsample=True)": (
         of_table("guide observes"),
         go(
-            (
-                pair()[0],
-                guide_with(
-                    lambda code, seen: pyro.factor(
-                        "label", -dist.Bernoulli(logits=code[:, 0]).log_prob(seen.float()), has_rsample=True
-                    )
-                ),
+            pair(
+                guide_line=lambda x, seen: pyro.factor(
+                    "label", -dist.Bernoulli(logits=encoded(x)[:, 0]).log_prob(seen.float()), has_rsample=True
+                )
             )
         ),
     ),
     "pyro.factor('y_density', log_density)": (
-        go(with_(lambda x, z, seen: 0 * pyro.sample("y", dist.Delta(x, x[:, 0], event_dim=1), obs=x))),
-        go(with_(lambda x, z, seen: pyro.factor("y_density", x[:, 0]))),
+        go(pair(line=lambda x, z: 0 * pyro.sample("y", dist.Delta(x, x[:, 0], event_dim=1), obs=x))),
+        go(pair(line=lambda x, z: pyro.factor("y_density", x[:, 0]))),
     ),
     "poutine.scale around both, or around the model": (
         of_table("scale in the guide"),
@@ -316,8 +278,8 @@ CASES = {
         go((poutine.scale(pair()[0], scale=0.5), pair()[1])),
     ),
     "pyro.sample('x', ..., obs=x.to_dense())": (
-        go(observing(lambda x: x.to_sparse())),
-        go(observing(lambda x: x.to_sparse().to_dense())),
+        go(pair(observed=lambda x: x.to_sparse())),
+        go(pair(observed=lambda x: x.to_sparse().to_dense())),
     ),
     "Write .to_event(1), which leaves the first dimension to the data plate": (
         lambda: unvalidated(go(pair(output=lambda z: dist.Normal(z, 1).to_event(2)))),
@@ -424,16 +386,8 @@ def test_the_line_is_shown_and_runs(line):
 
 @pytest.mark.parametrize("name", ["beta/topic", "w[0]", "layer 1", "a-b", "class", "net$$$weight", "1st"])
 def test_the_line_for_a_global_latent_is_python_whatever_its_name(name):
-    model, guide = pair()
-
-    def both(program):
-        def run(x, index, seen):
-            pyro.sample(name, delta(torch.ones(3)))
-            program(x, index, seen)
-
-        return run
-
-    line = message(go((both(model), both(guide)))).partition("the model, ")[2].partition(", and leave")[0]
+    programs = beside(lambda: pyro.sample(name, delta(torch.ones(3))))
+    line = message(go(programs)).partition("the model, ")[2].partition(", and leave")[0]
     line = line.removeprefix("in place of poutine.lift, ").replace("...", "torch.ones(3)")
     names = {"pyro": pyro, "torch": torch, "net": nn.Linear(2, 2)}
     exec(line, names)
@@ -451,15 +405,11 @@ def test_the_line_that_saves_a_net_of_any_name_is_python(tmp_path):
 
 @pytest.mark.parametrize("size", [N, 12])
 def test_a_latent_in_a_plate_of_its_own_is_told_how_all_data_share_it(size):
-    def both(program):
-        def run(x, index, seen):
-            with pyro.plate("weights", size):
-                pyro.sample("w", dist.Delta(torch.ones(size)))
-            program(x, index, seen)
+    def latent():
+        with pyro.plate("weights", size):
+            pyro.sample("w", dist.Delta(torch.ones(size)))
 
-        return run
-
-    found = message(go(tuple(map(both, pair()))))
+    found = message(go(beside(latent)))
     assert "w = pyro.param('w', ...)" in found
     assert ("ambiguous" in found) == (size == N)
 

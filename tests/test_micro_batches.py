@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from learned_priors import Nets
-from programs import around, delta, normal
+from programs import AutoEncoder, around, delta, gaussian, normal
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, init_to_sample
@@ -20,7 +20,7 @@ from torch import nn
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
 from pyro_wae.optim import Adam
-from pyro_wae.penalties import MMD, Chain, JensenShannon, KernelStein, LogVarianceL1, SlicedWasserstein
+from pyro_wae.penalties import MMD, Chain, JensenShannon, KernelStein, LogVarianceL1, PosteriorKL, SlicedWasserstein
 from pyro_wae.priors import MixturePrior
 from pyro_wae.weights import Constraint
 
@@ -127,11 +127,6 @@ def discriminator():
     return nn.Sequential(nn.Linear(D, 9), nn.ReLU(), nn.Linear(9, 1)).double()
 
 
-def conditions(kind):
-    y = torch.arange(N) // ROWS % 3  # alike within a micro-batch, so that only all together show that it varies
-    return y if kind == "labels" else y.double() / 2
-
-
 def case(penalty=None, net=Net, *, plate_size=None, is_random=True, learns=False, options=None, **data):
     """Net and its settings, data beside x, and options of the loss, made afresh for each run."""
 
@@ -147,11 +142,12 @@ def case(penalty=None, net=Net, *, plate_size=None, is_random=True, learns=False
 
 
 def labels():
-    return conditions("labels")
+    """Alike within a micro-batch, so only all together show that they vary."""
+    return torch.arange(N) // ROWS % 3
 
 
 def floats():
-    return conditions("floats")
+    return labels().double() / 2
 
 
 AT_ONCE = {"num_particles": K, "vectorize_particles": True}
@@ -183,6 +179,8 @@ CASES = {
     "labels": case(options={"condition": "y"}, y=labels),
     "floats": case(SlicedWasserstein, options={"condition": "y"}, y=floats),
     "mask": case(mask=mask),
+    "posterior kl": case(PosteriorKL),
+    "posterior kl, hierarchical": case(PosteriorKL, Stack),
     "particles": case(options={"num_particles": K}),
     "particles, more draws, hierarchical": case(net=Stack, options={"num_particles": K, "prior_draws": 2}),
     "particles, guard": case(lambda: MMD() + LogVarianceL1(0.1), options={"num_particles": K}),
@@ -266,65 +264,52 @@ def test_svi_steps_are_those_of_all_data_at_once_with_a_learnt_mixture():
         assert_close(split, whole, 1e-8)
 
 
-class Noisy(nn.Module):
-    """A stochastic guide and dropout, whose noise torch draws; it keeps what it drew."""
+def noisy():
+    """A stochastic guide and dropout, whose noise torch draws, with the codes and the outputs of each run."""
+    decoder = nn.Sequential(nn.Linear(D, X), nn.Dropout())
+    net = AutoEncoder(X, D, encoder=nn.Linear(X, 2 * D), decoder=decoder, code=gaussian).double()
+    codes, outputs = [], []
 
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(X, 2 * D).double(), nn.Linear(D, X).double()
-        self.codes, self.seen = [], []
+    def keep(_, given, output):
+        codes.append(given[0].detach())
+        outputs.append(output.detach())
 
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", normal(x, D))
-            self.codes.append(z.detach())
-            hidden = nn.functional.dropout(self.decoder(z))
-            self.seen.append(hidden.detach())
-            pyro.sample("x", around(hidden), obs=x)
-
-    def guide(self, x):
-        loc, scale = self.encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+    decoder.register_forward_hook(keep)
+    return net, codes, outputs
 
 
 def test_runs_of_the_backward_pass_draw_what_the_first_drew():
-    net = Noisy()
+    net, codes, outputs = noisy()
     loss_fn = WAELoss(micro_batch=ROWS)(net.model, net.guide)
     loss_fn(arguments()["x"]).backward()
-    net.codes.clear()
-    net.seen.clear()
+    codes.clear()
+    outputs.clear()
     value = loss_fn(arguments()["x"])
     torch.randn(7)  # the backward pass may come later
     later = torch.get_rng_state()
     value.backward()
     assert torch.equal(torch.get_rng_state(), later)
-    for drawn in (net.codes, net.seen):
+    for drawn in (codes, outputs):
         assert len(drawn) == 8
         for first, second in zip(drawn[:4], reversed(drawn[4:]), strict=True):
             assert torch.equal(first, second)
-    assert not torch.equal(net.codes[0], net.codes[1])
+    assert not torch.equal(codes[0], codes[1])
 
 
 @pytest.mark.parametrize("method", ["loss", "loss_and_grads"])
 def test_the_ways_to_the_loss_agree(method):
-    net, x = Noisy(), arguments()["x"]
+    (net, *_), x = noisy(), arguments()["x"]
     pyro.set_rng_seed(2)
     expected = WAELoss(micro_batch=ROWS).differentiable_loss(net.model, net.guide, x).item()
     pyro.set_rng_seed(2)
     assert getattr(WAELoss(micro_batch=ROWS), method)(net.model, net.guide, x) == expected
 
 
-def test_loss_runs_each_micro_batch_once():
-    net = Noisy()
-    WAELoss(micro_batch=ROWS).loss(net.model, net.guide, arguments()["x"])
-    assert [len(codes) for codes in net.codes] == [6, 6, 6, 4]
-
-
-def test_a_batch_that_fits_runs_as_it_is():
-    net = Noisy()
-    WAELoss(micro_batch=N).loss_and_grads(net.model, net.guide, arguments()["x"])
-    assert [len(codes) for codes in net.codes] == [N]
+@pytest.mark.parametrize(("method", "rows", "sizes"), [("loss", ROWS, [6, 6, 6, 4]), ("loss_and_grads", N, [N])])
+def test_loss_runs_each_micro_batch_once_and_a_batch_that_fits_as_it_is(method, rows, sizes):
+    net, codes, _ = noisy()
+    getattr(WAELoss(micro_batch=rows), method)(net.model, net.guide, arguments()["x"])
+    assert [len(drawn) for drawn in codes] == sizes
 
 
 @pytest.mark.parametrize("layer", [1, 2], ids=["hidden", "output"])
@@ -344,12 +329,8 @@ def test_activations_of_one_micro_batch_live_at_a_time(layer):
 
 
 def test_batch_norm_normalises_each_micro_batch_and_moves_once_for_each():
-    class Normed(Net):
-        def __init__(self):
-            super().__init__(is_random=False)
-            self.encoder = nn.Sequential(nn.Linear(X, 2 * D), nn.BatchNorm1d(2 * D)).double()
-
-    net = Normed()
+    net = Net(is_random=False)
+    net.encoder = nn.Sequential(net.encoder, nn.BatchNorm1d(2 * D).double())
     other = copy.deepcopy(net)
     given = arguments()
     loss_fn = WAELoss(lambda q, p: q.pow(4).mean(), penalty_weight=2.0, micro_batch=ROWS)(net.model, net.guide)

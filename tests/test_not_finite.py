@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import around, delta, normal
+from programs import around, delta, normal, sites
 from pyro import poutine
 from references import program
 from torch import nn
@@ -56,10 +56,7 @@ def test_what_is_not_finite_stops_before_any_gradient_and_is_named(part, found, 
             pyro.sample("other", around(x), obs=x)
             pyro.sample("x", around(torch.zeros(N, D)), obs=x * bad if part == "cost" else x)
 
-    def guide(x, y):
-        with pyro.plate("data", N):
-            pyro.sample("z", delta((x + 3) * weight * (bad if part == "codes" else 1)))
-
+    _, guide = program(lambda x: delta((x + 3) * weight * (bad if part == "codes" else 1)))
     penalty = MMD(Gaussian(1.0), condition_kernel=Gaussian(1.0))
     if part.startswith("penalty"):
         penalty = lambda codes, prior: codes.sum() * 0 + bad  # noqa: E731
@@ -83,24 +80,18 @@ def test_a_loss_that_overflows_is_named(method):
 
 @pytest.mark.parametrize("is_validated", [True, False])
 def test_of_data_that_hold_nan_the_mask_is_named_that_leaves_them_out(is_validated):
-    def model(x, is_masked):
-        with pyro.plate("data", N):
-            z = pyro.sample("z", dist.Normal(torch.zeros(N, D), 1).to_event(1))
-            observed = dist.Normal(z, 1).mask(~x.isnan()) if is_masked else dist.Normal(z, 1)
-            pyro.sample("x", observed.to_event(1), obs=x)
-
-    def guide(x, is_masked):
-        with pyro.plate("data", N):
-            pyro.sample("z", delta(x.nan_to_num() + 1))
+    def code(x):
+        return delta(x.nan_to_num() + 1)
 
     x = X.masked_fill(torch.arange(N * D).reshape(N, D) == 3, torch.nan)
     loss = WAELoss(penalty_weight=0.0)
     found = "cost of observed site 'x' is NaN.* data hold NaN.*" + re.escape(".mask(~x.isnan()).to_event(1)")
     with pyro.validation_enabled(is_validated):
         with pytest.raises(ValueError, match=found):
-            loss.loss(model, guide, x, False)
+            loss.loss(*program(code), x)
         # Off by 1 in each element that is there: all of N D but one, as a mean over N data.
-        assert loss.loss(model, guide, x, True) == pytest.approx((N * D - 1) / N)
+        masked = program(code, output=lambda z: dist.Normal(z, 1).mask(~x.isnan()).to_event(1))
+        assert loss.loss(*masked, x) == pytest.approx((N * D - 1) / N)
 
 
 @pytest.mark.parametrize("is_validated", [True, False])
@@ -136,23 +127,20 @@ def test_what_a_penalty_takes_from_its_first_draws_is_not_what_is_named(part, na
     """A kernel without a length, a unit of the condition or a discriminator comes before the loss is looked at."""
     weight = nn.Parameter(torch.ones(()))
 
-    def model(x, y):
-        with pyro.plate("data", N):
-            first = torch.arange(N) == 0
-            pyro.sample("z", around(torch.zeros(N, D).masked_fill((part == "prior samples") & first[:, None], bad)))
-            pyro.sample("w", normal(x, D))
-            pyro.sample("x", around(torch.zeros(N, D)), obs=x)
-
-    def guide(x, y):
-        with pyro.plate("data", N):
-            pyro.sample("z", delta((x * bad if part == "codes" else x) * weight))
-            pyro.sample("w", delta(x * weight))
-
+    first = torch.arange(N)[:, None] == 0
+    prior = torch.zeros(N, D).masked_fill((part == "prior samples") & first, bad)
+    programs = sites(
+        {
+            "z": (lambda x: around(prior), lambda x: delta((x * bad if part == "codes" else x) * weight)),
+            "w": (lambda x, z: normal(x, D), lambda x: delta(x * weight)),
+        },
+        lambda z, w: around(torch.zeros(N, D)),
+    )
     y = torch.linspace(0, 1, N).masked_fill((part == "condition") & (torch.arange(N) == 2), bad)
     loss = WAELoss(PENALTIES[name](), condition="y")
     site = "The condition 'y' holds" if part == "condition" else f"The {part} of latent site 'z' hold"
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=f"{site} (NaN|infinity)"):
-        loss.loss_and_grads(model, guide, X, y)
+        loss.loss_and_grads(*programs, X, y=y)
     assert weight.grad is None
 
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import sites
 from pyro import poutine
 from references import Seen, nested, program
 from torch import nn
@@ -70,22 +71,6 @@ def test_two_nested_plates_give_one_row_for_each_datum(outer, how, vectorize):
         torch.testing.assert_close(codes, expected)
     assert capture.prior.shape == (2 * n * (1 + vectorize), parts * 2)
     assert loss.terms.cost.item() == pytest.approx(2 * parts)
-
-
-def test_naming_the_other_plate_takes_its_rows():
-    x = torch.randn(5, 3)
-    model, guide = program(
-        lambda x: delta(x + 1),
-        lambda x: dist.Normal(0.0, 1),
-        lambda z: dist.Normal(z, 1),
-        plate=lambda x: nested(pyro.plate("a", 5, dim=-2), pyro.plate("b", 3, dim=-1)),
-    )
-    codes, _, terms = rows(model, guide, x, data_plate="a")
-    torch.testing.assert_close(codes, x + 1)
-    assert terms["cost"] == pytest.approx(3)
-    codes, _, terms = rows(model, guide, x, data_plate="b")
-    torch.testing.assert_close(codes, x.T + 1)
-    assert terms["cost"] == pytest.approx(5)
 
 
 def test_prior_draws_of_an_inner_plate_keep_the_layout_of_the_codes():
@@ -155,56 +140,29 @@ def test_a_plate_reused_as_an_object_of_the_model_serves_again():
 # The user's scale
 
 
-def scaled(x, latent=1.0, observed=1.0):
-    with pyro.plate("data", 4 * len(x), subsample=torch.arange(len(x))):
-        with poutine.scale(scale=latent):
-            z = pyro.sample("z", standard(2))
-        with poutine.scale(scale=observed):
-            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
-
-
-def scaled_guide(x, *args):
-    with pyro.plate("data", 4 * len(x), subsample=torch.arange(len(x))):
-        pyro.sample("z", delta(x + 1, 1))
-
-
-@pytest.mark.parametrize("scale", [0.25, torch.tensor(3.0), torch.tensor([3.0])])
-def test_a_scale_on_the_latent_site_scales_the_penalty_alone(scale):
-    x = torch.randn(6, 2)
-    _, _, terms = rows(scaled, scaled_guide, x, scale)
-    assert terms["cost"] == pytest.approx(2, rel=1e-5)
-    assert terms["penalty"] == pytest.approx(float(scale) * (x.mean().item() + 1), rel=1e-5)
-
-
-def two_scales(x, first, second):
-    with pyro.plate("data", len(x)):
-        with poutine.scale(scale=first):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-        with poutine.scale(scale=second):
-            b = pyro.sample("b", dist.Normal(0.0, 1))
-        pyro.sample("x", dist.Normal(a + b, 1), obs=x)
-
-
-def two_codes(x, *args):
-    with pyro.plate("data", len(x)):
-        pyro.sample("a", delta(x))
-        pyro.sample("b", delta(x + 1))
-
-
-def test_sites_compared_apart_have_their_own_scales():
+@pytest.mark.parametrize(
+    "scale", [0.25, 2.0, torch.tensor(3.0), torch.tensor([3.0]), (nn.Parameter(torch.tensor(2.0)), 2.0)]
+)
+def test_a_scale_on_the_latent_sites_scales_the_penalty_alone(scale):
+    """A joint code takes one scale, which both of its sites have."""
     x = torch.randn(6)
-    loss = WAELoss({"a": Seen(torch.mean), "b": Seen(torch.mean)})
-    loss.loss(two_scales, two_codes, x, 2.0, 5.0)
-    assert loss.terms.penalties["a"].item() == pytest.approx(2 * x.mean().item(), rel=1e-5)
-    assert loss.terms.penalties["b"].item() == pytest.approx(5 * (x.mean().item() + 1), rel=1e-5)
+    first, second = scale if isinstance(scale, tuple) else (scale, scale)
 
+    def plate(x):
+        return pyro.plate("data", 4 * len(x), subsample=torch.arange(len(x)))
 
-def test_a_joint_code_takes_one_scale():
-    x = torch.randn(6)
-    learnt = nn.Parameter(torch.tensor(2.0))
-    for first, second in ((2.0, 2.0), (learnt, learnt), (learnt, 2.0)):
-        _, _, terms = rows(two_scales, two_codes, x, first, second)
-        assert terms["penalty"] == pytest.approx(2 * (x.mean().item() + 0.5), rel=1e-5)
+    def model(x):
+        with plate(x):
+            with poutine.scale(scale=first):
+                a = pyro.sample("a", dist.Normal(0.0, 1))
+            with poutine.scale(scale=second):
+                b = pyro.sample("b", dist.Normal(0.0, 1))
+            pyro.sample("x", dist.Normal(a + b, 1), obs=2 * x)
+
+    _, guide = sites({"a": (None, delta), "b": (None, lambda x: delta(x + 1))}, plate=plate)
+    _, _, terms = rows(model, guide, x)
+    assert terms["cost"] == pytest.approx(1, rel=1e-5)
+    assert terms["penalty"] == pytest.approx(float(second) * (x.mean().item() + 0.5), rel=1e-5)
 
 
 # Masks
@@ -333,55 +291,21 @@ def sequential_time_guide(x, mask):
 
 @pytest.mark.parametrize("make", [vectorised_time, lambda mask: (sequential_time, sequential_time_guide)])
 @pytest.mark.parametrize("options", [{}, {"num_particles": 2, "vectorize_particles": True}], ids=str)
-def test_a_ragged_batch_costs_what_its_sequences_cost_alone(make, options):
+@pytest.mark.parametrize(
+    ("cost", "constant", "factor"),
+    [(None, 0, 1), (NegativeLogLikelihood(), 0.5 * math.log(2 * math.pi), 0.5), (ExpectedSquaredError(), 1, 1)],
+)
+def test_a_ragged_batch_costs_what_its_sequences_cost_alone(make, options, cost, constant, factor):
+    """Masked steps cost nothing even where a perfect output costs something."""
     x, mask = ragged()
     capture = Seen(torch.mean)
-    loss = WAELoss(capture, data_plate="data", **options)
+    loss = WAELoss(capture, cost=cost, data_plate="data", **options)
     loss.loss(*make(mask), x, mask)
-    assert loss.terms.cost.item() == pytest.approx(x[mask].square().sum().item() / len(x), rel=1e-5)  # outputs are 2 x
+    expected = (constant + factor * x[mask].square()).sum().item() / len(x)  # outputs are 2 x
+    assert loss.terms.cost.item() == pytest.approx(expected, rel=1e-5)
     for codes in capture.codes:
         torch.testing.assert_close(codes, x.where(mask, 0.0))
     prior = capture.prior.unflatten(0, (-1, len(LENGTHS)))
     assert (prior[:, ~mask] == 0).all()
     assert (prior[:, mask] != 0).all()
     assert capture.context.shared_data
-
-
-@pytest.mark.parametrize(
-    ("cost", "constant", "factor"),
-    [(NegativeLogLikelihood(), 0.5 * math.log(2 * math.pi), 0.5), (ExpectedSquaredError(), 1.0, 1.0)],
-)
-def test_masked_steps_cost_nothing_even_where_a_perfect_output_costs_something(cost, constant, factor):
-    x, mask = ragged()
-    _, _, terms = rows(*vectorised_time(mask), x, data_plate="data", cost=cost)
-    expected = (constant + factor * x[mask].square()).sum().item() / len(LENGTHS)
-    assert terms["cost"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_an_auxiliary_site_of_a_discrete_guide_is_no_error():
-    def code(x):
-        return delta(x + pyro.sample("u", dist.Bernoulli(0.5), infer={"is_auxiliary": True}))
-
-    programs = program(code, lambda x: dist.Normal(0.0, 1), lambda z: dist.Normal(z, 1))
-    codes, _, _ = rows(*programs, torch.zeros(50))
-    assert set(codes.flatten().tolist()) == {0, 1}
-
-
-def test_a_mask_on_one_site_leaves_the_others_whole():
-    x, mask = torch.randn(4), torch.tensor([True, False, True, True])
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(0.0, 1))
-            with poutine.mask(mask=mask):
-                pyro.sample("b", dist.Normal(0.0, 1))
-            pyro.sample("x", dist.Normal(a, 1), obs=x)
-
-    codes, prior, _ = rows(model, two_codes, x)
-    torch.testing.assert_close(codes, torch.stack([x, (x + 1).where(mask, 0.0)], 1))
-    assert prior[1, 1] == 0
-    assert (prior[mask] != 0).all()
-    a, b = Seen(torch.mean), Seen(torch.mean)
-    WAELoss({"a": a, "b": b}).loss(model, two_codes, x)
-    assert a.codes.shape == (1, 4, 1)
-    assert b.codes.shape == (1, 3, 1)

@@ -8,26 +8,25 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder
+from programs import AutoEncoder, around, data, delta, encoded, pair
 from pyro import poutine
 from pyro.contrib.zuko import ZukoToPyro
+from references import program
 from torch import nn
 
 from pyro_wae import WAELoss, priors
 from pyro_wae.diagnostics import classifier_test, two_sample_test
 from pyro_wae.predict import code_rows, decode, encode, interpolate, reconstruct, sample
 
-
-def model(x):
-    """G(z) = 3 z + 1, with much noise around it."""
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-        pyro.sample("x", dist.Normal(3 * z + 1, 100).to_event(1), obs=x)
+# G(z) = 3 z + 1, with much noise around it.
+model, guide = program(lambda x: delta(x - 5), output=lambda z: dist.Normal(3 * z + 1, 100).to_event(1))
 
 
-def guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(x - 5).to_event(1))
+def free(x=None, n=20):
+    """A model that runs without data too."""
+    with pyro.plate("data", n if x is None else len(x)):
+        z = pyro.sample("z", dist.Normal(50.0, 1))
+        pyro.sample("x", dist.Normal(2 * z, 1e-3), obs=x)
 
 
 def hierarchy(x):
@@ -76,12 +75,9 @@ def test_rows_are_codes_and_ancestral_prior_draws_side_by_side():
     assert prior.shape == (2000, 4)
     torch.testing.assert_close(prior[:, 1:], (10 + prior[:, :1]).expand(-1, 3), atol=0.01, rtol=0)
     assert abs(prior[:, 0].std() - 1) < 5 / math.sqrt(2 * 2000)  # five standard errors of a deviation
-
-
-def test_rows_of_one_site():
-    x = torch.randn(5, 3)
     codes, prior = code_rows(hierarchy, hierarchy_guide, x, site="b", data_plate="data")
     torch.testing.assert_close(codes, x)
+    assert prior.shape == x.shape
     assert (prior > 4).all()
 
 
@@ -158,11 +154,8 @@ def test_an_option_of_a_bound_module_goes_with_the_arguments_of_its_last_call():
     assert abs(outputs.std() - expected) < 5 * expected / math.sqrt(2 * outputs.numel())
 
 
-def test_one_run_gives_as_many_samples_as_data():
-    assert sample(hierarchy, torch.zeros(7, 3))["x"].shape == (7, 3)
-
-
 def test_samples_of_a_hierarchy_join_along_the_data():
+    assert sample(hierarchy, torch.zeros(7, 3))["x"].shape == (7, 3)
     outputs = sample(hierarchy, torch.zeros(4, 3), num_samples=10, data_plate="data")
     assert outputs["x"].shape == (10, 3)
     assert outputs["y"].shape == (10, 1)
@@ -171,11 +164,6 @@ def test_samples_of_a_hierarchy_join_along_the_data():
 
 
 def test_a_model_may_run_without_data():
-    def free(x=None, n=20):
-        with pyro.plate("data", n if x is None else len(x)):
-            z = pyro.sample("z", dist.Normal(50.0, 1))
-            pyro.sample("x", dist.Normal(2 * z, 1e-3), obs=x)
-
     outputs = sample(free, num_samples=30, return_sites=["x"], n=20)
     assert outputs["x"].shape == (30,)
     assert (outputs["x"] > 80).all()
@@ -183,6 +171,8 @@ def test_a_model_may_run_without_data():
     torch.testing.assert_close(given, 2 * torch.arange(20.0))
     with pytest.raises(ValueError, match=r"return_sites=\('x',\)"):
         sample(free)
+    outputs = sample(free, n=3, prior=dist.Delta(torch.tensor(5.0)), return_sites=["x"])
+    torch.testing.assert_close(outputs, {"x": torch.full((3,), 10.0)})
 
 
 def test_sites_of_pyro_deterministic_are_returned_where_they_are_named():
@@ -217,9 +207,9 @@ def test_a_way_begins_and_ends_at_the_data(path):
     a, b = torch.randn(5, 3), torch.randn(5, 3)
     outputs = interpolate(hierarchy, hierarchy_guide, a, b, 4, path=path, data_plate="data")
     assert outputs["x"].shape == (4, 5, 3)
-    for end, data in ((0, a), (-1, b)):
-        torch.testing.assert_close(outputs["x"][end], data.mean(1, keepdim=True) + data)
-        torch.testing.assert_close(outputs["y"][end], 2 * data.mean(1, keepdim=True))
+    for end, x in ((0, a), (-1, b)):
+        torch.testing.assert_close(outputs["x"][end], x.mean(1, keepdim=True) + x)
+        torch.testing.assert_close(outputs["y"][end], 2 * x.mean(1, keepdim=True))
 
 
 def test_the_straight_way_is_even():
@@ -247,18 +237,9 @@ def test_codes_on_one_line_through_zero_are_joined_by_it(other):
 
 
 def test_arguments_come_as_a_tuple_where_there_are_several():
-    def two(x, scale):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0, 1))
-            pyro.sample("x", dist.Normal(scale * z, 1), obs=x)
-
-    def two_guide(x, scale):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x / scale))
-
-    a, b = torch.zeros(2), torch.ones(2)
-    middle = interpolate(two, two_guide, (a, 4.0), (b, 4.0), 3)["x"][1]
-    torch.testing.assert_close(middle, torch.full((2,), 0.5))
+    x, index, seen = data()
+    middle = interpolate(*pair(), (x, index, seen), (3 * x, index, seen), 3)["x"][1]
+    torch.testing.assert_close(middle, 2 * encoded(x))
 
 
 CALLS = {
@@ -316,19 +297,6 @@ def test_a_module_that_is_the_model_itself():
 
     x = torch.randn(3, 2)
     torch.testing.assert_close(reconstruct(Generator(), Encoder(), x)["x"], 3 * (x - 5) + 1)
-
-
-def categorical(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-        pyro.sample("x", dist.Categorical(logits=z), obs=x[:, 0].abs().long().clamp(max=1))
-
-
-def test_a_site_without_a_mean_is_drawn():
-    x = torch.randn(4, 2)
-    with pytest.raises(ValueError, match=r"'x' \(Categorical\).*random=True"):
-        reconstruct(categorical, guide, x)
-    assert sample(categorical, x, random=True)["x"].max() <= 1
 
 
 def test_codes_of_different_numbers_are_named():
@@ -390,16 +358,6 @@ def test_a_fitted_prior_samples_where_the_codes_are():
     torch.testing.assert_close(outputs.mean(0), torch.full((2,), -14.0), atol=0.5, rtol=0)
 
 
-def test_a_model_without_data_takes_a_prior_too():
-    def free(n):
-        with pyro.plate("data", n):
-            z = pyro.sample("z", dist.Normal(0.0, 1))
-            pyro.sample("x", dist.Normal(2 * z, 1))
-
-    outputs = sample(free, 3, prior=dist.Delta(torch.tensor(5.0)), return_sites=["x"])
-    torch.testing.assert_close(outputs, {"x": torch.full((3,), 10.0)})
-
-
 class Points(torch.distributions.Distribution):
     """What a flow of zuko is to Pyro's wrapper, which has no ``sample`` and no ``repr``."""
 
@@ -413,10 +371,7 @@ class Points(torch.distributions.Distribution):
         return torch.tensor([1.0, 3.0]).expand(*shape, 2)
 
 
-def model_of_two(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-        pyro.sample("x", dist.Normal(2 * z, 1).to_event(1), obs=x)
+model_of_two, _ = program(output=lambda z: around(2 * z))
 
 
 @pytest.mark.parametrize("way", ["sample", "module", "test", "classifier"])

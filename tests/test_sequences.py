@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import normal
+from programs import around, delta, normal, sites
 from pyro import poutine
 from pyro.infer import SVI
 from references import Seen, nested, program
@@ -60,59 +60,31 @@ def rows(n, steps, seed=0):
 # By itself
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("order", [1, 2, 3, 5, 9])
 def test_the_value_is_the_mean_over_runs_of_consecutive_steps(order):
+    """An order of all steps or more is the joint code."""
     q, p = 1.5 * rows(12, 5), rows(30, 5, 1)
-    by_hand = [
-        mmd_by_hand(q[:, t : t + order].flatten(1), p[:, t : t + order].flatten(1), 2.0) for t in range(6 - order)
-    ]
+    starts = range(max(1, 6 - order))
+    by_hand = [mmd_by_hand(q[:, t : t + order].flatten(1), p[:, t : t + order].flatten(1), 2.0) for t in starts]
     value = Chain(MMD(Gaussian(2.0)), order=order, step_size=D)(q.flatten(1), p.flatten(1))
     assert value.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-9)
 
 
-def test_an_order_of_all_steps_or_more_is_the_joint_code():
-    q, p = 1.5 * rows(12, 3).flatten(1), rows(30, 3, 1).flatten(1)
-    expected = MMD(Gaussian(2.0))(q, p).item()
-    for order in (3, 4, 10):
-        assert Chain(MMD(Gaussian(2.0)), order=order, step_size=D)(q, p).item() == pytest.approx(expected, rel=1e-9)
-
-
-def test_every_pair_but_no_longer_dependence_is_seen():
-    """Steps that are independent of the last one: single steps are right, pairs are not. x2 = x0: pairs are right."""
-    n = 400
-    walk = torch.randn(n, 3, 1, dtype=torch.float64)
-    walk[:, 1] = 0.9 * walk[:, 0] + (1 - 0.81) ** 0.5 * walk[:, 1]
-    walk[:, 2] = 0.9 * walk[:, 1] + (1 - 0.81) ** 0.5 * walk[:, 2]
-    free = torch.randn(n, 3, 1, dtype=torch.float64)
-    loop = torch.randn(n, 3, 1, dtype=torch.float64)
-    loop[:, 2] = loop[:, 0]
-
-    def value(q, p, order):
-        return Chain(MMD(Gaussian(1.0)), order=order, step_size=1)(q.flatten(1), p.flatten(1)).item()
-
-    # The null's deviation is below 0.003 at n = 400, and 0.02 is beyond six of them.
-    assert abs(value(free, walk, 1)) < 0.02 < value(free, walk, 2)
-    assert abs(value(loop, torch.randn(n, 3, 1).double(), 2)) < 0.02 < value(loop, torch.randn(n, 3, 1).double(), 3)
-
-
-def test_an_unset_length_comes_from_all_runs_about_their_own_means():
+@pytest.mark.parametrize(
+    ("make", "half_mean_square"),
+    [(lambda: MMD(Gaussian()), lambda mmd: mmd.kernel.squared_length), (Sinkhorn, lambda it: it.spread**2 / 2)],
+    ids=["kernel's length", "blur"],
+)
+def test_an_unset_length_comes_from_all_runs_about_their_own_means(make, half_mean_square):
     """Steps that drift apart and spread: not the first pair's spread, and not that of the pooled steps."""
+    if make is Sinkhorn:
+        pytest.importorskip("geomloss")
     p = rows(50, 4, 1) * torch.tensor([0.1, 1.0, 2.0, 5.0]).double()[:, None] + 100 * torch.arange(4.0)[:, None]
-    chain = Chain(MMD(Gaussian()), step_size=D)
+    chain = Chain(make(), step_size=D)
     chain(rows(50, 4).flatten(1), p.flatten(1))
     runs = [p[:, t : t + 2].flatten(1) for t in range(3)]
     total = sum((run - run.mean(0)).square().sum() for run in runs)
-    assert chain.penalty.kernel.squared_length.item() == pytest.approx(total.item() / (3 * 50 - 1), rel=1e-9)
-
-
-def test_sinkhorns_blur_comes_from_all_runs_too():
-    pytest.importorskip("geomloss")
-    p = rows(50, 3, 1) * torch.tensor([0.1, 1.0, 5.0]).double()[:, None]
-    chain = Chain(Sinkhorn(), step_size=D)
-    chain(rows(50, 3).flatten(1), p.flatten(1))
-    runs = [p[:, t : t + 2].flatten(1) for t in range(2)]
-    total = sum((run - run.mean(0)).square().sum() for run in runs)
-    assert chain.penalty.spread.item() == pytest.approx((2 * total.item() / 99) ** 0.5, rel=1e-9)
+    assert half_mean_square(chain.penalty).item() == pytest.approx(total.item() / (3 * 50 - 1), rel=1e-9)
 
 
 def test_a_number_of_runs_is_drawn_afresh_and_right_in_the_mean():
@@ -215,7 +187,8 @@ def test_a_datum_that_has_ended_is_left_out_and_steps_weigh_by_their_data():
     first[3, 1] = 0
     expected = [first, x[LENGTHS >= 3, 1:3], x[LENGTHS >= 4, 2:4], x[LENGTHS >= 5, 3:5]]
     counts = [7, 5, 3, 2]
-    for (codes, prior, _), pair, count in zip(record.calls, expected, counts, strict=True):
+    for (codes, prior, context), pair, count in zip(record.calls, expected, counts, strict=True):
+        assert context.shared_data
         torch.testing.assert_close(codes[0], pair.flatten(1))
         assert prior.shape == (3 * count, 2 * D)
     assert (record.calls[0][1].unflatten(0, (3, 7))[:, 3, D:] == 0).all()
@@ -229,19 +202,16 @@ def test_a_draw_stays_with_the_datum_whose_mask_it_shares():
     """Sequences that start at 1000 i: the prior draw of row i is near there in every run."""
     start = 1000.0 * torch.arange(7).double()[:, None]
 
-    def model(x):
-        with pyro.plate("data", 7):
-            for t in pyro.markov(range(1, 6)):
-                pyro.sample(f"z_{t}", dist.Normal(start.expand(7, D), 1).mask(MASK[:, t - 1 : t]).to_event(1))
-            pyro.sample("x", dist.Normal(start, 1).to_event(1), obs=start)
-
-    def guide(x):
-        with pyro.plate("data", 7):
-            for t in range(1, 6):
-                pyro.sample(f"z_{t}", dist.Delta(start.expand(7, D)).to_event(1))
-
+    latents = {
+        f"z_{t}": (
+            lambda x, *_, t=t: dist.Normal(x.expand(7, D), 1).mask(MASK[:, t - 1 : t]).to_event(1),
+            lambda x: delta(x.expand(7, D)),
+        )
+        for t in range(1, 6)
+    }
+    programs = sites(latents, lambda *_: around(start))
     record = Seen(data_count)
-    WAELoss(Chain(record, order=1), prior_draws=2, num_particles=2).loss(model, guide, start)
+    WAELoss(Chain(record, order=1), prior_draws=2, num_particles=2).loss(*programs, start)
     for codes, prior, _ in record.calls:
         assert codes.shape[0] == 2
         torch.testing.assert_close((prior / 1000).round() * 1000, codes[0].repeat(4, 1))
@@ -272,36 +242,6 @@ def test_no_unmasked_code_is_left_unseen():
             z,
         )
         assert ((gradient != 0).all(-1) == mask).all()
-
-
-def test_what_stands_behind_the_mask_does_not_matter():
-    x, steps, values = rows(7, 5), Steps(MASK), []
-    for filling in (0.0, 1e9):
-        pyro.set_rng_seed(1)
-        values.append(WAELoss(Chain(MMD())).loss(steps.model, steps.guide, x.where(MASK[..., None], filling)))
-    assert values[0] == pytest.approx(values[1], rel=1e-9)
-
-
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.slow
-def test_null_of_ragged_chains_has_mean_0(particles):
-    """Null: codes drawn from the prior, 7 ragged sequences, 200 estimates; 4 standard errors, seed 0."""
-    steps = Steps(MASK)
-
-    def guide(x, shift):
-        with pyro.plate("data", 7):
-            z = 0.0
-            for t in range(1, 6):
-                z = pyro.sample(f"z_{t}", dist.Normal(0.5 * z + x.new_full((7, D), shift), 1).to_event(1))
-
-    loss = WAELoss(Chain(MMD(Gaussian(2.0))), num_particles=particles, vectorize_particles=particles > 1)
-    for shift in (0.0, 0.5):
-        values = []
-        for _ in range(200 if shift == 0 else 50):
-            loss.loss(lambda x, _: steps.model(x), guide, rows(7, 5), shift)
-            values.append(loss.terms.penalty)
-        values = torch.stack(values)
-        assert (abs(values.mean()) < 4 * values.std() / len(values) ** 0.5) == (shift == 0)
 
 
 @pytest.mark.parametrize(
@@ -348,12 +288,9 @@ def test_a_guard_sees_the_variances_of_its_run(order):
     """sum of |log s^2| over the steps of a run; 0 where masked or filled up."""
     scale = torch.tensor([0.5, 0.25, 2.0, 0.1, 3.0]).double()
     steps = Steps(MASK)
-
-    def guide(x):
-        with pyro.plate("data", 7):
-            for t in range(1, 6):
-                pyro.sample(f"z_{t}", dist.Normal(x[:, t - 1], scale[t - 1]).to_event(1))
-
+    _, guide = sites(
+        {f"z_{t}": (None, lambda x, t=t: dist.Normal(x[:, t - 1], scale[t - 1]).to_event(1)) for t in range(1, 6)}
+    )
     loss = WAELoss(Chain(LogVarianceL1(), order=order))
     loss.loss(steps.model, guide, rows(7, 5))
     pulls = D * (2 * scale.log()).abs() * MASK

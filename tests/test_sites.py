@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import around, delta, normal
+from programs import around, delta, normal, pair, sites
 from pyro import poutine
 from pyro.infer import reparam
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoStructured
@@ -28,6 +28,7 @@ ROWS = dict(TABLE[1:])
 
 N, D = 6, 2
 X = torch.linspace(-1, 1, N * D).reshape(N, D)
+X[:, -1] = 1  # encoded as X + 1
 F = torch.linspace(1, 2, N)
 SEEN = torch.arange(N) % 3 != 1
 pytestmark = pytest.mark.filterwarnings(
@@ -35,21 +36,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def program(model_line=lambda z: None, guide_line=lambda: None, *, site="x"):
+def program(line=lambda x, z: None, guide_line=lambda x, seen: None):
     """A latent z, a line more in the plate, and an observed site; codes of x + 1."""
-
-    def model(x):
-        with pyro.plate("data", N):
-            z = pyro.sample("z", normal(x, D))
-            more = model_line(z)
-            pyro.sample(site, around(z if more is None else z + more), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", N):
-            guide_line()
-            pyro.sample("z", delta(x + 1))
-
-    return model, guide
+    return pair(lambda x: normal(x, D), line=line, guide_line=guide_line)
 
 
 def latent(name, infer=None):
@@ -57,7 +46,7 @@ def latent(name, infer=None):
 
 
 def code_of(name, value):
-    return lambda: pyro.sample(name, delta(value))
+    return lambda *_: pyro.sample(name, delta(value))
 
 
 def factor(*_, scale=1.0):
@@ -81,13 +70,13 @@ def imputed():
 
 
 def dependent():
-    def model(x):
-        with pyro.plate("data", N):
-            above = pyro.sample("above", around(torch.full((D,), 500.0)))
-            z = pyro.sample("z", dist.Normal(above, 1e-3).to_event(1))
-            pyro.sample("x", around(z), obs=x)
-
-    return model, program(guide_line=code_of("above", X))[1]
+    return sites(
+        {
+            "above": (lambda x: around(torch.full((D,), 500.0)), delta),
+            "z": (lambda x, above: dist.Normal(above, 1e-3).to_event(1), lambda x: delta(x + 1)),
+        },
+        lambda above, z: around(z),
+    )
 
 
 def outside():
@@ -98,7 +87,7 @@ def outside():
     return model, program()[1]
 
 
-def inner_factor(z):
+def inner_factor(*_):
     with pyro.plate("inner", 3, dim=-2):
         pyro.factor("f", F.expand(3, N))
 
@@ -119,7 +108,7 @@ def handled(handler, *args, guide=None, **kwargs):
 def prior_on_a_parameter():
     def model(x):
         weight = pyro.sample("weight", normal(x, D))
-        program(lambda z: 0 * weight)[0](x)
+        program(lambda x, z: 0 * weight)[0](x)
 
     def guide(x):
         pyro.sample("weight", delta(torch.zeros(D)))
@@ -128,7 +117,7 @@ def prior_on_a_parameter():
     return model, guide
 
 
-def observed_in_the_guide():
+def observed_in_the_guide(*_):
     pyro.sample("label", dist.Bernoulli(logits=X[:, 0]), obs=torch.ones(N))
 
 
@@ -147,123 +136,94 @@ def split():
     return model, guide
 
 
-def unit(z):
+def unit(*_):
     pyro.sample("f", dist.Unit(F), obs=torch.empty(N, 0))
 
 
-SHIFTED = {"z": X + 1}
-# For each row the program, the codes of each site, and the cost of each observed site; or a part of the error.
+def becomes(programs, codes=None, **costs):
+    """Model and guide, the code of each latent site, and the cost of each observed one beside x."""
+    return programs, {"z": X + 1} if codes is None else codes, {"x": D} | costs
+
+
+BOTH = {"z": X + 1, "w": X + 2}
+# For each row the program with what becomes of it, or with a part of the error.
 CASES = {
-    "latent site of model and guide": (program(), SHIFTED, {"x": D}),
-    "latent site of the model that the guide does not sample": (program(latent("u")), SHIFTED, {"x": D}),
-    "latent site that depends on another": (dependent(), {"above": X, "z": X + 1}, {"x": D}),
-    "observed site": (program(site="y"), SHIFTED, {"y": D}),
-    "observed site at its own value, `dist.Delta(y)` with `obs=y`": (
-        program(lambda z: 0 * pyro.sample("y", delta(X), obs=X)),
-        SHIFTED,
-        {"x": D, "y": 0},
+    "latent site of model and guide": becomes(program()),
+    "latent site of the model that the guide does not sample": becomes(program(latent("u"))),
+    "latent site that depends on another": becomes(dependent(), {"above": X, "z": X + 1}),
+    "observed site": becomes(program()),
+    "observed site at its own value, `dist.Delta(y)` with `obs=y`": becomes(
+        program(lambda x, z: 0 * pyro.sample("y", delta(X), obs=X)), y=0
     ),
-    "observed site of a part of the data, `obs_mask=...`": (imputed(), SHIFTED, {"x": D}),
-    "`pyro.factor` in the model, in the data plate": (program(factor), SHIFTED, {"x": D, "f": -1.5}),
-    "`pyro.factor` in the guide, in the data plate": (program(guide_line=factor), SHIFTED, {"x": D, "f": 1.5}),
-    "`pyro.factor` in an inner plate": (program(inner_factor), SHIFTED, {"x": D, "f": -4.5}),
-    "`pyro.factor` outside the data plate": (outside(), SHIFTED, {"x": D, "f": 12 / N}),
-    "`pyro.factor` under a mask": (program(masked(factor)), SHIFTED, {"x": D, "f": -F[SEEN].sum().item() / N}),
-    "`pyro.factor` under `poutine.scale`": (
-        program(lambda z: poutine.scale(factor, scale=0.5)()),
-        SHIFTED,
-        {"x": D, "f": -0.75},
-    ),
-    "observed `dist.Unit`": (program(unit), SHIFTED, {"x": D, "f": -1.5}),
-    "`pyro.deterministic` in model or guide": (
+    "observed site of a part of the data, `obs_mask=...`": becomes(imputed()),
+    "`pyro.factor` in the model, in the data plate": becomes(program(factor), f=-1.5),
+    "`pyro.factor` in the guide, in the data plate": becomes(program(guide_line=factor), f=1.5),
+    "`pyro.factor` in an inner plate": becomes(program(inner_factor), f=-4.5),
+    "`pyro.factor` outside the data plate": becomes(outside(), f=12 / N),
+    "`pyro.factor` under a mask": becomes(program(masked(factor)), f=-F[SEEN].sum().item() / N),
+    "`pyro.factor` under `poutine.scale`": becomes(program(poutine.scale(factor, scale=0.5)), f=-0.75),
+    "observed `dist.Unit`": becomes(program(unit), f=-1.5),
+    "`pyro.deterministic` in model or guide": becomes(
         program(
-            lambda z: pyro.deterministic("d", 1e6 * z, event_dim=1) * 0, lambda: pyro.deterministic("e", X, event_dim=1)
-        ),
-        SHIFTED,
-        {"x": D},
+            lambda x, z: 0 * pyro.deterministic("d", 1e6 * z, event_dim=1),
+            lambda x, seen: pyro.deterministic("e", X, event_dim=1),
+        )
     ),
-    '`infer={"is_auxiliary": True}` at a latent site of the guide': (
-        program(guide_line=latent("u", {"is_auxiliary": True})),
-        SHIFTED,
-        {"x": D},
+    '`infer={"is_auxiliary": True}` at a latent site of the guide': becomes(
+        program(guide_line=lambda *_: pyro.sample("u", dist.Bernoulli(F / 4), infer={"is_auxiliary": True}))
     ),
-    '`infer={"is_auxiliary": True}` at a latent site of the model': (
-        program(latent("w", {"is_auxiliary": True}), code_of("w", X + 2)),
-        {"z": X + 1, "w": X + 2},
-        {"x": D},
+    '`infer={"is_auxiliary": True}` at a latent site of the model': becomes(
+        program(latent("w", {"is_auxiliary": True}), code_of("w", X + 2)), BOTH
     ),
-    '`infer={"is_auxiliary": True}` at an observed site of the model': (
-        program(lambda z: pyro.sample("u", around(z + 1), obs=X, infer={"is_auxiliary": True}) * 0),
-        SHIFTED,
-        {"x": D, "u": 4 * D},
+    '`infer={"is_auxiliary": True}` at an observed site of the model': becomes(
+        program(lambda x, z: 0 * pyro.sample("u", around(z + 1), obs=X, infer={"is_auxiliary": True})), u=4 * D
     ),
     '`infer={"enumerate": ...}` in the guide': (
         program(
-            lambda z: pyro.sample("k", dist.Bernoulli(0.5))[:, None] * 0,
-            lambda: pyro.sample("k", dist.Bernoulli(F / 4), infer={"enumerate": "parallel"}),
+            lambda x, z: 0 * pyro.sample("k", dist.Bernoulli(0.5))[:, None],
+            lambda x, seen: pyro.sample("k", dist.Bernoulli(F / 4), infer={"enumerate": "parallel"}),
         ),
         "'k' is discrete in the guide",
     ),
     '`infer={"enumerate": ...}` in the model': (
-        program(lambda z: pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})[..., None] * 0),
+        program(lambda x, z: 0 * pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})[..., None]),
         "'k' of the model is to be enumerated",
     ),
-    "other keys of `infer`": (
+    "other keys of `infer`": becomes(
         handled(
             poutine.infer_config,
             config_fn=lambda site: {"baseline": {"nn_baseline": None}, "num_samples": 4, "mine": 3},
         ),
-        {"z": X + 1, "w": X + 2},
-        {"x": D, "y": 4 * D},
+        BOTH,
+        y=4 * D,
     ),
-    "`poutine.infer_config`": (
+    "`poutine.infer_config`": becomes(
         handled(poutine.infer_config, config_fn=lambda site: {"_deterministic": True} if site["name"] == "y" else {}),
-        {"z": X + 1, "w": X + 2},
-        {"x": D},
+        BOTH,
     ),
-    "`poutine.mask(mask=False)` at a latent site": (
-        program(masked(latent("w"), False), code_of("w", X + 2)),
-        SHIFTED,
-        {"x": D},
+    "`poutine.mask(mask=False)` at a latent site": becomes(program(masked(latent("w"), False), code_of("w", X + 2))),
+    "`poutine.mask(mask=False)` at an observed site": becomes(
+        program(masked(lambda x, z: 0 * pyro.sample("y", around(z), obs=X), False))
     ),
-    "`poutine.mask(mask=False)` at an observed site": (
-        program(masked(lambda z: pyro.sample("y", around(z), obs=X) * 0, False)),
-        SHIFTED,
-        {"x": D},
-    ),
-    "`poutine.mask(mask=False)` at a factor": (program(masked(factor, False)), SHIFTED, {"x": D}),
-    "`poutine.condition` of a latent site": (
+    "`poutine.mask(mask=False)` at a factor": becomes(program(masked(factor, False))),
+    "`poutine.condition` of a latent site": becomes(
         handled(poutine.condition, data={"w": X + 3}, guide=program()[1]),
-        SHIFTED,
-        {"x": D, "y": 9 * D, "w": (X + 3).square().sum(1).mean().item()},
+        y=9 * D,
+        w=(X + 3).square().sum(1).mean().item(),
     ),
-    "`poutine.uncondition` of an observed site": (
-        program(lambda z: poutine.uncondition(lambda: pyro.sample("y", around(z), obs=X))() * 0),
-        SHIFTED,
-        {"x": D},
+    "`poutine.uncondition` of an observed site": becomes(
+        program(lambda x, z: 0 * poutine.uncondition(lambda: pyro.sample("y", around(z), obs=X))())
     ),
-    "`poutine.do`": (handled(poutine.do, data={"w": X + 3}, guide=program()[1]), SHIFTED, {"x": D, "y": 9 * D}),
-    "`poutine.equalize`": (
-        lambda: handled(poutine.equalize, sites=["z", "w"], guide=program()[1]),
-        SHIFTED,
-        {"x": D, "y": D},
-    ),
-    "`poutine.equalize(..., keep_dist=True)`": (
+    "`poutine.do`": becomes(handled(poutine.do, data={"w": X + 3}, guide=program()[1]), y=9 * D),
+    "`poutine.equalize`": becomes(lambda: handled(poutine.equalize, sites=["z", "w"], guide=program()[1]), y=D),
+    "`poutine.equalize(..., keep_dist=True)`": becomes(
         lambda: handled(poutine.equalize, sites=["z", "w"], keep_dist=True, guide=program()[1]),
-        SHIFTED,
-        {"x": D, "y": D, "w": (X + 1).square().sum(1).mean().item()},
+        y=D,
+        w=(X + 1).square().sum(1).mean().item(),
     ),
-    "`poutine.block` of a latent site": (
-        program(lambda z: poutine.block(latent("w"))()),
-        SHIFTED,
-        {"x": D},
-    ),
-    "`poutine.block` of an observed site": (
-        handled(poutine.block, hide=["y"]),
-        {"z": X + 1, "w": X + 2},
-        {"x": D},
-    ),
-    "`pyro.param`": (program(lambda z: pyro.param("shift", torch.zeros(D))), SHIFTED, {"x": D}),
+    "`poutine.block` of a latent site": becomes(program(poutine.block(latent("w")))),
+    "`poutine.block` of an observed site": becomes(handled(poutine.block, hide=["y"]), BOTH),
+    "`pyro.param`": becomes(program(lambda x, z: pyro.param("shift", torch.zeros(D)))),
     "parameter with a prior, outside the data plate": (prior_on_a_parameter(), "Latent site 'weight' is global"),
     **{
         f"`{kind}Reparam`": (
@@ -278,11 +238,7 @@ CASES = {
         }.items()
     },
     "observed site of the guide": (program(guide_line=observed_in_the_guide), "The guide observes site 'label'"),
-    "observed site of the guide that is masked out": (
-        program(guide_line=masked(observed_in_the_guide, False)),
-        SHIFTED,
-        {"x": D},
-    ),
+    "observed site of the guide that is masked out": becomes(program(guide_line=masked(observed_in_the_guide, False))),
 }
 
 
@@ -443,7 +399,7 @@ def with_a_density(kind):
 
 
 def test_a_factor_of_the_guide_may_have_the_name_of_what_the_model_observes():
-    model, guide = program(guide_line=lambda: pyro.factor("x", F, has_rsample=True))
+    model, guide = program(guide_line=lambda *_: pyro.factor("x", F, has_rsample=True))
     loss = WAELoss(Seen(), penalty_weight=0.0)
     with pytest.warns(UserWarning, match="pyro.factor 'x_factor' is a term"):
         loss.loss_and_grads(model, guide, X)
@@ -466,10 +422,7 @@ def test_a_site_given_its_own_value_stays_one_beside_a_latent_whose_name_begins_
             if "x" not in order:
                 pyro.sample("x", around(z), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", N):
-            pyro.sample("y_code", delta(x + 1))
-
+    _, guide = sites({"y_code": (None, lambda x: delta(x + 1))})
     capture = Seen()
     loss = WAELoss(capture, cost={"x": SquaredError(), "y": SquaredError()}, penalty_weight=0.0)
     loss.loss(model, guide, X)

@@ -41,14 +41,6 @@ def test_something_made_late_is_an_error_and_no_wrong_gradient():
         loss.loss_and_grads(model, net.guide, rows(N, X))
 
 
-def test_nan_is_named_and_leaves_no_gradient():
-    net, x = AutoEncoder(X, D).double(), rows(N, X)
-    x[20] = torch.nan
-    with pyro.validation_enabled(False), pytest.raises(ValueError, match="codes of latent site 'z' hold NaN"):
-        WAELoss(micro_batch=ROWS).loss_and_grads(net.model, net.guide, x)
-    assert all(p.grad is None for p in net.parameters())
-
-
 def test_a_plate_that_draws_its_indices_is_an_error():
     programs = program(plate=lambda x: pyro.plate("data", 100, subsample_size=len(x)))
     with pytest.raises(ValueError, match=r"plate 'data' draws 6 of 100 by itself.*subsample=index\)"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from contextlib import nullcontext
 
@@ -13,10 +12,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from programs import AutoEncoder, around, delta, normal
+from programs import AutoEncoder, around, delta, gaussian, normal, sites
 from pyro import poutine
-from pyro.infer import SVI
-from pyro.optim import Adam
 from pyro.poutine import runtime
 from references import Seen, program
 from torch import nn
@@ -63,11 +60,7 @@ def closed_mmd_by_hand(codes, prior, s=1.3):
 
 def auto_encoder(*, stochastic=True):
     """In float64; the guide is a Normal, or a Delta for a deterministic encoder."""
-
-    def code(numbers):
-        loc, scale = numbers.chunk(2, -1)
-        return dist.Normal(loc, scale.exp()).to_event(1) if stochastic else delta(loc)
-
+    code = gaussian if stochastic else lambda numbers: delta(numbers[..., :D])
     net = AutoEncoder(X, D, encoder=nn.Linear(X, 2 * D), code=code).double()
     net.stochastic = stochastic
     return net
@@ -149,32 +142,6 @@ def test_a_step_equals_the_step_by_hand(net, route, penalty):
     torch.testing.assert_close(grads(net), expected, rtol=1e-10, atol=1e-10)
 
 
-def train_by_svi(loss, net, x):
-    SVI(net.model, net.guide, Adam({"lr": 0.1}), loss=loss).step(x)
-
-
-def train_by_module(loss, net, x):
-    module = loss(net.model, net.guide)
-    optimiser = torch.optim.Adam(module.parameters(), lr=0.1)
-    module(x).backward()
-    optimiser.step()
-
-
-@pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("train", [train_by_svi, train_by_module])
-def test_an_optimiser_trains_as_on_the_step_by_hand(net, train, penalty):
-    make, options, mmd = PENALTIES[penalty]
-    other = copy.deepcopy(net)
-    pyro.set_rng_seed(1)
-    train(WAELoss(make(), penalty_weight=WEIGHT, **options), net, data())
-    optimiser = torch.optim.Adam(other.parameters(), lr=0.1)
-    pyro.set_rng_seed(1)
-    step_by_hand(other, data(), mmd, **options)[2].backward()
-    optimiser.step()
-    for actual, wanted in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -244,10 +211,7 @@ def two_sites(x):
         pyro.sample("y", around(b), obs=x[:, 2:3])
 
 
-def two_codes(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("a", delta(x[:, :2] + 1))
-        pyro.sample("b", delta(x[:, 2:3] + 2))
+_, two_codes = sites({"a": (None, lambda x: delta(x[:, :2] + 1)), "b": (None, lambda x: delta(x[:, 2:3] + 2))})
 
 
 def test_terms_hold_the_parts_of_the_loss_by_site():
@@ -298,42 +262,24 @@ class Counter(nn.Module):
 
 
 def single_root(decoder):
-    return program(lambda x: around(x[:, :D]), lambda x: normal(x, D), lambda z: around(decoder(z)))
+    return program(first_numbers, lambda x: normal(x, D), lambda z: around(decoder(z)))
+
+
+def first_numbers(x):
+    return around(x[:, :D])
 
 
 def hierarchical(decoder):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z1 = pyro.sample("z1", normal(x, D))
-            z2 = pyro.sample("z2", around(z1))
-            pyro.sample("x", around(decoder(z2)), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            z2 = pyro.sample("z2", around(x[:, :D]))
-            pyro.sample("z1", around(z2))
-
-    return model, guide
-
-
-def steps_guide(code):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            for i in pyro.markov(range(3)):
-                pyro.sample(f"z{i}", around(code(x, i)))
-
-    return guide
+    latents = {"z1": (lambda x: normal(x, D), first_numbers), "z2": (lambda x, z1: around(z1), first_numbers)}
+    return sites(latents, lambda z1, z2: around(decoder(z2)))
 
 
 def markov(decoder):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = [x.new_zeros(1)]
-            for i in pyro.markov(range(3)):
-                z.append(pyro.sample(f"z{i}", around(z[-1])))
-            pyro.sample("x", around(decoder(torch.cat(z[1:], -1))), obs=x)
-
-    return model, steps_guide(lambda x, i: x[:, i : i + 1])
+    latents = {
+        f"z{i}": (lambda x, *z: around(z[-1] if z else x.new_zeros(1)), lambda x, i=i: around(x[:, i : i + 1]))
+        for i in range(3)
+    }
+    return sites(latents, lambda *z: around(decoder(torch.cat(z, -1))))
 
 
 def interleaved(decoder):
@@ -346,7 +292,7 @@ def interleaved(decoder):
                 last = pyro.sample(f"z{i}", around(last))
                 pyro.sample(f"x{i}", around(decoder(last)), obs=x)
 
-    return model, steps_guide(lambda x, i: x[:, :D])
+    return model, sites({f"z{i}": (None, first_numbers) for i in range(3)})[1]
 
 
 PROGRAMS = {"single root": single_root, "hierarchical": hierarchical, "markov": markov}
@@ -429,28 +375,6 @@ def test_no_log_prob_is_computed(name, monkeypatch):
 
 
 # Particles
-
-
-@pytest.mark.parametrize("vectorize", [False, True])
-def test_particles_share_one_subsample(vectorize):
-    x, seen = data(40), Seen()
-
-    def model(x):
-        with pyro.plate("data", len(x), subsample_size=6) as index:
-            pyro.sample("x", around(pyro.sample("z", normal(x, X))), obs=x[index])
-
-    def guide(x):
-        with pyro.plate("data", len(x), subsample_size=6) as index:
-            pyro.sample("z", dist.Normal(x[index], 1e-3).to_event(1))
-
-    WAELoss(seen, num_particles=3, vectorize_particles=vectorize).loss(model, guide, x)
-    assert seen.codes.shape == (3, 6, X)
-    first = seen.codes[0]
-    for other in seen.codes[1:]:
-        # The encoder's scale is 1e-3 and the data are several apart.
-        torch.testing.assert_close(other, first, rtol=0, atol=0.02)
-        assert not torch.equal(other, first)
-    assert len(seen.prior.unique(dim=0)) == 3 * 6
 
 
 def test_vectorised_particles_have_the_law_of_sequential_ones():

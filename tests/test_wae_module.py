@@ -12,13 +12,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder, around, normal
+from programs import AutoEncoder, around, normal, sites
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
 from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
+from references import Seen, program
 from torch import nn
 
 from pyro_wae import WAELoss, weights
@@ -42,42 +43,19 @@ def net():
     return AutoEncoder(X, D, code=around).double()
 
 
-def model_of(decoder, x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", normal(x, D))
-        pyro.sample("x", around(decoder(z)), obs=x)
-
-
-def guide_of(encoder, x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", around(encoder(x)))
-
-
-# Without pyro.module, which leaves weak references on the parameters that no pickle takes.
-class Plain(nn.Module):
-    """Model and guide as methods of one module."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(X, D).double(), nn.Linear(D, X).double()
-
-    def model(self, x):
-        model_of(self.decoder, x)
-
-    def guide(self, x):
-        guide_of(self.encoder, x)
-
-
 class Part(nn.Module):
-    """A model or guide as a module of one net."""
+    """A model or guide as a module of one net; without pyro.module, whose weak references no pickle takes."""
 
-    def __init__(self, name, net, run):
+    def __init__(self, name):
         super().__init__()
-        self.name, self.run = name, run
-        self.add_module(name, net.double())
+        self.add_module(name, (nn.Linear(D, X) if name == "decoder" else nn.Linear(X, D)).double())
 
     def forward(self, x):
-        self.run(getattr(self, self.name), x)
+        with pyro.plate("data", len(x)):
+            if hasattr(self, "encoder"):
+                pyro.sample("z", around(self.encoder(x)))
+            else:
+                pyro.sample("x", around(self.decoder(pyro.sample("z", normal(x, D)))), obs=x)
 
 
 def assert_equal_values(*calls):
@@ -106,7 +84,7 @@ def test_pickle_gives_a_loss_that_computes_the_same(net):
 
 
 def test_the_module_pickles_and_its_state_dict_moves_to_another():
-    bound, fresh = (WAELoss()(net.model, net.guide) for net in (Plain(), Plain()))
+    bound, fresh = (WAELoss()(Part("decoder"), Part("encoder")) for _ in range(2))
     bound(data())
     again = pickle.loads(pickle.dumps(bound))
     fresh.load_state_dict(bound.state_dict())
@@ -114,7 +92,7 @@ def test_the_module_pickles_and_its_state_dict_moves_to_another():
 
 
 def test_parameters_and_state_dict_hold_model_guide_and_the_kernels_length():
-    model, guide = Part("decoder", nn.Linear(D, X), model_of), Part("encoder", nn.Linear(X, D), guide_of)
+    model, guide = Part("decoder"), Part("encoder")
     wae = WAELoss(MMD(InverseMultiquadratic()), penalty_weight=10.0)(model, guide)
     assert set(wae.parameters()) == {*model.parameters(), *guide.parameters()}
     assert wae.terms is None
@@ -149,7 +127,7 @@ def test_pyro_modules_train_through_the_torch_route(local):
             self.weight = PyroParam(torch.ones(D, X, dtype=torch.float64))
 
         def forward(self, x):
-            model_of(lambda z: z @ self.weight, x)
+            program(output=lambda z: around(z @ self.weight), prior=lambda x: normal(x, D))[0](x)
 
     class Guide(PyroModule):
         def __init__(self):
@@ -158,8 +136,7 @@ def test_pyro_modules_train_through_the_torch_route(local):
             self.scale = PyroParam(torch.ones(D, dtype=torch.float64), dist.constraints.positive)
 
         def forward(self, x):
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(self.linear(x), self.scale).to_event(1))
+            program(lambda x: dist.Normal(self.linear(x), self.scale).to_event(1))[1](x)
 
     with pyro.settings.context(module_local_params=local):
         wae = WAELoss(penalty_weight=10.0)(Model(), Guide())
@@ -191,23 +168,14 @@ def test_repr_is_the_call_that_makes_the_loss(net):
 # Autoguides
 
 
-class Capture(nn.Module):
-    """A function penalty that keeps what reached it."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def forward(self, codes, prior):
-        self.calls.append((codes.detach(), prior.detach()))
-        return codes.sum() * 0 + prior.sum() * 0
-
-
-def local_model(x):
-    with pyro.plate("data", len(x)):
-        z1 = pyro.sample("z1", normal(x, 2))
-        z2 = pyro.sample("z2", dist.Normal(z1[..., 0], 1))
-        pyro.sample("x", around(torch.cat([z1, z2[..., None]], -1)), obs=x[:, :3])
+local_model, _ = sites(
+    {
+        "z1": (lambda x: normal(x, 2), None),
+        "z2": (lambda x, z1: dist.Normal(z1[..., 0], 1), None),
+    },
+    lambda z1, z2: around(torch.cat([z1, z2[..., None]], -1)),
+    observed=lambda x: x[:, :3],
+)
 
 
 @pytest.mark.parametrize(
@@ -219,42 +187,29 @@ def local_model(x):
 )
 def test_an_autoguide_over_local_latents_learns_the_codes(make, options):
     """A function is called once for each particle, vectorised or not."""
-    capture = Capture()
-    svi = SVI(local_model, make(local_model), Adam({"lr": 0.1}), loss=WAELoss(capture, **options))
+    shapes = []
+
+    def look(codes, prior):
+        shapes.append(tuple(codes.shape))
+        return codes.sum() * 0
+
+    svi = SVI(local_model, make(local_model), Adam({"lr": 0.1}), loss=WAELoss(look, **options))
     losses = [svi.step(floats()) for _ in range(26)]
     assert losses[-1] < 0.7 * losses[0]
-    assert [codes.shape for codes, _ in capture.calls] == [(N, 3)] * 26 * options.get("num_particles", 1)
+    assert shapes == [(N, 3)] * 26 * options.get("num_particles", 1)
 
 
 def test_a_messenger_guide_draws_the_prior_and_not_itself():
-    x, capture = floats(2000) + 5, Capture()
+    x, seen = floats(2000) + 5, Seen()
     guide = AutoNormalMessenger(local_model, init_scale=0.01)
-    svi = SVI(local_model, guide, Adam({"lr": 0.5}), loss=WAELoss(capture))
+    svi = SVI(local_model, guide, Adam({"lr": 0.5}), loss=WAELoss(seen))
     for _ in range(20):
         svi.step(x)
-    codes, prior = capture.calls[-1]
+    codes, prior = seen.codes, seen.prior
     assert codes.mean() > 2
     # n = 2000 draws: standard errors of 1/sqrt(2000) = 0.022, and sqrt(2) of it for the sum z2 of two Normals.
     assert (prior.mean(0).abs() < 4 * 0.032).all()
     torch.testing.assert_close(prior.var(0), torch.tensor([1.0, 1.0, 2.0]), rtol=0.2, atol=0)
-
-
-@pytest.mark.parametrize("make", [AutoNormal, AutoDelta, AutoNormalMessenger])
-def test_an_autoguide_serves_a_subsampled_plate(make):
-    x, capture = floats(40), Capture()
-
-    def create_plates(x):
-        return pyro.plate("data", len(x), subsample_size=8)
-
-    def model(x):
-        with create_plates(x) as index:
-            pyro.sample("x", around(pyro.sample("z", normal(x, X))), obs=x[index])
-
-    guide = make(model) if make is AutoNormalMessenger else make(model, create_plates=create_plates)
-    svi = SVI(model, guide, Adam({"lr": 0.2}), loss=WAELoss(capture, num_particles=2))
-    losses = [svi.step(x) for _ in range(61)]
-    assert capture.calls[0][0].shape == (8, X)
-    assert losses[-1] < 0.5 * losses[0]
 
 
 class Learnt(Cost):
