@@ -104,7 +104,7 @@ def rows(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype)
 
 
-def pair(n=30, m=41, d=4, dtype=torch.float64):
+def codes_and_prior(n=30, m=41, d=4, dtype=torch.float64):
     """Codes off the prior, and prior samples; the same at every call."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(n, d, generator=generator, dtype=torch.float64) * 1.5 + 0.5

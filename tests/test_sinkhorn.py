@@ -4,7 +4,7 @@ import builtins
 
 import pytest
 import torch
-from references import pair
+from references import codes_and_prior
 
 from pyro_wae.penalties.sinkhorn import Sinkhorn
 
@@ -21,7 +21,7 @@ def exact(codes, prior, p):
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize(("n", "m", "d"), [(30, 30, 3), (30, 41, 3), (40, 25, 1), (30, 30, 8)])
 def test_it_goes_to_exact_transport_as_the_blur_goes_to_0(n, m, d, p, debias):
-    codes, prior = pair(n, m, d)
+    codes, prior = codes_and_prior(n, m, d)
     value = Sinkhorn(p, blur={1: 0.001, 2: 0.01}[p], scaling=0.98, debias=debias)(codes, prior)
     assert value.item() == pytest.approx(exact(codes, prior, p), rel=0.01)
 
@@ -29,7 +29,7 @@ def test_it_goes_to_exact_transport_as_the_blur_goes_to_0(n, m, d, p, debias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("blur", [None, 0.1, 3.0])
 def test_a_shift_by_v_has_the_value_v_squared(blur, dtype):
-    _, prior = pair(d=3, dtype=dtype)
+    _, prior = codes_and_prior(d=3, dtype=dtype)
     shift = torch.tensor([100.0, -20.0, 3.0], dtype=dtype)
     assert Sinkhorn(blur=blur)(prior + shift, prior).item() == pytest.approx(shift.square().sum().item(), rel=1e-5)
 
@@ -56,12 +56,12 @@ def half_energy_distance(codes, prior):
     ],
 )
 def test_for_large_blur_it_goes_to_its_limit(penalty, limit):
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     assert penalty()(codes, prior).item() == pytest.approx(limit(codes, prior).item(), rel=1e-3)
 
 
 def test_equal_samples_have_value_and_gradient_0_and_others_more():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     same = prior.clone().requires_grad_()
     value = Sinkhorn()(same, prior[torch.randperm(41)])
     value.backward()
@@ -75,7 +75,7 @@ def test_equal_samples_have_value_and_gradient_0_and_others_more():
 @pytest.mark.parametrize("m", [6, 7])
 def test_gradients_are_finite_differences(m, p, debias):
     # geomloss's gradient is that of the converged value, so the descent is slow here; 3 random ways, seed 0.
-    codes, prior = pair(6, m)
+    codes, prior = codes_and_prior(6, m)
     penalty = Sinkhorn(p, blur=2.0, scaling=0.98, debias=debias)
     penalty.fit(prior)
     slopes = torch.autograd.grad(penalty(codes.requires_grad_(), prior.requires_grad_()), (codes, prior))
@@ -90,14 +90,14 @@ def test_gradients_are_finite_differences(m, p, debias):
 
 def test_far_codes_are_called_back_though_the_descent_starts_at_the_priors_size():
     # Null: the gradient is 2 (z - matched prior draw) / n, which for codes 1000 times too wide is nearly 2 z / n.
-    codes, prior = pair(dtype=torch.float32)
+    codes, prior = codes_and_prior(dtype=torch.float32)
     codes = (1000 * (codes - codes.mean(0))).requires_grad_()
     Sinkhorn()(codes, prior).backward()
     assert torch.cosine_similarity(codes.grad.flatten(), codes.detach().flatten(), 0) > 0.999
 
 
 def test_float32_far_from_0_keeps_its_digits():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     codes, prior = (codes * 64).round() / 64 + 4096, (prior * 64).round() / 64 + 4096
     for p in (1, 2):
         value = Sinkhorn(p)(codes.float(), prior.float())
@@ -127,7 +127,7 @@ def test_the_default_blur_keeps_the_direction_of_the_gradient(d):
 
 
 def test_each_particle_is_compared_with_its_share_of_the_prior_draws():
-    codes, prior = pair(20, 60)
+    codes, prior = codes_and_prior(20, 60)
     particles = torch.stack([codes, 2 * codes, codes - 1])
     penalty = Sinkhorn(blur=1.0)
     penalty.fit(prior)
@@ -138,7 +138,7 @@ def test_each_particle_is_compared_with_its_share_of_the_prior_draws():
 
 
 def test_the_blur_is_taken_once_from_the_prior_and_kept():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     penalty = Sinkhorn()
     penalty(100 * codes, prior)
     squares = torch.cdist(prior, prior).square().sum() / (41 * 40)
@@ -151,7 +151,7 @@ def test_the_blur_is_taken_once_from_the_prior_and_kept():
 
 
 def test_a_prior_without_spread_gives_no_blur():
-    codes, _ = pair(d=3)
+    codes, _ = codes_and_prior(d=3)
     prior = torch.ones(5, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"spread .* of 0, .* Sinkhorn\(blur=1.0\)"):
         Sinkhorn()(codes, prior)

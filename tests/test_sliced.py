@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from references import pair, seeded
+from references import codes_and_prior, seeded
 from torch.nn.functional import normalize
 
 from pyro_wae.penalties.sliced import MaxSlicedWasserstein, SlicedWasserstein, transport_along
@@ -14,7 +14,7 @@ SIZES = [(30, 30), (30, 60), (60, 30), (30, 41), (7, 3)]
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_sliced_is_that_of_pot_on_the_same_directions(n, m, p, ot):
-    codes, prior = pair(n, m)
+    codes, prior = codes_and_prior(n, m)
     torch.manual_seed(3)
     directions = normalize(torch.empty(20, 4, dtype=torch.float64).normal_(), dim=-1)
     expected = ot.sliced_wasserstein_distance(codes.numpy(), prior.numpy(), projections=directions.mT.numpy(), p=p) ** p
@@ -25,21 +25,21 @@ def test_sliced_is_that_of_pot_on_the_same_directions(n, m, p, ot):
 @pytest.mark.parametrize("p", [1, 1.5, 2])
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_in_one_dimension_both_are_transport_on_the_line(penalty, n, m, p, ot):
-    codes, prior = pair(n, m, d=1)
+    codes, prior = codes_and_prior(n, m, d=1)
     expected = ot.wasserstein_1d(codes[:, 0].numpy(), prior[:, 0].numpy(), p=p)
     assert penalty(p=p)(codes, prior).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_shift_by_v_has_the_value_v_squared_over_d():
     # Null: the mean over directions of (t.v)^2 is |v|^2 / d; its standard error with 20000 directions is 0.013.
-    _, prior = pair(m=20, d=5)
+    _, prior = codes_and_prior(m=20, d=5)
     shift = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5], dtype=torch.float64)
     value = seeded(SlicedWasserstein(20_000), prior + shift, prior)
     assert value.item() == pytest.approx(shift.square().sum().item() / 5, abs=4 * 0.013)
 
 
 def test_every_step_has_directions_of_its_own():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     penalty = SlicedWasserstein(2)
     assert penalty(codes, prior) != penalty(codes, prior)
     assert seeded(penalty, codes, prior) == seeded(penalty, codes, prior)
@@ -47,7 +47,7 @@ def test_every_step_has_directions_of_its_own():
 
 @pytest.mark.parametrize("penalty", BOTH)
 def test_particles_are_compared_with_all_the_prior_draws_and_averaged(penalty):
-    codes, prior = pair(20, 40, d=1)
+    codes, prior = codes_and_prior(20, 40, d=1)
     particles = torch.stack([codes, 2 * codes, codes - 1])
     expected = torch.stack([penalty()(particle, prior) for particle in particles]).mean()
     assert penalty()(particles, prior).item() == pytest.approx(expected.item(), rel=1e-10)
@@ -55,7 +55,7 @@ def test_particles_are_compared_with_all_the_prior_draws_and_averaged(penalty):
 
 @pytest.mark.parametrize(("n", "m"), [(6, 6), (6, 7)])
 def test_max_sliced_gradients_are_finite_differences_along_the_direction_found(n, m, ot):
-    codes, prior = pair(n, m, d=3)
+    codes, prior = codes_and_prior(n, m, d=3)
     penalty = MaxSlicedWasserstein()
     (slope,) = torch.autograd.grad(penalty(codes.requires_grad_(), prior), codes)
 
@@ -73,7 +73,7 @@ def test_max_sliced_gradients_are_finite_differences_along_the_direction_found(n
 
 @pytest.mark.parametrize("penalty", BOTH)
 def test_equal_samples_have_value_and_gradient_0(penalty):
-    _, prior = pair()
+    _, prior = codes_and_prior()
     for p in (1, 1.5, 2):
         codes = prior.clone().requires_grad_()
         value = penalty(p=p)(codes, prior)
@@ -84,7 +84,7 @@ def test_equal_samples_have_value_and_gradient_0(penalty):
 
 @pytest.mark.usefixtures("single_precision")
 def test_float32_far_from_0_keeps_its_digits(ot):
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     # Numbers that float32 holds exactly, so that only the arithmetic differs.
     codes, prior = (codes * 64).round() / 64 + 4096, (prior * 64).round() / 64 + 4096
     directions = normalize(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -97,7 +97,7 @@ def test_float32_far_from_0_keeps_its_digits(ot):
 
 def test_max_sliced_finds_a_shift():
     # The maximum of |t.v|^2 over unit vectors is |v|^2, at v / |v|.
-    _, prior = pair(m=50, d=16)
+    _, prior = codes_and_prior(m=50, d=16)
     shift = torch.linspace(-1, 1, 16, dtype=torch.float64)
     penalty = MaxSlicedWasserstein()
     assert penalty(prior + shift, prior).item() == pytest.approx(shift.square().sum().item(), rel=1e-6)
@@ -106,7 +106,7 @@ def test_max_sliced_finds_a_shift():
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_max_sliced_comes_near_the_best_of_all_angles_in_the_plane(p, ot):
-    codes, prior = pair(n=50, m=70, d=2)
+    codes, prior = codes_and_prior(n=50, m=70, d=2)
     angles = torch.linspace(0, torch.pi, 2000, dtype=torch.float64)
     projections = torch.stack([angles.cos(), angles.sin()]).numpy()
     best = ot.max_sliced_wasserstein_distance(codes.numpy(), prior.numpy(), projections=projections, p=p) ** p
@@ -141,7 +141,7 @@ def test_max_sliced_gets_better_from_step_to_step():
 
 
 def test_max_sliced_keeps_nothing_of_a_step_without_gradients():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     penalty = MaxSlicedWasserstein()
     with torch.no_grad():
         penalty(codes, prior)
@@ -156,14 +156,14 @@ def test_max_sliced_keeps_nothing_of_a_step_without_gradients():
 
 
 def test_max_sliced_starts_afresh_for_codes_of_another_size():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     penalty = MaxSlicedWasserstein()
     penalty(codes, prior)
     assert penalty(codes[:, :2], prior[:, :2]).isfinite()
 
 
 def test_max_sliced_recovers_from_a_step_of_nan():
-    codes, prior = pair()
+    codes, prior = codes_and_prior()
     penalty = MaxSlicedWasserstein()
     assert penalty(codes * torch.nan, prior).isnan()
     assert penalty(codes, prior).isfinite()
