@@ -223,6 +223,7 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
     outputs, heldout_outputs = (in_parts(net.decoder, encode(net, part)) for part in (data.test, data.heldout))
     prior, n = net.prior(), 300 if args.smoke else 10_000
     samples = in_parts(net.decoder, prior.sample((n,)))
+    others = in_parts(net.decoder, encode(net, data.train[:n]))
 
     def frechet(rows: Tensor, others: Tensor) -> float:
         return frechet_distance(*(in_parts(data.features, part).flatten(1) for part in (rows, others)))
@@ -233,16 +234,17 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
         "spread": codes.var(0).mean().sqrt().item(),
         "test_cost": (outputs - data.test).square().flatten(1).sum(1).mean().item(),
         "reconstructions": frechet(heldout_outputs, data.heldout),
+        "of_training_data": frechet(others, data.heldout),
         "samples": frechet(samples, data.heldout),
         "p_for_choosing": p_values[0],
         "p_values": p_values[1:],
     }
     if setting.fitted:
         with torch.enable_grad():
-            steps = 3 if args.smoke else 1500
             fitted = priors.fit(
-                net.model, net.guide, data.train[:20_000], prior=MixturePrior(100, setting.zdim, full_covariance=True),
-                steps=steps,
+                net.model, net.guide, data.train,
+                prior=MixturePrior(setting.fitted, setting.zdim, full_covariance=True),
+                steps=3 if args.smoke else 10 * setting.fitted, batch_size=1000,
             )  # fmt: skip
         found["fitted_afterwards"] = frechet(in_parts(net.decoder, fitted().sample((n,))), data.heldout)
         last = list(tested(net, data))[-1]
