@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pyro_wae import WAELoss, kernels, penalties, priors, weights
 from pyro_wae.demo.digits import load_digits
 from pyro_wae.demo.judge import DigitClassifier, frechet_distance
-from pyro_wae.demo.nets import Residual, StandardNormal, deep_head, digit_decoder, digit_encoder
+from pyro_wae.demo.nets import WIDTH, Residual, StandardNormal, deep_head, digit_decoder, digit_encoder
 from pyro_wae.diagnostics import two_sample_test
 from pyro_wae.optim import Adam
 from pyro_wae.priors import MixturePrior, VampPrior
@@ -99,12 +99,23 @@ def load_data(name: str, root: str, smoke: bool, classifier_file: Path | None = 
 # Nets
 
 
+BLOCKS = {"shallow": 0, "deep": 2, "deeper": 6}
+"""Residual blocks between the convolutions and the code, in encoder and decoder each."""
+
+
+def with_blocks(net: nn.Sequential, count: int) -> nn.Sequential:
+    """The net with another number of residual blocks, new ones."""
+    first = next(i for i, part in enumerate(net) if isinstance(part, Residual))
+    others = [part for part in net if not isinstance(part, Residual)]
+    return nn.Sequential(*others[:first], *(Residual(WIDTH) for _ in range(count)), *others[first:])
+
+
 def make_nets(setting: Setting, data: Data) -> tuple[nn.Module, nn.Module]:
     """The encoder and the decoder."""
     if data.train.ndim == 4:
         nets = digit_encoder(setting.zdim), digit_decoder(setting.zdim)
-        if setting.nets == "shallow":  # one hidden layer in the place of the residual blocks
-            nets = tuple(nn.Sequential(*(part for part in net if not isinstance(part, Residual))) for net in nets)
+        if setting.nets != "deep":
+            nets = tuple(with_blocks(net, BLOCKS[setting.nets]) for net in nets)
         return nets
     size = data.train.shape[1]
     if setting.nets == "deep":
@@ -221,9 +232,9 @@ def judge(net: nn.Module, data: Data, setting: Setting, args: argparse.Namespace
     """Measures on data that were not trained on."""
     pyro.set_rng_seed(0)
     outputs, heldout_outputs = (in_parts(net.decoder, encode(net, part)) for part in (data.test, data.heldout))
-    prior, n = net.prior(), 300 if args.smoke else 10_000
+    prior, n = net.prior(), 300 if args.smoke else max(10_000, len(data.train))
     samples = in_parts(net.decoder, prior.sample((n,)))
-    others = in_parts(net.decoder, encode(net, data.train[:n]))
+    others = in_parts(net.decoder, encode(net, data.train))
 
     def frechet(rows: Tensor, others: Tensor) -> float:
         return frechet_distance(*(in_parts(data.features, part).flatten(1) for part in (rows, others)))
