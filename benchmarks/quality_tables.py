@@ -189,6 +189,7 @@ def page(report: Report) -> str:
     settled = [title for title in same if title in list(ROW)[1:-1]]
     shown = [title for title in rows[0] if title not in settled and not (title in same and rows[0][title] == "-")]
     alike = ", ".join(f"{title} {rows[0][title]}" for title in settled)
+    legend = "\n".join(f"- *{title}*: {text}" for title, text in LEGEND.items() if title in shown)
     seeds_in_turn = " ".join(sorted({str(row["seed"]) for row in report["results"]}))
     return f"""{table(shown, ([row[title] for title in shown] for row in rows))}
 
@@ -196,18 +197,7 @@ def page(report: Report) -> str:
 {report.get("note", "")}
 All rows: {alike}, seeds {seeds_in_turn} (fewer where there are fewer numbers).
 
-- *test cost*: squared error of a test datum. *at the end*: the penalty weight of the last step.
-- *reconstructions*, *samples*: Frechet distance of the reconstructions of held-out data, and of 10,000 samples (as many
-  as training data where these are more), from the held-out data, in the features of a small classifier (of what are no
-  digits, in the data themselves).
-- *of training data*: the same of the reconstructions of the training data. Samples are to be compared with
-  these: reconstructions of held-out data are nearer, because they are of the very data that they are compared with.
-- *fitted afterwards*: the same of samples of Gaussians fitted to the codes, as many as the row's mixture has, else 100;
-  *p fitted*: of a test against these.
-- *spread*: standard deviation of the held-out codes.
-- *p*: of two-sample tests of {TESTED} held-out codes, those of each seed together; 0.003 is the least possible.
-  *p for choosing* is of codes of their own.
-- *ms/step*: wall time, which other work on the machine lengthens.
+{legend}
 """
 
 
@@ -219,6 +209,24 @@ COLUMNS = {
     "ms/step": ("ms", ".0f"),
 }  # fmt: skip
 """Title, key and form of what is measured."""
+
+LEGEND = {
+    "at the end": "the penalty weight of the last step.",
+    "test cost": "squared error of a test datum.",
+    "reconstructions": """Frechet distance of the reconstructions of held-out data from these data, in the features of a
+  small classifier (of what are no digits, in the data themselves).""",
+    "of training data": """the same of the reconstructions of the training data. Samples are to be compared with these:
+  reconstructions of held-out data are nearer, because they are of the very data that they are compared with.""",
+    "samples": "the same of 10,000 samples, or of as many as there are training data if these are more.",
+    "fitted afterwards": """the same of samples of Gaussians fitted to the codes, as many as the row's mixture has, else
+  100.""",
+    "p fitted": f"of a test of {TESTED} held-out codes against these.",
+    "spread": "standard deviation of the held-out codes.",
+    "p for choosing": "of a test of other held-out codes, by which settings may be chosen.",
+    "p": f"of two-sample tests of {TESTED} held-out codes, those of each seed together; 0.003 is the least possible.",
+    "ms/step": "wall time, which other work on the machine lengthens.",
+}
+"""What is said of the columns that a page has."""
 
 
 def column(seeds: list[dict[str, Any]], key: str, form: str) -> str:
