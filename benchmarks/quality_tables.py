@@ -212,6 +212,8 @@ COLUMNS = {
 
 LEGEND = {
     "at the end": "the penalty weight of the last step.",
+    "outcome": """of a constraint, whether the codes were matched, or its weight was rising, at a plateau or at its
+  maximum.""",
     "test cost": "squared error of a test datum.",
     "reconstructions": """Frechet distance of the reconstructions of held-out data from these data, in the features of a
   small classifier (of what are no digits, in the data themselves).""",

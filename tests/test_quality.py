@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
@@ -41,6 +42,33 @@ def test_an_unknown_table_is_named():
     finished = subprocess.run([sys.executable, str(QUALITY), "colours"], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 2
     assert "no table is called 'colours'" in finished.stderr
+
+
+def test_every_column_is_explained_on_a_page_that_has_it_and_on_no_other(tables):
+    setting = {**dataclasses.asdict(tables.Setting("one", weight="30.0")), "data": "bundled", "epochs": 3, "seed": 0}
+    report = {"command": "c", "machine": "m", "torch": "2", "results": [{**setting, "test_cost": 1.0, "spread": 1.0}]}
+    page = tables.page(report)
+    assert set(tables.LEGEND) == set(tables.COLUMNS)
+    assert "- *spread*: " in page
+    assert "fitted afterwards" not in page
+
+
+@pytest.mark.parametrize(("name", "count"), [("shallow", 0), ("deep", 2), ("deeper", 6)])
+def test_nets_differ_in_their_residual_blocks_alone(tables, name, count):
+    quality = importlib.import_module("quality")
+    x = torch.zeros(2, 1, 28, 28)
+    encoder, decoder = quality.make_nets(
+        tables.Setting("one", nets=name), quality.Data(x, x, x, torch.nn.Identity(), 1)
+    )
+    assert decoder(encoder(x)).shape == x.shape
+    for net, other in ((encoder, quality.digit_encoder(8)), (decoder, quality.digit_decoder(8))):
+        kinds = [type(part) for part in net]
+        assert kinds.count(quality.Residual) == count
+        assert [kind for kind in kinds if kind is not quality.Residual] == [
+            type(part) for part in other if not isinstance(part, quality.Residual)
+        ]
+        blocks = [part for part in net if isinstance(part, quality.Residual)]
+        assert len(set(map(id, blocks))) == count
 
 
 def test_settings_of_a_table_have_names_of_their_own(tables):
