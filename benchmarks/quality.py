@@ -342,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         BENCH.parser.error(f"no table is called {unknown[0]!r}; these are {', '.join(TABLES)}")
     settings = chosen(args.tables or list(TABLES), args.only)
+    if not settings:
+        BENCH.parser.error(f"no setting has {args.only!r} in its name, penalty or nets: write --only IMQ")
     if args.classifier is not None:
         load_data(args.data, args.root, args.smoke, args.classifier)
     reports = {name: BENCH.report(args, results=[]) for name, _ in settings}

@@ -38,10 +38,15 @@ def test_a_quick_run_measures_samples_and_codes_and_writes_the_command(tmp_path,
     assert f"python benchmarks/quality.py {table} --only" in page
 
 
-def test_an_unknown_table_is_named():
-    finished = subprocess.run([sys.executable, str(QUALITY), "colours"], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["colours"], "no table is called 'colours'"), (["gan", "--only", "colours"], "no setting has 'colours'")],
+    ids=["table", "setting"],
+)
+def test_an_unknown_table_or_setting_is_named(arguments, message):
+    finished = subprocess.run([sys.executable, str(QUALITY), *arguments], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 2
-    assert "no table is called 'colours'" in finished.stderr
+    assert message in finished.stderr
 
 
 def test_every_column_is_explained_on_a_page_that_has_it_and_on_no_other(tables):
