@@ -1,6 +1,7 @@
 """The tables of quality.py: the settings that each compares, and the page that shows what was measured."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from harness import Report, made_by, table
 
 TESTED = 1000
 """Codes in a two-sample test."""
+
+LEVEL = 0.05
+"""Of a test, below which codes are told from the prior."""
 
 IMQ = "InverseMultiquadratic.multiscale()"
 
@@ -191,7 +195,7 @@ def page(report: Report) -> str:
     alike = ", ".join(f"{title} {rows[0][title]}" for title in settled)
     legend = "\n".join(f"- *{title}*: {text}" for title, text in LEGEND.items() if title in shown)
     seeds_in_turn = " ".join(sorted({str(row["seed"]) for row in report["results"]}))
-    return f"""{table(shown, ([row[title] for title in shown] for row in rows))}
+    return f"""{overview(report["results"])}{table(shown, ([row[title] for title in shown] for row in rows))}
 
 {made_by(report)}
 {report.get("note", "")}
@@ -200,6 +204,37 @@ All rows: {alike}, seeds {seeds_in_turn} (fewer where there are fewer numbers).
 {legend}
 """
 
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """Kernels side by side, a row for each case: their own table is too long to be read."""
+    done = [row for row in results if row["table"] == "kernels" and "failure" not in row]
+    case = {title: ROW[title] for title in ("data", "d", "batch", "weight")}
+    names = list(dict.fromkeys(row["name"] for row in done))
+    cells: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for row in done:
+        by_name = cells.setdefault(tuple(str(row[key]).removesuffix(".0") for key in case.values()), {})
+        by_name.setdefault(row["name"], []).append(row)
+
+    def summary(rows: list[dict[str, Any]]) -> str:
+        cost, samples = (statistics.fmean(row[key] for row in rows) for key in ("test_cost", "samples"))
+        matched = all(p > LEVEL for row in rows for p in row["p_values"])
+        return ("**{}**" if matched else "{}").format(f"{cost:.2f}, {samples:.2f}")
+
+    rows = [[*key, *(summary(found[name]) if name in found else "-" for name in names)] for key, found in cells.items()]
+    if not rows:
+        return ""
+    return f"""{table([*case, *names], rows)}
+
+Test cost, and Frechet distance of the samples; means over the seeds. In bold where every test of held-out codes has
+p > {LEVEL}.
+
+{EVERY_ROW}
+
+"""
+
+
+EVERY_ROW = "Every training:"
+"""Ends the overview of a page."""
 
 COLUMNS = {
     "at the end": ("weight_at_end", ".0f"), "outcome": ("outcome", ""), "test cost": ("test_cost", ".2f"),

@@ -186,6 +186,19 @@ def test_logits_of_another_shape_are_named(module, found):
         shared(module.double())(rows(N, D), rows(M, D))
 
 
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(D + 1, 1).double(), nn.Linear(D, 1), nn.Conv1d(D, 1, 1).double()],
+    ids=["size", "dtype", "kind"],
+)
+def test_codes_that_the_discriminator_does_not_take_are_named(module):
+    write = rf"codes of shape \(20, {D}\) and dtype float64.*nn\.Linear\({D}, 256, dtype=torch\.float64\)"
+    for make in (JensenShannon, shared):
+        with pytest.raises(ValueError, match=write) as raised:
+            make(module)(rows(N, D), rows(N, D))
+        assert str(raised.value.__cause__) in str(raised.value)
+
+
 def test_a_log_density_that_is_not_known_is_named():
     with pytest.raises(ValueError, match=r"prior_log_prob=True needs the prior's log density.*Train through WAELoss"):
         shared(plane(), prior_log_prob=True)(rows(N, D), rows(M, D))

@@ -50,7 +50,13 @@ def test_an_unknown_table_or_setting_is_named(arguments, message):
 
 
 def test_every_column_is_explained_on_a_page_that_has_it_and_on_no_other(tables):
-    setting = {**dataclasses.asdict(tables.Setting("one", weight="30.0")), "data": "bundled", "epochs": 3, "seed": 0}
+    setting = {
+        "table": "gan",
+        **dataclasses.asdict(tables.Setting("one", weight="30.0")),
+        "data": "bundled",
+        "epochs": 3,
+        "seed": 0,
+    }
     report = {"command": "c", "machine": "m", "torch": "2", "results": [{**setting, "test_cost": 1.0, "spread": 1.0}]}
     page = tables.page(report)
     assert set(tables.LEGEND) == set(tables.COLUMNS)
@@ -83,7 +89,12 @@ def test_settings_of_a_table_have_names_of_their_own(tables):
 
 
 def test_a_page_has_the_numbers_of_every_seed_and_says_how_many_failed(tables):
-    setting = {**dataclasses.asdict(tables.Setting("one", weight="30.0")), "data": "bundled", "epochs": 3}
+    setting = {
+        "table": "gan",
+        **dataclasses.asdict(tables.Setting("one", weight="30.0")),
+        "data": "bundled",
+        "epochs": 3,
+    }
     measured = {"test_cost": 1.0, "samples": 2.5, "p_values": [0.25, 0.5]}
     other = {**setting, "name": "other"}
     rows = [
@@ -97,3 +108,18 @@ def test_a_page_has_the_numbers_of_every_seed_and_says_how_many_failed(tables):
     assert "| one | 30 | 1.00, 1.00 | 2.50, 3.50 | 0.250 0.500, 0.250 0.500 |" in page
     assert "| other (1 of 2 failed) | 30 | 1.00 | 2.50 | 0.250 0.500 |" in page
     assert "nets deep, data bundled, d 8, batch 100, epochs 3, seeds 0 1" in page
+
+
+def test_the_page_of_the_kernels_begins_with_their_means_side_by_side(tables):
+    setting = {**dataclasses.asdict(tables.Setting("one", weight="30.0", data="bars")), "table": "kernels", "epochs": 3}
+    row = {**setting, "test_cost": 1.0, "samples": 2.0, "p_values": [0.06, 0.5], "seed": 0}
+    told = {**row, "seed": 1, "samples": 4.0, "p_values": [0.05, 0.5]}
+    rows = [row, told, {**row, "name": "other"}, {**row, "name": "other", "zdim": 2}, {**row, "failure": "NaN"}]
+    report = {"command": "c", "machine": "m", "torch": "t", "results": rows}
+    first, _, d8, d2, *rest = tables.page(report).splitlines()
+    assert first == "| data | d | batch | weight | one | other |"
+    assert d8 == "| bars | 8 | 100 | 30 | 1.00, 3.00 | **1.00, 2.00** |"
+    assert d2 == "| bars | 2 | 100 | 30 | - | **1.00, 2.00** |"
+    assert tables.EVERY_ROW in rest
+    elsewhere = {**report, "results": [{**row, "table": "gan"} for row in rows]}
+    assert tables.EVERY_ROW not in tables.page(elsewhere)

@@ -69,8 +69,8 @@ class JensenShannon(FittedBuffers, Penalty):
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range; when called, if the discriminator's logits have another shape, or
-            ``prior_log_prob`` is True and the prior has no log density.
+        ValueError: If an argument is out of range; when called, if the discriminator fails on the codes or its logits
+            have another shape, or if ``prior_log_prob`` is True and the prior has no log density.
 
     Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 1;
     Goodfellow et al., "Generative Adversarial Networks", 2014, arXiv:1406.2661; for the gradient penalty Mescheder,
@@ -175,7 +175,16 @@ class JensenShannon(FittedBuffers, Penalty):
         return value + (players - players.detach())
 
     def _logits(self, adversary: Callable[[Tensor], Any], z: Tensor, log_prob: LogProb | None) -> Tensor:
-        logits = adversary(z)
+        try:
+            logits = adversary(z)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            size, kind = z.shape[1], str(z.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"The discriminator fails on codes of shape {tuple(z.shape)} and dtype {kind}: {error}. Its first "
+                f"layer must take such codes: nn.LazyLinear(256), or nn.Linear({size}, 256, dtype=torch.{kind})."
+            ) from error
         if not isinstance(logits, Tensor) or logits.shape not in ((len(z),), (len(z), 1)):
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
