@@ -157,6 +157,9 @@ def normal_table() -> Iterator[Setting]:
     both = dataclasses.replace(fine, name="... with JensenShannon", penalty=f"5.0 * MMD({FINE}) + JensenShannon()")
     yield both
     yield dataclasses.replace(fine, name="... batch 200", batch=200)
+    for codes in (4000, 16_000):
+        name = f"... with JensenShannon, {codes:,} codes"
+        yield dataclasses.replace(both, name=name, weight=f"Constraint(codes={codes})")
     all_of_it = "deeper, with JensenShannon, 4,000 codes"
     yield dataclasses.replace(both, name=all_of_it, nets="deeper", weight="Constraint(codes=4000)", fitted=100)
 
