@@ -136,6 +136,7 @@ def prior_table() -> Iterator[Setting]:
     yield Setting("MixturePrior(200, d)", learned, "100.0", "MixturePrior(200, d)")
     full = "MixturePrior(300, d, full_covariance=True)"
     yield Setting(full, learned, "100.0", full, fitted=300)
+    yield Setting(f"{full}, JensenShannon", f"{learned} + JensenShannon()", "Constraint(codes=16000)", full)
     yield Setting("VampPrior(encoder, x[:100])", learned, "100.0", "VampPrior(encoder, x[:100])", rate=0.01)
     free = "VampPrior(encoder, x[:100], standardized=False)"
     yield Setting(free, learned, "100.0", free, rate=0.01)
