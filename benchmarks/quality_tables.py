@@ -12,7 +12,7 @@ TESTED = 1000
 """Codes in a two-sample test."""
 
 LEVEL = 0.05
-"""Of a test, below which codes are told from the prior."""
+"""A p-value above it does not distinguish codes from the prior."""
 
 IMQ = "InverseMultiquadratic.multiscale()"
 
@@ -193,6 +193,8 @@ def page(report: Report) -> str:
         row["weight"] = "-" if found[0]["penalty"].startswith("VAE") else row["weight"].removesuffix(".0")
         row["setting"] += f" ({len(found) - len(seeds)} of {len(found)} failed)" if len(seeds) < len(found) else ""
         rows.append(row | {title: column(seeds, *form) for title, form in COLUMNS.items()})
+        if "(" not in row["weight"]:
+            rows[-1]["at the end"] = "-"
     same = [title for title in rows[0] if len({row[title] for row in rows}) == 1]
     settled = [title for title in same if title in list(ROW)[1:-1]]
     shown = [title for title in rows[0] if title not in settled and not (title in same and rows[0][title] == "-")]
@@ -250,7 +252,7 @@ COLUMNS = {
 """Title, key and form of what is measured."""
 
 LEGEND = {
-    "at the end": "the penalty weight of the last step.",
+    "at the end": "of a weight that moves, its value in the last step.",
     "outcome": """of a constraint, whether the codes were matched, or its weight was rising, at a plateau or at its
   maximum.""",
     "test cost": "squared error of a test datum.",

@@ -110,6 +110,14 @@ def test_a_page_has_the_numbers_of_every_seed_and_says_how_many_failed(tables):
     assert "nets deep, data bundled, d 8, batch 100, epochs 3, seeds 0 1" in page
 
 
+@pytest.mark.parametrize(("weight", "is_shown"), [("0.6", False), ("Constraint()", True)])
+def test_the_weight_of_the_last_step_is_shown_where_it_moves(tables, weight, is_shown):
+    setting = dataclasses.asdict(tables.Setting("one", weight=weight, data="bars"))
+    row = {"table": "gan", **setting, "epochs": 3, "seed": 0, "test_cost": 1.0, "weight_at_end": 0.6}
+    page = tables.page({"command": "c", "machine": "m", "torch": "t", "results": [row]})
+    assert ("at the end" in page) is is_shown
+
+
 def test_the_page_of_the_kernels_begins_with_their_means_side_by_side(tables):
     setting = {**dataclasses.asdict(tables.Setting("one", weight="30.0", data="bars")), "table": "kernels", "epochs": 3}
     row = {**setting, "test_cost": 1.0, "samples": 2.0, "p_values": [0.06, 0.5], "seed": 0}
