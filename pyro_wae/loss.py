@@ -47,7 +47,7 @@ class WAELoss(CallRepr, ELBO):
     Args:
         penalty: A :class:`~pyro_wae.penalties.Penalty`, a function f(codes, prior), or a dict with one of them for
             each latent site (None leaves a site free). A tuple of names as a key compares the joint code of these
-            sites; ``*`` in a name stands for any letters. Default: :class:`~pyro_wae.penalties.MMD`.
+            sites; ``*`` in a name matches any characters. Default: :class:`~pyro_wae.penalties.MMD`.
         cost: A :class:`~pyro_wae.costs.Cost`, a function f(x, g), or a dict with one of them for each observed site.
             Default: :class:`~pyro_wae.costs.SquaredError`.
         penalty_weight: lambda >= 0, in units of cost per unit of penalty: a number, or one of

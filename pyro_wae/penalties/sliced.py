@@ -32,8 +32,8 @@ class SlicedWasserstein(Penalty):
     and n = m = 100 the value is 0.053 and that scale 0.97 (measured by benchmarks/finite_samples.py).
 
     A shift of the codes by v has the value ``|v|^2 / d`` at p = 2, where W_2^2 has ``|v|^2``. For a prior of unit
-    variance its gradient is of the size of the default :class:`~pyro_wae.penalties.MMD`'s, within a factor of two at
-    d = 8 and d = 64, so the penalty weight can stay; for another variance divide the weight by it.
+    variance its gradient is of the size of that of ``MMD(InverseMultiquadratic.multiscale())``, within a factor of two
+    at d = 8 and d = 64, so the penalty weight of that can stay; for another variance divide the weight by it.
 
     Of K particles each is compared with all the prior samples, and the values are averaged. Pooling their rows would
     have a smaller bias where the codes of one datum are independent, but not where they are equal. An encoder could

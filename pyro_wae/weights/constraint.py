@@ -49,9 +49,9 @@ class Constraint(FittedBuffers, SteppedWeight):
     log lambda falls. The kernel has long lengths and short ones, which detect gaps between codes.
 
     Where a larger weight no longer lowers D, these nets cannot reach the slack, and a larger weight would only raise
-    the cost. Each time that lambda has doubled, D must have fallen by a fifth, or the cost by three percent, because
-    the nets still learn; otherwise lambda returns to where it was, and rises no more. :attr:`outcome` says which case
-    it is.
+    the cost. Each time that lambda has doubled, D must have fallen by a fifth; a cost that has fallen by three percent
+    also counts, because it shows that the nets still learn. Otherwise lambda returns to where it was, and rises no
+    more. :attr:`outcome` says which case it is.
 
     D is measured on the last ``pool`` steps, over pairs of codes of *different* steps. Dependence between the codes
     of one batch, as BatchNorm causes it, has no influence, and D is unbiased for the distribution that a code has over
