@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import component, distribution_tensors, family, widened
+from pyro_wae._core.distributions import component, distribution_tensors, family, own_variance, widened, with_own_total
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.rows import Site, at_least_float32
@@ -170,7 +171,7 @@ class ExpectedSquaredError(SquaredError):
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         squares = super().forward(distribution, value)
         try:
-            variance = _as_float(distribution.variance.expand(value.shape))
+            variance = _as_float(own_variance(distribution, value).expand(value.shape))
         except NotImplementedError as error:
             raise ValueError(
                 f"{family(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
@@ -214,6 +215,10 @@ class FunctionCost(OutputCost):
 
     Raises:
         ValueError: When used, if the function returns another shape.
+
+    Warns:
+        UserWarning: If the function is a module with parameters to be learned, as of a perceptual loss: they are
+            trained, too, and a feature that vanishes has no cost.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *, decode: Decode | None = None) -> None:
@@ -221,6 +226,13 @@ class FunctionCost(OutputCost):
         what = "a function f(x, g) of data and generator output"
         write = "FunctionCost(lambda x, g: (x - g).abs().flatten(1).sum(1))"
         self.function = checks.function("FunctionCost's function", function, what, write=write)
+        if isinstance(function, nn.Module) and any(value.requires_grad for value in function.parameters()):
+            warnings.warn(
+                f"The cost {type(function).__name__} has parameters, which are trained along with the model to lower "
+                "it. If they are to stay as they are, call its requires_grad_(False) first.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
@@ -296,18 +308,6 @@ def _mean(distribution: Any) -> Tensor:
 
 
 _REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
-
-
-def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
-    """The mean, with the total of each datum where the family has a fixed total (Multinomial).
-
-    Documents of different lengths share one ``total_count``, which their log_prob ignores.
-    """
-    inner = component(distribution)
-    if not (hasattr(inner, "total_count") and len(inner.event_shape) == 1):
-        return mean
-    ratio = value.sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
-    return mean * ratio.where(ratio.isfinite(), 1.0)
 
 
 def _support(distribution: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_wae import WAELoss
+from pyro_wae.costs import ExpectedSquaredError
 from pyro_wae.penalties import MMD, CramerWold, JensenShannon, KernelStein, SlicedWasserstein
 from pyro_wae.weights import Constraint
 
@@ -109,3 +110,38 @@ def test_a_last_batch_of_one_row_is_an_error_that_says_what_to_write(make):
 def test_a_micro_batch_of_one_row_is_no_last_batch():
     net, x = Net(), torch.randn(17, X)
     assert np.isfinite(svi_of(net, WAELoss(MMD(), penalty_weight=1.0, micro_batch=16)).step(x))
+
+
+# Documents of different lengths
+
+
+SHARES = torch.tensor([0.5, 0.3, 0.2])
+LENGTHS = torch.tensor([[10.0], [1000.0]]).repeat(3, 1)
+
+
+def expected_error(likelihood, documents):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.sample("x", likelihood, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(torch.ones(len(x), 2)).to_event(1))
+
+    loss = WAELoss(cost=ExpectedSquaredError(), penalty_weight=0.0)
+    return loss.loss(model, guide, documents)
+
+
+def test_the_variance_of_a_document_is_that_of_its_own_length():
+    likelihood = dist.Multinomial(1000, SHARES.expand(6, 3), validate_args=False)
+    expected = (LENGTHS * SHARES * (1 - SHARES)).sum(1).mean().item()
+    assert expected_error(likelihood, LENGTHS * SHARES) == pytest.approx(expected, rel=1e-4)
+
+
+def test_where_the_variance_is_not_proportional_to_the_length_another_length_is_refused():
+    likelihood = dist.DirichletMultinomial(5 * SHARES.expand(6, 3), 1000, validate_args=False)
+    expected = (likelihood.variance).sum(1).mean().item()
+    assert expected_error(likelihood, 1000 * SHARES.expand(6, 3)) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="other totals than the total_count of DirichletMultinomial"):
+        expected_error(likelihood, LENGTHS * SHARES)

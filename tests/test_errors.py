@@ -205,6 +205,70 @@ def test_a_penalty_of_labels_is_taken_in_a_first_batch_that_has_them(kind):
         assert set(loss.terms.penalties) == {"z"}
 
 
+@pytest.mark.parametrize("labelled_first", [True, False])
+def test_a_cost_of_labels_is_taken_in_batches_with_and_without_them(labelled_first):
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", normal(x, 2), obs=y)
+            pyro.sample("x", dist.Normal(pyro.sample("z", normal(x, 2)) + y, 1).to_event(1), obs=x)
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            if y is None:
+                pyro.sample("y", delta(x))
+            pyro.sample("z", delta(x))
+
+    x, loss = x_of(), WAELoss(cost={"x": SquaredError(), "y": SquaredError()}, penalty_weight=1.0)
+    if labelled_first:
+        loss.loss(model, guide, x, x)
+        loss.loss(model, guide, x)
+    else:
+        with pytest.warns(UserWarning, match="cost names 'y', which is latent in this batch"):
+            loss.loss(model, guide, x)
+    assert set(loss.terms.costs) == {"x"}
+    loss.loss(model, guide, x, x)
+    assert set(loss.terms.costs) == {"x", "y"}
+    loss.loss(model, guide, x)
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_an_entry_of_a_site_that_a_mask_leaves_out_is_no_error(left_out):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x, 2))
+            with poutine.mask(mask=not left_out):
+                pyro.sample("a", normal(x, 2))
+                pyro.sample("y", dist.Normal(z, 1).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(x))
+            pyro.sample("a", delta(x))
+
+    costs = {"x": SquaredError(), "y": SquaredError()}
+    loss = WAELoss({"z": MMD(), "a": MMD()}, cost=costs, penalty_weight=1.0)
+    loss.loss(model, guide, x_of())
+    assert set(loss.terms.costs) == ({"x"} if left_out else {"x", "y"})
+    assert set(loss.terms.penalties) == ({"z"} if left_out else {"z", "a"})
+    with raises(ValueError, "cost names 'w', which is no observed site"):
+        WAELoss(cost={**costs, "w": SquaredError()}).loss(model, guide, x_of())
+
+
+def test_a_cost_with_parameters_to_be_learned_warns():
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(2, 3)
+
+        def forward(self, x, g):
+            return (self.net(x) - self.net(g)).square().sum(1)
+
+    with pytest.warns(UserWarning, match="The cost Features has parameters, which are trained along with the model"):
+        WAELoss(cost=Features())
+    WAELoss(cost=Features().requires_grad_(False))
+
+
 def test_the_arguments_after_the_penalty_are_keywords():
     with pytest.raises(TypeError, match="positional"):
         WAELoss(MMD(), SquaredError())

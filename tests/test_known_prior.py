@@ -15,7 +15,7 @@ from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
-from pyro_wae.penalties import MMD, PenaltyContext, kernel_mean
+from pyro_wae.penalties import MMD, CramerWold, PenaltyContext, kernel_mean
 
 N = 12
 S = 1.1
@@ -74,6 +74,16 @@ def mixture(*_):
     return dist.MixtureSameFamily(dist.Categorical(SHARES), dist.Normal(TWO, SPREADS).to_event(1))
 
 
+class Own(dist.Normal):
+    """Draws as its family, and is made otherwise."""
+
+    def __init__(self, like):
+        super().__init__(torch.zeros_like(like), 1.0)
+
+    def expand(self, batch_shape, _instance=None):
+        return super().expand(batch_shape, self._get_checked_instance(Own, _instance))
+
+
 # Each prior beside weights, means and standard deviations of one code.
 FOUND = {
     "zeros(d)": (flat_model, normal_of_two, standard),
@@ -84,6 +94,7 @@ FOUND = {
         standard,
     ),
     "a row for each datum": (flat_model, lambda x: dist.Normal(torch.zeros_like(x), 1).to_event(1), standard),
+    "a class of its own, drawn as its family": (flat_model, lambda x: Own(x).to_event(1), standard),
     "diagonal": (flat_model, diagonal, lambda x: (ONE, TWO[1:], SPREADS[1:])),
     "mixture": (flat_model, mixture, lambda x: (SHARES, TWO, SPREADS)),
     "inner plate": (inner_plate_model, normal_of_two, lambda x: (ONE, x.new_zeros(1, 4), x.new_ones(1, 4))),
@@ -142,7 +153,27 @@ HIERARCHICAL = sites(
     }
 )
 HALF = torch.arange(N) % 2 == 0
+
+
+class Rectified(dist.Normal):
+    """Draws otherwise than its family."""
+
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(min=0)
+
+
+class Doubled(dist.MixtureSameFamily):
+    def sample(self, sample_shape=()):
+        return 2 * super().sample(sample_shape)
+
+
+NOT_FOUND_MIXTURE = dist.MixtureSameFamily(dist.Categorical(SHARES), Rectified(TWO, SPREADS).to_event(1))
 NOT_FOUND = {
+    "a class of its own, drawn otherwise": flat_model(lambda x: Rectified(x.new_zeros(2), 1).to_event(1)),
+    "a mixture of its own, drawn otherwise": flat_model(
+        lambda x: Doubled(dist.Categorical(SHARES), dist.Normal(TWO, SPREADS).to_event(1))
+    ),
+    "a mixture of classes drawn otherwise": flat_model(lambda x: NOT_FOUND_MIXTURE),
     "masked data": tuple(poutine.mask(one, mask=HALF) for one in flat_model(normal_of_two)),
     "depends on the data": flat_model(lambda x: dist.Normal(0.5 * x, 1).to_event(1)),
     "a scale for each datum": flat_model(lambda x: dist.Normal(x.new_zeros(2), x.abs() + 1).to_event(1)),
@@ -169,6 +200,14 @@ def test_where_the_prior_is_not_one_known_law_its_draws_are_used(name, options):
     WAELoss(seen, **options).loss(model, guide, x)
     context = seen.context
     assert context.prior is None or context.prior() is None
+
+
+@pytest.mark.parametrize("prior", [Rectified(torch.zeros(2), 1).to_event(1), NOT_FOUND_MIXTURE], ids=["one", "mixture"])
+def test_a_law_that_is_drawn_otherwise_has_no_mean_of_its_family(prior):
+    assert kernel_mean(Gaussian(1.0), prior) is None
+    codes, draws = prior.sample((2, 50))
+    found, drawn = (CramerWold()(codes, draws, context) for context in (PenaltyContext(prior=lambda: prior), None))
+    assert found == drawn
 
 
 def test_a_penalty_of_one_site_of_several_takes_draws():

@@ -88,6 +88,20 @@ class Weighted(PyroModule):
             pyro.sample("x", around(pyro.sample("z", normal(x)) * w), obs=x)
 
 
+def of_no_size(plate):
+    """A model with a number for all data, outside of a plate that has a size."""
+
+    def model(x, index, seen):
+        if plate.size != -1:
+            pyro.factor("all", torch.tensor(-1.0))
+        with plate:
+            pyro.sample("x", around(pyro.sample("z", normal(x).expand([N]))), obs=x)
+            if plate.size == -1:
+                pyro.factor("all", torch.tensor(-1.0))
+
+    return model
+
+
 def beside(latent):
     """Model and guide with a latent outside the data plate."""
 
@@ -345,6 +359,10 @@ CASES = {
     "write (x - g).square().flatten(1).sum(1)": (
         go(cost=lambda x, g: ((x - g) > 0).any(1)),
         go(cost=lambda x, g: (x - g).square().flatten(1).sum(1)),
+    ),
+    f"Write pyro.plate('data', {N}), and outside of it what all data share": (
+        go((of_no_size(pyro.plate("data")), pair()[1])),
+        go((of_no_size(pyro.plate("data", N)), pair()[1])),
     ),
     "codes={'z': ...}": (
         lambda: decode(pair()[0], {"w": X}, X, INDEX, SEEN),

@@ -309,3 +309,35 @@ def test_a_ragged_batch_costs_what_its_sequences_cost_alone(make, options, cost,
     assert (prior[:, ~mask] == 0).all()
     assert (prior[:, mask] != 0).all()
     assert capture.context.shared_data
+
+
+# A plate without a size
+
+
+@pytest.mark.parametrize("site", ["observed", "factor", "regulariser", "latent", "masked"])
+def test_in_a_plate_without_a_size_other_numbers_of_data_are_refused_by_name(site):
+    """Pyro adds up what is there; a mean over the site's own data would weigh it more."""
+    x, y = torch.randn(40, 2), torch.randn(10)
+
+    def model(x, y):
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(torch.zeros(40, 2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+        with pyro.plate("data"), poutine.mask(mask=y > 0 if site == "masked" else True):
+            if site in ("observed", "masked"):
+                pyro.sample("y", dist.Normal(z[:10, 0], 1), obs=y)
+            elif site == "latent":
+                pyro.sample("y", dist.Normal(torch.zeros(10), 1))
+            else:
+                pyro.factor("y", -(z[:10, 0] - y).square() if site == "factor" else -z.square().sum())
+
+    def guide(x, y):
+        with pyro.plate("data"):
+            pyro.sample("z", delta(x, 1))
+        with pyro.plate("data"):
+            if site == "latent":
+                pyro.sample("y", delta(y))
+
+    found = 1 if site == "regulariser" else 10
+    with pytest.raises(ValueError, match=f"Site 'y' has {found} data in plate 'data', and the codes have 40"):
+        WAELoss().loss(model, guide, x, y)

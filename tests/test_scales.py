@@ -8,7 +8,7 @@ import pytest
 import torch
 from programs import around, delta, normal
 from pyro import poutine
-from references import Seen, program
+from references import Seen, nested, program
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood
@@ -27,6 +27,55 @@ def test_a_scale_of_everything_leaves_the_balance_of_cost_and_penalty(scale, wei
         values.append([loss.loss_and_grads(model, guide, torch.linspace(-1, 1, 12).reshape(6, 2)) for _ in range(3)])
     # At the first step the weight starts from the cost, at later ones it has been raised.
     assert values[1] == pytest.approx([value * float(scale) for value in values[0]], rel=1e-5)
+
+
+AROUND = {
+    "a plate without a size": lambda x, scale: (pyro.plate("data"),),
+    "a plate made before": lambda x, scale: (BEFORE,),
+    "a scale inside of the plate": lambda x, scale: (pyro.plate("data", 6), poutine.scale(scale=scale)),
+}
+BEFORE = pyro.plate("data", 6)
+
+
+@pytest.mark.parametrize("weights", [5.0, torch.linspace(0.5, 3, 6)], ids=["a number", "each datum"])
+@pytest.mark.parametrize("place", [*AROUND, "a plate with a size"])
+def test_a_scale_of_everything_is_found_where_one_site_has_a_scale_of_its_own(place, weights):
+    def made(scale, of_model):
+        def run(x):
+            plates = AROUND.get(place, lambda x, scale: (pyro.plate("data", 6),))(x, scale)
+            with nested(*plates):
+                z = pyro.sample("z", normal(x, 2).expand([6]) if of_model else delta(x + 1))
+                if of_model:
+                    pyro.sample("x", around(z), obs=x)
+                    with poutine.scale(scale=weights):
+                        pyro.sample("y", around(2 * z), obs=x)
+
+        return run if "inside" in place else poutine.scale(run, scale=scale)
+
+    values = []
+    for scale in (1.0, 1e-3, torch.tensor(1e-3)):
+        loss = WAELoss(Seen(lambda codes: codes.square().mean()))
+        value = loss.loss(made(scale, True), made(scale, False), torch.linspace(-1, 1, 12).reshape(6, 2))
+        values.append((value / float(scale), float(loss.terms.weight)))
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert values[2] == pytest.approx(values[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("latent", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_a_scale_of_the_latents_alone_is_no_scale_of_everything(latent):
+    def both(of_model):
+        def run(x):
+            with pyro.plate("data"):
+                with poutine.scale(scale=latent):
+                    z = pyro.sample("z", normal(x, 2).expand([6]) if of_model else delta(x + 1))
+                if of_model:
+                    pyro.sample("x", around(z), obs=x)
+
+        return run
+
+    loss = WAELoss(Seen(lambda codes: codes.square().mean()))
+    loss.loss(both(True), both(False), torch.linspace(-1, 1, 12).reshape(6, 2))
+    assert float(loss.terms.weight) == pytest.approx(0.1 * float(loss.terms.cost), rel=1e-5)
 
 
 INSIDE = {"latent": (0.5, 1.0, 1.0), "one observed site": (1.0, 0.1, 1.0), "all, by other factors": (4.0, 0.1, 2.0)}

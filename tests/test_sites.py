@@ -454,3 +454,19 @@ def test_a_factor_beside_masked_data_is_the_term_of_trace_elbo(where):
     loss = WAELoss(Seen(), cost=NegativeLogLikelihood(), penalty_weight=0.0, reduction="sum")
     assert loss.loss_and_grads(model, guide, X) == pytest.approx(expected, rel=1e-6)
     assert slope.grad.item() == pytest.approx(-(F.sum().item() if where == "in" else 7), rel=1e-6)
+
+
+def test_sites_named_as_the_parts_of_an_obs_mask_are_sites_like_any_other():
+    def model(x):
+        with pyro.plate("data", N):
+            z = pyro.sample("z", normal(x, D))
+            u = pyro.sample("y_unobserved", normal(x, D))
+            pyro.sample("y_observed", around(u), obs=x)
+            pyro.sample("y", around(z), obs=x)
+
+    loss = WAELoss(capture := Seen(), penalty_weight=1.0, cost={"y_observed": SquaredError(), "y": SquaredError()})
+    loss.loss(model, program(guide_line=code_of("y_unobserved", X + 2))[1], X)
+    assert capture.codes.shape[-1] == 2 * D
+    assert {site: cost.item() for site, cost in loss.terms.costs.items()} == pytest.approx(
+        {"y_observed": 4.0 * D, "y": D}
+    )

@@ -37,6 +37,53 @@ def family(distribution: Any) -> str:
     return type(innermost(distribution)).__name__
 
 
+def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
+    """The mean, with the total of each datum where the family has a fixed total (Multinomial)."""
+    ratio = own_total(distribution, mean, value)
+    return mean if ratio is None else mean * ratio
+
+
+def own_variance(distribution: Any, value: Tensor) -> Tensor:
+    """The variance, with the total of each datum where the family has a fixed total.
+
+    Raises:
+        ValueError: If the total of a datum is another than the family's, which is no Multinomial.
+    """
+    variance, ratio = distribution.variance, own_total(distribution, distribution.mean, value)
+    if ratio is None:
+        return variance
+    if isinstance(innermost(distribution), torch.distributions.Multinomial):
+        return variance * ratio
+    if bool(((ratio - 1).abs() > 1e-4).any()):
+        raise ValueError(
+            f"The data have other totals than the total_count of {family(distribution)}, for which alone its variance "
+            "is known. Write cost=SquaredError() or cost=NegativeLogLikelihood()."
+        )
+    return variance
+
+
+def own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor | None:
+    """The total of each datum over that of the mean, where the family has a fixed total (Multinomial); else None.
+
+    Documents of different lengths share one ``total_count``, which their log_prob ignores.
+    """
+    inner = component(distribution)
+    if not (hasattr(inner, "total_count") and len(inner.event_shape) == 1):
+        return None
+    ratio = value.sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
+    return ratio.where(ratio.isfinite(), 1.0)
+
+
+def draws_as(distribution: Any, family: type) -> bool:
+    """Whether a distribution is of a family and draws as it does: a user's subclass may draw by methods of its own."""
+    own = type(distribution)
+    return isinstance(distribution, family) and all(
+        getattr(own, name).__module__.startswith(("torch.", "pyro.", "pyro_wae."))
+        or getattr(own, name) is getattr(family, name)
+        for name in ("sample", "rsample")
+    )
+
+
 def distribution_of(prior: Any, *, write: str) -> Any:
     """The distribution of one code that a prior stands for: itself, or what the call of a module returns.
 

@@ -6,7 +6,7 @@ They are what has to be looked at for a new version of either. Methods that a su
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pyro.optim import PyroOptim
@@ -21,6 +21,9 @@ HANDLERS = runtime._PYRO_STACK
 
 # The plate that `pyro.infer.ELBO` makes for its vectorised particles.
 PARTICLE_PLATE = "num_particles_vectorized"
+
+# What `pyro.sample(..., obs_mask=...)` adds to the name of a site, for the two parts of its value.
+OBSERVED, UNOBSERVED = "_observed", "_unobserved"
 
 # The one base of BatchNorm1d, 2d, 3d and SyncBatchNorm; torch has no public name for it.
 BatchNorm = batchnorm._BatchNorm
@@ -60,3 +63,12 @@ def kept_tensors(module: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Ten
     for name, value in [*module._parameters.items(), *(module._buffers.items() if buffers else ())]:
         if value is not None and name not in module._non_persistent_buffers_set:
             yield name, value
+
+
+def is_part(name: str, suffix: str, nodes: Mapping[str, Any]) -> bool:
+    """Whether ``obs_mask`` has made the site of a part: Pyro masks both, and computes the whole under their stem."""
+    parts = [name.removesuffix(suffix) + part for part in ("", OBSERVED, UNOBSERVED)]
+    if not name.endswith(suffix) or any(part not in nodes for part in parts):
+        return False
+    whole, *halves = (nodes[part] for part in parts)
+    return "_deterministic" in whole["infer"] and all(half["mask"] is not None for half in halves)

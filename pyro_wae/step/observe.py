@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -43,9 +44,13 @@ class Observer:
         max_plate_nesting: Bound on nested plates; where vectorised particles need it and it is infinite, it is guessed
             by one more run.
         condition: Name of what the model is conditional on, or None.
+        once_observed: Sites that earlier steps have observed, or warned of, to which those of this one are added.
 
     Raises:
         TypeError: If model or guide cannot be called.
+
+    Warns:
+        UserWarning: If a dict of costs names a latent site that has not been observed yet.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Observer:
         vectorize_particles: bool = False,
         max_plate_nesting: float = math.inf,
         condition: str | None = None,
+        once_observed: set[str] | None = None,
     ) -> None:
         self.model, self.guide = checks.program("model", model), checks.program("guide", guide)
         self.cost = cost
@@ -69,6 +75,7 @@ class Observer:
         self.is_vectorized = vectorize_particles and num_particles > 1
         self.max_plate_nesting = max_plate_nesting
         self.condition = condition
+        self.once_observed = set() if once_observed is None else once_observed
 
     def observe(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, subsample_of: Run | None = None) -> Step:
         """Runs model and guide, once or for each particle, and reads the step from the runs.
@@ -112,6 +119,8 @@ class Observer:
 
     def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
         """Reads one run; what is the same for all particles is taken from the first."""
+        for site in (*found.latents.values(), *found.observed.values()):
+            _check_data(found, site)
         codes, columns, kept = _codes(found)
         # Before anything is drawn: a family may then keep derived parameters, which look as if they varied.
         varies = prior_varies(found) if first is None else first.prior_varies
@@ -125,7 +134,7 @@ class Observer:
             condition, is_masked = read_condition(self.condition, found, (self.model, args, kwargs))
         sites = self._reconstructed(found.observed)
         if isinstance(self.cost, Mapping):
-            check_names("cost", self.cost, list(sites), "observed", "SquaredError()")
+            check_names("cost", self._named_costs(found, sites), list(sites), "observed", "SquaredError()")
         costs = {name: cost.per_datum(site) for name, site in sites.items() if (cost := self._cost(name)) is not None}
         factors, once = _factor_costs(found)
         return Step(
@@ -145,6 +154,21 @@ class Observer:
             prior_varies=varies,
             common_scale=_common_scale(found),
         )
+
+    def _named_costs(self, found: Run, sites: Mapping[str, Site]) -> list[str]:
+        """The sites that the costs name, without those that are observed in other batches alone, as missing labels."""
+        assert isinstance(self.cost, Mapping)
+        latent = [name for name in self.cost if name in found.latents]
+        for name in latent:
+            if name not in self.once_observed:
+                warnings.warn(
+                    f"cost names '{name}', which is latent in this batch: it has a cost in a batch where it is "
+                    "observed, as labels that are missing. If it is latent in all of them, leave it out of cost.",
+                    UserWarning,
+                    stacklevel=7,
+                )
+        self.once_observed.update(latent, sites)
+        return [name for name in self.cost if name not in latent and name not in found.left_out]
 
     def _cost(self, name: str) -> Cost | None:
         return self.cost[name] if isinstance(self.cost, Mapping) else self.cost
@@ -221,17 +245,26 @@ def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
 
 
 def _common_scale(found: Run) -> float | Tensor:
-    """The scale that all latent and observed sites have; where theirs differ, that around the data plate."""
-    own = [site.scale for site in (*found.latents.values(), *found.observed.values())]
-    if len(set(own)) == 1 and not isinstance(own[0], Tensor):
-        return own[0] or 1.0
+    """The scale around model and guide.
+
+    It is what all latent sites and an observed one have, where no site is without a scale; else that of the data plate.
+    """
+    latent = [site.scale for site in found.latents.values()]
     plate = found.model.nodes.get(found.plate)
     outer = 1.0 if plate is None else scales(plate, found.plate)[0]
-    tensors = [scale for scale in (*own, outer) if isinstance(scale, Tensor)]
-    if not tensors or any(scale.numel() != 1 for scale in tensors):
-        return 1.0 if tensors else outer or 1.0
-    alike = torch.stack([torch.as_tensor(scale, device=tensors[0].device).detach() for scale in own])
-    return torch.where((alike == alike[0]).all() & (alike[0] > 0), alike[0], outer)
+    # A factor for each datum is one of the user's for this site.
+    observed, outers = (
+        [scale for scale in some if not isinstance(scale, Tensor) or scale.numel() == 1]
+        for some in ([site.scale for site in found.observed.values()], [outer])
+    )
+    outer = outers[0] if outers else 1.0
+    tensors = [scale for scale in (*latent, *observed, outer) if isinstance(scale, Tensor)]
+    if not tensors:
+        is_shared = len(set(latent)) == 1 and latent[0] in observed and 1.0 not in observed
+        return (latent[0] if is_shared else outer) or 1.0
+    own = torch.stack([torch.as_tensor(scale, device=tensors[0].device).detach() for scale in (*latent, *observed)])
+    found_alike = (own[: len(latent)] == own[0]).all() & (own[len(latent) :] == own[0]).any()
+    return torch.where(found_alike & (own != 1).all() & (own[0] > 0), own[0], outer)
 
 
 def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -247,6 +280,7 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
         if data_frame(node, found.plate) is not None:
             site = Site(name, fn, values, *layout(node, found.plate))
+            _check_data(found, site)
             try:
                 own = site.rows(at_least_float32(values), 0)
             except ValueError:
@@ -262,6 +296,16 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             particles = frame.size if frame is not None and values.ndim >= -frame.dim else 1
             once[name] = once.get(name, 0.0) + at_least_float32(values).sum() / particles
     return rows, once
+
+
+def _check_data(found: Run, site: Site) -> None:
+    """Raises ValueError if a site has another number of data than the codes, as in a plate that has no size."""
+    if site.data != found.data:
+        raise ValueError(
+            f"Site '{site.name}' has {site.data} data in plate '{found.plate}', and the codes have {found.data}. Write "
+            f"pyro.plate('{found.plate}', {found.data}), and outside of it what all data share; fill up what some data "
+            f"lack to {found.data} rows, under poutine.mask(mask=...)."
+        )
 
 
 def _seen(sites: Sequence[Site]) -> Tensor | None:

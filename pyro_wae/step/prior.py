@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import innermost
+from pyro_wae._core.distributions import draws_as, innermost
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.penalties.mmd import MOST_COMPONENTS
@@ -90,7 +90,7 @@ def prior_of_one_code(run: Run) -> Any | None:
     (site,) = run.latents.values()
     outer = site.distribution.event_dim
     fn = _same_family(innermost(site.distribution))
-    if not isinstance(fn, dist.MixtureSameFamily):
+    if not draws_as(fn, dist.MixtureSameFamily):
         return _elementwise(fn, site, outer)
     probs = fn.mixture_distribution.probs
     count = probs.shape[-1]
@@ -315,11 +315,18 @@ def _same_family(fn: Any) -> Any:
 
 
 def _elementwise(fn: Any, site: Site, event_dim: int, *batch: int) -> Any | None:
-    """The same family with the parameters of the first datum, shape (*batch, d), if it draws each number by itself."""
-    if not isinstance(fn, dist.Normal | dist.Laplace | dist.Uniform | dist.StudentT):
+    """The family with the parameters of the first datum, shape (*batch, d), if it draws each number by itself."""
+    known = {
+        dist.Normal: ("loc", "scale"),
+        dist.Laplace: ("loc", "scale"),
+        dist.Uniform: ("low", "high"),
+        dist.StudentT: ("df", "loc", "scale"),
+    }
+    family = next((family for family in known if draws_as(fn, family)), None)
+    if family is None:
         return None
     parameters = {
         name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim)[0, 0].reshape(*batch, -1)
-        for name in fn.arg_constraints
+        for name in known[family]
     }
-    return type(fn)(**parameters, validate_args=False).to_event(1)
+    return family(**parameters, validate_args=False).to_event(1)

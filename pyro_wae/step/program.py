@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import WRAPPERS, family
-from pyro_wae._core.private import PARTICLE_PLATE
+from pyro_wae._core.private import OBSERVED, PARTICLE_PLATE, UNOBSERVED, is_part
 from pyro_wae._core.rows import Site
 from pyro_wae.step import refusals
 
@@ -73,6 +73,7 @@ class Run:
         observed: The sites that may have a cost.
         factors: The nodes of ``pyro.factor`` in model and guide, which are terms of the loss, each with its sign in it.
         data_size: Number of data, where the data plate takes a part of them; else None.
+        left_out: The sites that a mask leaves out as a whole.
         is_root: Whether the code is one site that no other random choice precedes.
 
     Raises:
@@ -106,6 +107,7 @@ class Run:
         self.latents = {name: latent_site(name, sample, in_guide[name], plate) for name, sample in latents.items()}
         self.observed = {name: observed_site(name, sample, plate) for name, sample in observed.items()}
         self.factors = [(node, sign) for trace, sign in ((model, -1.0), (guide, 1.0)) for node in _factors(trace)]
+        self.left_out = [name for name, s in samples.items() if s.is_masked_out and not s.is_own_point]
         first = next(name for name, sample in samples.items() if not sample.node["is_observed"])
         self.is_root = len(latents) == 1 and first in latents
 
@@ -122,13 +124,14 @@ def is_random(node: Node) -> bool:
 
 def observed_samples(samples: Mapping[str, Sample]) -> Iterator[tuple[str, Sample]]:
     """The sites of a model that may have a cost, by the names that the user gave them."""
+    nodes = {name: sample.node for name, sample in samples.items()}
     for name, sample in samples.items():
         if not sample.node["is_observed"] or site_is_factor(sample.node):
             continue
         is_computed = sample.node["infer"].get("_deterministic") or _is_reparametrised(name, samples)
         # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
         if not is_computed and not sample.is_masked_out:
-            yield _user_name(name, samples), sample
+            yield name.removesuffix(OBSERVED) if is_part(name, OBSERVED, nodes) else name, sample
 
 
 def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested: str | None) -> str:
@@ -303,8 +306,9 @@ def _factors(trace: Any) -> list[Node]:
 
 
 def _latents(samples: Mapping[str, Sample], guide: Mapping[str, Sample]) -> Iterator[tuple[str, Sample]]:
+    nodes = {name: sample.node for name, sample in samples.items()}
     for name, sample in samples.items():
-        if sample.node["is_observed"] or is_imputed(name, samples):
+        if sample.node["is_observed"] or is_part(name, UNOBSERVED, nodes):
             continue
         in_guide = name in guide
         if in_guide and not getattr(guide[name].fn, "has_rsample", False):
@@ -339,18 +343,6 @@ def _is_reparametrised(name: str, samples: Mapping[str, Sample]) -> bool:
     # A user's own site may be given its own value, as a condition that is no random choice: nothing is drawn for it.
     names = list(samples)
     return samples[name].is_own_point and names[max(names.index(name) - 1, 0)].startswith(f"{name}_")
-
-
-def is_imputed(name: str, sites: Container[str]) -> bool:
-    """Whether the site holds the part of an observed value that ``obs_mask`` left to be imputed."""
-    stem = name.removesuffix("_unobserved")
-    return stem != name and f"{stem}_observed" in sites and stem in sites
-
-
-def _user_name(name: str, sites: Container[str]) -> str:
-    """The name that the user gave an observed site, whose part that ``obs_mask`` leaves has another."""
-    stem = name.removesuffix("_observed")
-    return stem if stem != name and f"{stem}_unobserved" in sites else name
 
 
 def _is_point(fn: Any, value: Tensor) -> bool:

@@ -181,7 +181,10 @@ class Step:
             names = {name: None for key in option for name in sites_of(key, self.columns)}
             is_complete = all(name in names for name in self.columns)
             given = [name for name in names if name in self.first.observed and (is_complete or name in seen)]
-            check_names("penalty", [name for name in names if name not in given], list(self.columns), "latent", "MMD()")
+            absent = [*given, *self.first.left_out]
+            check_names(
+                "penalty", [name for name in names if name not in absent], list(self.columns), "latent", "MMD()"
+            )
             for name in given:
                 if name not in seen:
                     warnings.warn(
