@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import component, distribution_tensors, family, widened
+from pyro_wae._core.distributions import component, distribution_tensors, family, support_of, widened
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.rows import Site, at_least_float32
@@ -194,12 +194,18 @@ class NegativeLogLikelihood(Cost):
         value = _checked(distribution, value)
         value = value if value.is_floating_point() else value.float()  # Bernoulli takes no integers
         with torch.autocast(value.device.type, enabled=False):
-            return -widened(distribution).log_prob(value)
+            try:
+                return -widened(distribution).log_prob(value)
+            except (NotImplementedError, KeyError) as error:  # KeyError: of Pyro's flows
+                raise ValueError(f"{family(distribution)} has no log_prob. Write cost=SquaredError().") from error
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         # A masked value may be NaN or outside the support; a draw never is, and its log density has a finite gradient.
-        with restored_random_state(), torch.no_grad():
-            draw = distribution().to(value)
+        try:
+            with restored_random_state(), torch.no_grad():
+                draw = distribution().to(value)
+        except NotImplementedError:  # of a family that cannot be drawn
+            draw = value.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(mask, value, draw)
 
 
@@ -287,9 +293,9 @@ def _mean(distribution: Any) -> Tensor:
         if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
             return mean  # parameters that are not finite are the net's fault, and reported as such
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
-    support = _support(distribution)
+    support = support_of(distribution)
     # Between whole numbers a mean may lie.
-    is_discrete = support is not constraints.real and getattr(_support(component(distribution)), "is_discrete", False)
+    is_discrete = support is not constraints.real and getattr(support_of(component(distribution)), "is_discrete", False)
     if not (support is constraints.real or is_discrete or bool(support.check(mean).all())):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
@@ -310,23 +316,18 @@ def with_own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor:
     return mean * ratio.where(ratio.isfinite(), 1.0)
 
 
-def _support(distribution: Any) -> Any:
-    """What a value of a distribution may be, an event's dimensions taken off."""
-    support = distribution.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
 def _check_angles(distribution: Any, mean: Tensor) -> None:
     """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
     if distribution.has_rsample:
         return  # those of angles have none, and it is quicker to ask
     part = component(distribution)
-    if part.has_rsample or _support(part) is not constraints.real:
+    if part.has_rsample or support_of(part) is not constraints.real:
         return
-    with torch.no_grad():
-        here, turned = distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)
+    try:
+        with torch.no_grad():
+            here, turned = distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)
+    except NotImplementedError:  # without a density nothing says that it is one of angles
+        return
     if bool((here.isfinite() & torch.isclose(here, turned)).all()):
         raise ValueError(
             f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
+from types import MappingProxyType
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +17,7 @@ from pyro.infer import SVI
 from references import program
 
 from pyro_wae import WAELoss
-from pyro_wae.costs import SquaredError
+from pyro_wae.costs import NegativeLogLikelihood, Site, SquaredError
 from pyro_wae.penalties import MMD, JensenShannon
 
 N = 6
@@ -37,6 +39,37 @@ def gap(codes, prior):
 def raises(error, *parts):
     """The error's message holds all parts, in this order, whatever stands between."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+class Point(dist.TorchDistribution):
+    """A mean that can be drawn, and nothing else."""
+
+    arg_constraints = MappingProxyType({})
+    mean = None
+
+    def __init__(self, mean):
+        self.mean = mean
+        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return type(self)(self.mean.expand(*batch_shape, -1))
+
+    def sample(self, sample_shape=()):
+        return self.mean
+
+
+class RealPoint(Point):
+    support = dist.constraints.real_vector
+
+
+class Density(RealPoint):
+    """A density from which nothing can be drawn."""
+
+    def sample(self, sample_shape=()):
+        raise NotImplementedError
+
+    def log_prob(self, value):
+        return around(self.mean).log_prob(value)
 
 
 plain_model, plain_guide = program(around)
@@ -104,6 +137,29 @@ def test_a_model_that_changes_between_runs(validation):
 # Costs and penalties
 
 
+@pytest.mark.parametrize("family", [Point, RealPoint, Density])
+def test_the_squared_error_needs_the_mean_of_a_distribution_alone(family):
+    x, g = x_of(), torch.zeros(N, 2)
+    assert torch.equal(SquaredError()(family(g), x), x.square().sum(1))
+    step(*program(output=family))
+
+
+@pytest.mark.parametrize("value", [7.0, torch.nan, torch.inf])
+def test_a_masked_likelihood_need_not_be_drawn(value):
+    kept = torch.arange(N) > 2
+    x, g = x_of().where(kept[:, None], value), torch.zeros(N, 2, requires_grad=True)
+    site = Site("x", Density(g), x, (N,), -1, mask=kept[:, None])
+    costs = NegativeLogLikelihood().per_datum(site)
+    (slope,) = torch.autograd.grad(costs.sum(), g)
+    torch.testing.assert_close(costs[0], (x.square().sum(1) / 2 + math.log(2 * math.pi)).where(kept, 0.0))
+    torch.testing.assert_close(slope, -x.where(kept[:, None], 0.0))
+
+
+def test_a_likelihood_without_a_density():
+    with raises(ValueError, "observed site 'x'", "RealPoint has no log_prob", "Write cost=SquaredError()"):
+        step(*program(output=RealPoint), cost=NegativeLogLikelihood())
+
+
 @pytest.mark.parametrize("penalty", [None, gap])
 def test_fewer_than_two_data(validation, penalty):
     with raises(ValueError, "at least 2 data and 2 prior samples, found 1 and 1", "drop_last=True"):
@@ -142,6 +198,11 @@ def test_sites_on_two_devices(validation):
         ValueError, "'b' has values of torch.float32 on meta", "'a' of torch.float32 on cpu", "one dtype and device"
     ):
         step(*programs)
+
+
+def test_a_code_of_a_distribution_that_names_no_support():
+    with raises(ValueError, "'z' cannot be reparameterised in the guide (Point has no rsample)", "dist.Delta(loc)"):
+        step(*program(Point))
 
 
 @pytest.mark.usefixtures("single_precision")

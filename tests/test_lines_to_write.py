@@ -145,6 +145,11 @@ class WithoutVariance(dist.Normal):
         raise NotImplementedError
 
 
+class WithoutDensity(dist.Normal):
+    def log_prob(self, value):
+        raise NotImplementedError
+
+
 def no_variance(loc):
     return dist.TransformedDistribution(dist.Normal(loc, 1), [dist.transforms.TanhTransform()]).to_event(1)
 
@@ -332,6 +337,10 @@ CASES = {
     "cost=SquaredError(decode=lambda fn: ...)": (
         bounded(None),
         bounded(SquaredError(decode=lambda fn: fn.base_dist.loc)),
+    ),
+    "has no log_prob. Write cost=SquaredError()": (
+        go(pair(output=lambda z: WithoutDensity(z, 1).to_event(1)), cost=NegativeLogLikelihood()),
+        go(pair(output=lambda z: WithoutDensity(z, 1).to_event(1)), cost=SquaredError()),
     ),
     "cost=NegativeLogLikelihood(), or say": (bounded(None), bounded(NegativeLogLikelihood())),
     "decode=lambda fn: fn.mean), the squared chord": (

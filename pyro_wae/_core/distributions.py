@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_wae._core.rows import at_least_float32
 
@@ -35,6 +36,17 @@ def component(distribution: Any) -> Any:
 def family(distribution: Any) -> str:
     """The name of the family inside all wrappers, for messages."""
     return type(innermost(distribution)).__name__
+
+
+def support_of(distribution: Any) -> Any:
+    """What a value of a distribution may be, an event's dimensions taken off; any number where it does not say."""
+    try:
+        support = distribution.support
+    except (NotImplementedError, AttributeError):
+        return constraints.real
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def distribution_of(prior: Any, *, write: str) -> Any:
