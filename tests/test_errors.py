@@ -205,6 +205,14 @@ def test_a_code_of_a_distribution_that_names_no_support():
         step(*program(Point))
 
 
+@pytest.mark.parametrize("further", [{}, {"u": (lambda x, z: around(z), delta)}])
+def test_a_prior_that_cannot_be_drawn(further):
+    latents = {"z": (lambda x: Density(torch.zeros(2)), delta), **further}
+    programs = sites(latents, lambda z, u=0: around(z + u))
+    with raises(ValueError, "prior at site 'z' (Density) cannot be drawn", "Write its sample", "KernelStein()"):
+        step(*programs)
+
+
 @pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize(
     ("x", "output", "parts"),

@@ -20,7 +20,7 @@ from pyro_wae import WAELoss
 from pyro_wae.checkpoint import save_checkpoint
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, LogVarianceL1, PosteriorKL
+from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, PosteriorKL, SlicedWasserstein
 from pyro_wae.predict import decode, reconstruct, sample
 from pyro_wae.priors import MixturePrior
 
@@ -147,6 +147,11 @@ class WithoutVariance(dist.Normal):
 
 class WithoutDensity(dist.Normal):
     def log_prob(self, value):
+        raise NotImplementedError
+
+
+class WithoutDraws(dist.Normal):
+    def rsample(self, sample_shape=()):
         raise NotImplementedError
 
 
@@ -337,6 +342,10 @@ CASES = {
     "cost=SquaredError(decode=lambda fn: ...)": (
         bounded(None),
         bounded(SquaredError(decode=lambda fn: fn.base_dist.loc)),
+    ),
+    "sample method, or take a penalty that reads its log_prob alone: WAELoss(KernelStein())": (
+        go(pair(prior=lambda x: WithoutDraws(x.new_zeros(3), 1).to_event(1)), penalty=SlicedWasserstein()),
+        go(pair(prior=lambda x: WithoutDraws(x.new_zeros(3), 1).to_event(1)), penalty=KernelStein()),
     ),
     "has no log_prob. Write cost=SquaredError()": (
         go(pair(output=lambda z: WithoutDensity(z, 1).to_event(1)), cost=NegativeLogLikelihood()),

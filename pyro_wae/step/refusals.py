@@ -60,6 +60,14 @@ def not_reparameterised(name: str, fn: Any) -> str:
     )
 
 
+def not_drawn(name: str, fn: Any) -> str:
+    """Of a site of the model whose distribution has no samples."""
+    return (
+        f"The prior at site '{name}' ({family(fn)}) cannot be drawn, and codes are compared with prior samples. Write "
+        "its sample method, or take a penalty that reads its log_prob alone: WAELoss(KernelStein())."
+    )
+
+
 def observed_by_guide(name: str, fn: Any) -> str:
     """Of a site that the guide observes."""
     return (
