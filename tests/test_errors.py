@@ -105,6 +105,25 @@ def test_edges_of_a_graph_in_a_plate_beside_that_of_the_nodes(data_plate, found)
         WAELoss(data_plate=data_plate).loss(model, guide, torch.randn(12, 2))
 
 
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            lambda x: pyro.deterministic("z", x, event_dim=1),
+            ("'z' is computed in the guide by pyro.deterministic", "pyro.sample('z', dist.Delta(value).to_event(1))"),
+        ),
+        (lambda x: pyro.sample("z", around(x), obs=x), ("The guide observes site 'z'", "sample the site without obs=")),
+    ],
+)
+def test_a_latent_that_the_guide_does_not_sample(validation, line, parts):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            line(x)
+
+    with raises(ValueError, *parts):
+        step(guide=guide)
+
+
 def test_a_model_that_changes_between_runs(validation):
     class Changing:
         def __init__(self, when):

@@ -274,6 +274,10 @@ CASES = {
             )
         ),
     ),
+    "pyro.sample('z', dist.Delta(value).to_event(1))": (
+        go((pair()[0], lambda x, index, seen: pyro.deterministic("z", encoded(x), event_dim=1))),
+        go(pair(code=lambda loc: dist.Delta(loc).to_event(1))),
+    ),
     "pyro.factor('y_density', log_density)": (
         go(pair(line=lambda x, z: 0 * pyro.sample("y", dist.Delta(x, x[:, 0], event_dim=1), obs=x))),
         go(pair(line=lambda x, z: pyro.factor("y_density", x[:, 0]))),

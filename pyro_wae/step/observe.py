@@ -21,11 +21,12 @@ from pyro_wae._core.private import PARTICLE_PLATE
 from pyro_wae._core.programs import add_note, trial_run
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.costs import Cost
+from pyro_wae.step import refusals
 from pyro_wae.step.condition import read_condition
 from pyro_wae.step.options import check_names
 from pyro_wae.step.parts import join
 from pyro_wae.step.prior import ReplaySubsamples, draw_prior, prior_varies
-from pyro_wae.step.program import Program, Run, data_frame, layout, scales, subsample_scales
+from pyro_wae.step.program import Program, Run, data_frame, is_random, layout, scales, subsample_scales
 from pyro_wae.step.records import Step
 
 
@@ -191,6 +192,9 @@ def trace_pair(
     """Runs the guide, and replays the model against it, for the traces of the model and the guide.
 
     No log_prob is computed. The bound on nested plates is for Pyro's check that model and guide match.
+
+    Raises:
+        ValueError: If the guide computes or observes a latent site of the model.
     """
     unwrapped = poutine.unwrap(guide)
     try:
@@ -199,10 +203,18 @@ def trace_pair(
             model_trace, guide_trace = unwrapped.get_traces()
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            drawn = guide_trace.copy()
+            for name in guide_trace.observation_nodes:
+                drawn.remove_node(name)  # for which replay would raise an error of its own
+            model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
     except Exception as error:
         add_note(error, args, kwargs)
         raise
+    for name in guide_trace.observation_nodes:
+        if name in model_trace and is_random(model_trace.nodes[name]):
+            is_computed = guide_trace.nodes[name]["infer"].get("_deterministic")
+            refusal = refusals.computed_by_guide if is_computed else refusals.observed_by_guide
+            raise ValueError(refusal(name, model_trace.nodes[name]["fn"]))
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)

@@ -78,6 +78,15 @@ def observed_by_guide(name: str, fn: Any) -> str:
     )
 
 
+def computed_by_guide(name: str, fn: Any) -> str:
+    """Of a latent site that the guide computes by ``pyro.deterministic``."""
+    event = f".to_event({fn.event_dim})" if fn.event_dim else ""
+    return (
+        f"Latent site '{name}' is computed in the guide by pyro.deterministic, and a code is the value of a "
+        f"pyro.sample. Write in the guide pyro.sample('{name}', dist.Delta(value){event})."
+    )
+
+
 def point_with_a_density(name: str) -> str:
     """Of a site that was computed by a reparametrisation whose density would be lost."""
     return (
