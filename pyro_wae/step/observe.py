@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
@@ -17,6 +18,7 @@ from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
+from pyro_wae._core.distributions import innermost
 from pyro_wae._core.private import PARTICLE_PLATE
 from pyro_wae._core.programs import add_note, trial_run
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
@@ -210,6 +212,8 @@ def trace_pair(
     except Exception as error:
         add_note(error, args, kwargs)
         raise
+    for trace in (model_trace, guide_trace):
+        unwrap_factors(trace)
     for name in guide_trace.observation_nodes:
         if name in model_trace and is_random(model_trace.nodes[name]):
             is_computed = guide_trace.nodes[name]["infer"].get("_deterministic")
@@ -219,6 +223,16 @@ def trace_pair(
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
     return model_trace, guide_trace
+
+
+def unwrap_factors(trace: Any) -> None:
+    """Makes a site of a ``Unit`` in a wrapper, such as ``.mask(mask)``, the ``pyro.factor`` that it stands for."""
+    for name in trace.observation_nodes:
+        node, fn = trace.nodes[name], trace.nodes[name]["fn"]
+        if fn is not innermost(fn) and isinstance(innermost(fn), dist.Unit):
+            if getattr(fn, "_mask", None) is False:
+                node["mask"] = False
+            node["fn"] = dist.Unit(fn.log_prob(node["value"]))
 
 
 def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
