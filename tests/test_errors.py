@@ -18,7 +18,7 @@ from references import program
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood, Site, SquaredError
-from pyro_wae.penalties import MMD, JensenShannon
+from pyro_wae.penalties import MMD, JensenShannon, KernelStein
 
 N = 6
 
@@ -189,10 +189,12 @@ def test_fewer_than_two_data(validation, penalty):
         step(x=x_of(1), penalty=penalty, num_particles=3, vectorize_particles=True)
 
 
-def test_fewer_than_two_unmasked_data(validation):
-    mask = torch.arange(N) < 1
-    with raises(ValueError, "at least 2 data", "found 1 and 1"):
-        step(poutine.mask(plain_model, mask=mask), plain_guide)
+@pytest.mark.parametrize("penalty", [None, gap, KernelStein()])
+@pytest.mark.parametrize("left", [0, 1])
+def test_fewer_than_two_unmasked_data(validation, left, penalty):
+    model = poutine.mask(plain_model, mask=torch.arange(N) < left)
+    with raises(ValueError, "at least 2 data", f"the mask at ['z'] leaves {left} of 6 data", "Write if mask.sum() > 1"):
+        step(model, plain_guide, penalty=penalty)
 
 
 def test_codes_and_prior_on_two_devices(validation):
@@ -259,6 +261,22 @@ def test_a_count_has_no_one_hot_relaxation(validation, count):
     programs = program(lambda x: count(x.sigmoid()).to_event(1), lambda x: count(torch.full((2,), 0.5)).to_event(1))
     with raises(ValueError, "does not enumerate. Write a Delta on a continuous code, dist.Delta(loc)."):
         step(*programs)
+
+
+@pytest.mark.parametrize(
+    ("prior", "code", "parts"),
+    [
+        (dist.Categorical(torch.ones(2)), lambda x: x.argmax(-1), ("torch.int64", "OneHotCategoricalStraightThrough")),
+        (dist.Bernoulli(0.5), lambda x: x[:, 0] > 0, ("torch.bool", "RelaxedBernoulliStraightThrough")),
+        (dist.Poisson(3.0), lambda x: x[:, 0].round().int(), ("torch.int32", "Write a Delta on a continuous code")),
+    ],
+)
+def test_a_code_of_integers(validation, prior, code, parts):
+    latents = {"k": (lambda x, *_: prior, lambda x: dist.Delta(code(x))), "z": (lambda x, *_: normal(x, 2), delta)}
+    for names in ("k", "kz", "zk"):
+        programs = sites({name: latents[name] for name in names}, lambda *_: around(torch.zeros(N, 2)))
+        with raises(ValueError, "'k' has codes of", parts[0], "have no gradient", parts[1], "condition='k'"):
+            step(*programs)
 
 
 # Arguments

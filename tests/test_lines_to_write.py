@@ -57,6 +57,10 @@ def one_of_three(z):
     return dist.OneHotCategorical(logits=z)
 
 
+def one_hot(y):
+    return around(torch.nn.functional.one_hot(y, 3).float())
+
+
 def of_condition(*order):
     """A model of z and y, a condition, and of x where it is named; each is centred at the one before."""
 
@@ -312,6 +316,14 @@ CASES = {
     "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical": (
         of_table("discrete"),
         go(pair(code=lambda loc: dist.OneHotCategoricalStraightThrough(logits=loc))),
+    ),
+    "in the model and leave it out of the guide: WAELoss(condition='y')": (
+        go(sites({"y": (lambda x: dist.Categorical(x.new_ones(3)), lambda x: dist.Delta(x.argmax(-1)))}, one_hot)),
+        go(of_condition("y", "z", "x"), condition="y"),
+    ),
+    "Write if mask.sum() > 1: svi.step(x)": (
+        go((poutine.mask(pair()[0], mask=torch.arange(N) < 1), pair()[1])),
+        go((poutine.mask(pair()[0], mask=torch.arange(N) < 2), pair()[1])),
     ),
     "dist.Normal(loc, scale), or dist.Delta(loc)": (of_table("no gradient"), go(GAUSSIAN_GUIDE)),
     "poutine.mask(mask=...) with one truth value for each datum": (

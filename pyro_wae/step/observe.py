@@ -239,6 +239,8 @@ def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
     """The codes of one run, a row for each particle and datum, the columns of each site, and the mask."""
     rows, kept = {}, {}
     for name, site in found.latents.items():
+        if not (site.value.is_floating_point() or site.value.is_complex()):
+            raise ValueError(refusals.code_of_integers(name, site.value.dtype, site.distribution))
         rows[name] = site.value_rows()
         if site.mask is not None:
             shape = torch.broadcast_shapes(site.shape + site.distribution.event_shape, site.mask.shape)

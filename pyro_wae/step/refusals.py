@@ -44,19 +44,23 @@ def listing(frames: Mapping[str, Any]) -> str:
 def not_reparameterised(name: str, fn: Any) -> str:
     """Of a latent site whose distribution in the guide has no gradient."""
     if getattr(support_of(fn), "is_discrete", False):
-        relaxation = {
-            "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
-            "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or ",
-        }.get(family(fn).removeprefix("OneHot"), "")  # counts have none
         return (
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
-            f"the encoder, and WAELoss does not enumerate. Write {relaxation}a Delta on a continuous code, "
-            "dist.Delta(loc)."
+            f"the encoder, and WAELoss does not enumerate. Write {_relaxation(fn)}."
         )
     return (
         f"Latent site '{name}' cannot be reparameterised in the guide ({family(fn)} has no rsample): no "
         "gradient of the penalty reaches the encoder. Write dist.Normal(loc, scale), or dist.Delta(loc) for a "
         "deterministic encoder."
+    )
+
+
+def code_of_integers(name: str, dtype: Any, prior: Any) -> str:
+    """Of a latent site whose values in the guide are whole numbers or truth values."""
+    return (
+        f"Latent site '{name}' has codes of {dtype} in the guide: integers, such as those of argmax, have no gradient, "
+        f"and the encoder would not be trained. Write {_relaxation(prior)}. If the data have the value, observe it in "
+        f"the model and leave it out of the guide: WAELoss(condition='{name}')."
     )
 
 
@@ -132,6 +136,14 @@ def mask_of_another_shape(name: str, found: tuple[int, ...], batch: tuple[int, .
         f"The mask at site '{name}' has shape {found}, which does not fit its batch shape {batch}. "
         "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
     )
+
+
+def _relaxation(fn: Any) -> str:
+    relaxation = {
+        "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
+        "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or ",
+    }.get(family(fn).removeprefix("OneHot"), "")  # counts have none
+    return f"{relaxation}a Delta on a continuous code, dist.Delta(loc)"
 
 
 def _known(plates: Plates) -> dict[str, Any]:
