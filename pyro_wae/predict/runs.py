@@ -34,7 +34,7 @@ def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         try:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         except Exception as error:
-            add_note(error, args, kwargs)
+            add_note(error, args, kwargs, model)
             raise
         unwrap_factors(trace)
         return trace

@@ -85,6 +85,7 @@ class Observer:
             ValueError: If model and guide do not fit a WAE.
         """
         run = self.run(args, kwargs, subsample_of)
+        _check_codes(run, args, kwargs)
         first = self._read(run, args, kwargs, None)
         steps = [first]
         while not self.is_vectorized and len(steps) < self.num_particles:
@@ -210,7 +211,7 @@ def trace_pair(
                 drawn.remove_node(name)  # for which replay would raise an error of its own
             model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
     except Exception as error:
-        add_note(error, args, kwargs)
+        add_note(error, args, kwargs, model, guide)
         raise
     for trace in (model_trace, guide_trace):
         unwrap_factors(trace)
@@ -235,12 +236,19 @@ def unwrap_factors(trace: Any) -> None:
             node["fn"] = dist.Unit(fn.log_prob(node["value"]))
 
 
+def _check_codes(found: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a site has codes of integers, which have no gradient."""
+    for name, site in found.latents.items():
+        if not (site.value.is_floating_point() or site.value.is_complex()):
+            error = ValueError(refusals.code_of_integers(name, site.value.dtype, site.distribution))
+            add_note(error, args, kwargs)
+            raise error
+
+
 def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:
     """The codes of one run, a row for each particle and datum, the columns of each site, and the mask."""
     rows, kept = {}, {}
     for name, site in found.latents.items():
-        if not (site.value.is_floating_point() or site.value.is_complex()):
-            raise ValueError(refusals.code_of_integers(name, site.value.dtype, site.distribution))
         rows[name] = site.value_rows()
         if site.mask is not None:
             shape = torch.broadcast_shapes(site.shape + site.distribution.event_shape, site.mask.shape)
