@@ -193,7 +193,7 @@ def test_fewer_than_two_data(validation, penalty):
 @pytest.mark.parametrize("left", [0, 1])
 def test_fewer_than_two_unmasked_data(validation, left, penalty):
     model = poutine.mask(plain_model, mask=torch.arange(N) < left)
-    with raises(ValueError, "at least 2 data", f"the mask at ['z'] leaves {left} of 6 data", "Write if mask.sum() > 1"):
+    with raises(ValueError, "at least 2 data", f"mask at latent sites ['z'] leaves {left} of 6 data", "Write if mask"):
         step(model, plain_guide, penalty=penalty)
 
 

@@ -214,8 +214,8 @@ class Step:
             if codes.shape[1] < min(2, own.data):
                 raise ValueError(
                     "A penalty compares distributions and needs at least 2 data and 2 prior samples, and the mask at "
-                    f"{list(own.columns)} leaves {codes.shape[1]} of {own.data} data. Write if mask.sum() > 1: "
-                    "svi.step(x) to leave out such a batch."
+                    f"latent sites {list(own.columns)} leaves {codes.shape[1]} of {own.data} data. Write "
+                    "if mask.sum() > 1: svi.step(x) to leave out such a batch."
                 )
             if condition is not None:
                 context = own._with_condition(context, condition, entry, penalty, draws)
