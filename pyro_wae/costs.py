@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import component, distribution_tensors, family, own_variance, widened, with_own_total
+from pyro_wae._core.distributions import (
+    check_no_angles,
+    component,
+    distribution_tensors,
+    family,
+    own_variance,
+    support_of,
+    widened,
+    with_own_total,
+)
 from pyro_wae._core.random_state import restored_random_state
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.rows import Site, at_least_float32
@@ -195,12 +204,18 @@ class NegativeLogLikelihood(Cost):
         value = _checked(distribution, value)
         value = value if value.is_floating_point() else value.float()  # Bernoulli takes no integers
         with torch.autocast(value.device.type, enabled=False):
-            return -widened(distribution).log_prob(value)
+            try:
+                return -widened(distribution).log_prob(value)
+            except (NotImplementedError, KeyError) as error:  # KeyError: of Pyro's flows
+                raise ValueError(f"{family(distribution)} has no log_prob. Write cost=SquaredError().") from error
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         # A masked value may be NaN or outside the support; a draw never is, and its log density has a finite gradient.
-        with restored_random_state(), torch.no_grad():
-            draw = distribution().to(value)
+        try:
+            with restored_random_state(), torch.no_grad():
+                draw = distribution().to(value)
+        except NotImplementedError:  # of a family that cannot be drawn
+            draw = value.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(mask, value, draw)
 
 
@@ -291,7 +306,7 @@ def _mean(distribution: Any) -> Tensor:
         mean = distribution.mean
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
-    _check_angles(distribution, mean)
+    check_no_angles(distribution, mean)
     if mean.device.type != "cpu":
         return mean
     # A sum that is finite has no part that is not, and takes a fraction of the time.
@@ -299,40 +314,15 @@ def _mean(distribution: Any) -> Tensor:
         if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
             return mean  # parameters that are not finite are the net's fault, and reported as such
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
-    support = _support(distribution)
+    support = support_of(distribution)
     # Between whole numbers a mean may lie.
-    is_discrete = support is not constraints.real and getattr(_support(component(distribution)), "is_discrete", False)
+    is_discrete = support is not constraints.real and getattr(support_of(component(distribution)), "is_discrete", False)
     if not (support is constraints.real or is_discrete or bool(support.check(mean).all())):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
 
 
 _REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
-
-
-def _support(distribution: Any) -> Any:
-    """What a value of a distribution may be, an event's dimensions taken off."""
-    support = distribution.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
-def _check_angles(distribution: Any, mean: Tensor) -> None:
-    """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
-    if distribution.has_rsample:
-        return  # those of angles have none, and it is quicker to ask
-    part = component(distribution)
-    if part.has_rsample or _support(part) is not constraints.real:
-        return
-    with torch.no_grad():
-        here, turned = distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)
-    if bool((here.isfinite() & torch.isclose(here, turned)).all()):
-        raise ValueError(
-            f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "
-            "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
-            "decode=lambda fn: fn.mean), the squared chord, or cost=NegativeLogLikelihood()."
-        )
 
 
 def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_wae import WAELoss
 from pyro_wae.costs import ExpectedSquaredError
 from pyro_wae.penalties import MMD, CramerWold, JensenShannon, KernelStein, SlicedWasserstein
+from pyro_wae.predict import sample
 from pyro_wae.weights import Constraint
 
 X, D = 6, 2
@@ -46,6 +47,42 @@ def test_of_a_sparse_matrix_of_scipy_the_line_is_named_that_makes_it_data():
     (note,) = raised.value.__notes__
     assert "a sparse matrix (csr_array). Write torch.tensor(x.toarray()).float(), a batch at a time" in note
     WAELoss().loss(net.model, net.guide, torch.tensor(rows.toarray()).to(torch.get_default_dtype()))
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(X, D),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, X)), nn.Conv1d(1, D, X), nn.Flatten()),
+    "normalisation": lambda: nn.Sequential(nn.LayerNorm(X), nn.Linear(X, D)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("of_nets", "of_data"),
+    [(torch.float32, torch.float64), (torch.float32, torch.float16), (torch.float64, torch.float32)],
+)
+def test_of_data_of_another_precision_than_the_nets_the_line_is_named_that_changes_it(layer, of_nets, of_data):
+    net = AutoEncoder(X, D, encoder=LAYERS[layer]().to(of_nets), decoder=nn.Linear(D, X, dtype=of_nets))
+    x = torch.randn(10, X).to(of_data)
+    calls = [
+        ("Argument 1", lambda: WAELoss().loss(net.model, net.guide, x)),
+        ("Argument 1['x']", lambda: WAELoss().loss(lambda b: net.model(b["x"]), lambda b: net.guide(b["x"]), {"x": x})),
+        ("Argument 1", lambda: sample(net.model, x)),
+    ]
+    for name, call in calls:
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            call()
+        (note,) = raised.value.__notes__
+        assert f"{name} of model and guide is of {of_data}, and nets have parameters of {of_nets}" in note
+        assert f"Write x.to({of_nets})" in note
+    WAELoss().loss(net.model, net.guide, x.to(of_nets))
+
+
+def test_data_of_another_precision_are_not_named_where_a_program_fails_for_another_reason():
+    net = AutoEncoder(X, D, encoder=nn.Linear(X + 1, D))
+    with pytest.raises(RuntimeError, match="shapes") as raised:
+        WAELoss().loss(net.model, lambda x: net.guide(x.to(torch.get_default_dtype())), torch.randn(10, X).half())
+    assert not hasattr(raised.value, "__notes__")
 
 
 # How N enters

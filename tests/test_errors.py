@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
+from types import MappingProxyType
 
 import pyro
 import pyro.distributions as dist
@@ -15,8 +17,8 @@ from pyro.infer import SVI
 from references import program
 
 from pyro_wae import WAELoss
-from pyro_wae.costs import SquaredError
-from pyro_wae.penalties import MMD, JensenShannon
+from pyro_wae.costs import NegativeLogLikelihood, Site, SquaredError
+from pyro_wae.penalties import MMD, JensenShannon, KernelStein
 
 N = 6
 
@@ -37,6 +39,37 @@ def gap(codes, prior):
 def raises(error, *parts):
     """The error's message holds all parts, in this order, whatever stands between."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+class Point(dist.TorchDistribution):
+    """A mean that can be drawn, and nothing else."""
+
+    arg_constraints = MappingProxyType({})
+    mean = None
+
+    def __init__(self, mean):
+        self.mean = mean
+        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return type(self)(self.mean.expand(*batch_shape, -1))
+
+    def sample(self, sample_shape=()):
+        return self.mean
+
+
+class RealPoint(Point):
+    support = dist.constraints.real_vector
+
+
+class Density(RealPoint):
+    """A density from which nothing can be drawn."""
+
+    def sample(self, sample_shape=()):
+        raise NotImplementedError
+
+    def log_prob(self, value):
+        return around(self.mean).log_prob(value)
 
 
 plain_model, plain_guide = program(around)
@@ -72,6 +105,25 @@ def test_edges_of_a_graph_in_a_plate_beside_that_of_the_nodes(data_plate, found)
         WAELoss(data_plate=data_plate).loss(model, guide, torch.randn(12, 2))
 
 
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            lambda x: pyro.deterministic("z", x, event_dim=1),
+            ("'z' is computed in the guide by pyro.deterministic", "pyro.sample('z', dist.Delta(value).to_event(1))"),
+        ),
+        (lambda x: pyro.sample("z", around(x), obs=x), ("The guide observes site 'z'", "sample the site without obs=")),
+    ],
+)
+def test_a_latent_that_the_guide_does_not_sample(validation, line, parts):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            line(x)
+
+    with raises(ValueError, *parts):
+        step(guide=guide)
+
+
 def test_a_model_that_changes_between_runs(validation):
     class Changing:
         def __init__(self, when):
@@ -104,6 +156,29 @@ def test_a_model_that_changes_between_runs(validation):
 # Costs and penalties
 
 
+@pytest.mark.parametrize("family", [Point, RealPoint, Density])
+def test_the_squared_error_needs_the_mean_of_a_distribution_alone(family):
+    x, g = x_of(), torch.zeros(N, 2)
+    assert torch.equal(SquaredError()(family(g), x), x.square().sum(1))
+    step(*program(output=family))
+
+
+@pytest.mark.parametrize("value", [7.0, torch.nan, torch.inf])
+def test_a_masked_likelihood_need_not_be_drawn(value):
+    kept = torch.arange(N) > 2
+    x, g = x_of().where(kept[:, None], value), torch.zeros(N, 2, requires_grad=True)
+    site = Site("x", Density(g), x, (N,), -1, mask=kept[:, None])
+    costs = NegativeLogLikelihood().per_datum(site)
+    (slope,) = torch.autograd.grad(costs.sum(), g)
+    torch.testing.assert_close(costs[0], (x.square().sum(1) / 2 + math.log(2 * math.pi)).where(kept, 0.0))
+    torch.testing.assert_close(slope, -x.where(kept[:, None], 0.0))
+
+
+def test_a_likelihood_without_a_density():
+    with raises(ValueError, "observed site 'x'", "RealPoint has no log_prob", "Write cost=SquaredError()"):
+        step(*program(output=RealPoint), cost=NegativeLogLikelihood())
+
+
 @pytest.mark.parametrize("penalty", [None, gap])
 def test_fewer_than_two_data(validation, penalty):
     with raises(ValueError, "at least 2 data and 2 prior samples, found 1 and 1", "drop_last=True"):
@@ -114,10 +189,12 @@ def test_fewer_than_two_data(validation, penalty):
         step(x=x_of(1), penalty=penalty, num_particles=3, vectorize_particles=True)
 
 
-def test_fewer_than_two_unmasked_data(validation):
-    mask = torch.arange(N) < 1
-    with raises(ValueError, "at least 2 data", "found 1 and 1"):
-        step(poutine.mask(plain_model, mask=mask), plain_guide)
+@pytest.mark.parametrize("penalty", [None, gap, KernelStein()])
+@pytest.mark.parametrize("left", [0, 1])
+def test_fewer_than_two_unmasked_data(validation, left, penalty):
+    model = poutine.mask(plain_model, mask=torch.arange(N) < left)
+    with raises(ValueError, "at least 2 data", f"mask at latent sites ['z'] leaves {left} of 6 data", "Write if mask"):
+        step(model, plain_guide, penalty=penalty)
 
 
 def test_codes_and_prior_on_two_devices(validation):
@@ -141,6 +218,19 @@ def test_sites_on_two_devices(validation):
     with raises(
         ValueError, "'b' has values of torch.float32 on meta", "'a' of torch.float32 on cpu", "one dtype and device"
     ):
+        step(*programs)
+
+
+def test_a_code_of_a_distribution_that_names_no_support():
+    with raises(ValueError, "'z' cannot be reparameterised in the guide (Point has no rsample)", "dist.Delta(loc)"):
+        step(*program(Point))
+
+
+@pytest.mark.parametrize("further", [{}, {"u": (lambda x, z: around(z), delta)}])
+def test_a_prior_that_cannot_be_drawn(further):
+    latents = {"z": (lambda x: Density(torch.zeros(2)), delta), **further}
+    programs = sites(latents, lambda z, u=0: around(z + u))
+    with raises(ValueError, "prior at site 'z' (Density) cannot be drawn", "Write its sample", "KernelStein(Rational"):
         step(*programs)
 
 
@@ -171,6 +261,22 @@ def test_a_count_has_no_one_hot_relaxation(validation, count):
     programs = program(lambda x: count(x.sigmoid()).to_event(1), lambda x: count(torch.full((2,), 0.5)).to_event(1))
     with raises(ValueError, "does not enumerate. Write a Delta on a continuous code, dist.Delta(loc)."):
         step(*programs)
+
+
+@pytest.mark.parametrize(
+    ("prior", "code", "parts"),
+    [
+        (dist.Categorical(torch.ones(2)), lambda x: x.argmax(-1), ("torch.int64", "OneHotCategoricalStraightThrough")),
+        (dist.Bernoulli(0.5), lambda x: x[:, 0] > 0, ("torch.bool", "RelaxedBernoulliStraightThrough")),
+        (dist.Poisson(3.0), lambda x: x[:, 0].round().int(), ("torch.int32", "Write a Delta on a continuous code")),
+    ],
+)
+def test_a_code_of_integers(validation, prior, code, parts):
+    latents = {"k": (lambda x, *_: prior, lambda x: dist.Delta(code(x))), "z": (lambda x, *_: normal(x, 2), delta)}
+    for names in ("k", "kz", "zk"):
+        programs = sites({name: latents[name] for name in names}, lambda *_: around(torch.zeros(N, 2)))
+        with raises(ValueError, "'k' has codes of", parts[0], "have no gradient", parts[1], "condition='k'"):
+            step(*programs)
 
 
 # Arguments

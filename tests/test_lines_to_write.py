@@ -19,8 +19,8 @@ from torch import nn
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import save_checkpoint
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
-from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, LogVarianceL1, PosteriorKL
+from pyro_wae.kernels import Gaussian, RationalQuadratic
+from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, PosteriorKL, SlicedWasserstein
 from pyro_wae.predict import decode, reconstruct, sample
 from pyro_wae.priors import MixturePrior
 
@@ -55,6 +55,10 @@ def labels(x):
 
 def one_of_three(z):
     return dist.OneHotCategorical(logits=z)
+
+
+def one_hot(y):
+    return around(torch.nn.functional.one_hot(y, 3).float())
 
 
 def of_condition(*order):
@@ -92,12 +96,11 @@ def of_no_size(plate):
     """A model with a number for all data, outside of a plate that has a size."""
 
     def model(x, index, seen):
-        if plate.size != -1:
-            pyro.factor("all", torch.tensor(-1.0))
         with plate:
             pyro.sample("x", around(pyro.sample("z", normal(x).expand([N]))), obs=x)
             if plate.size == -1:
-                pyro.factor("all", torch.tensor(-1.0))
+                return pyro.factor("all", torch.tensor(-1.0))
+        pyro.factor("all", torch.tensor(-1.0))
 
     return model
 
@@ -159,6 +162,16 @@ class WithoutVariance(dist.Normal):
         raise NotImplementedError
 
 
+class WithoutDensity(dist.Normal):
+    def log_prob(self, value):
+        raise NotImplementedError
+
+
+class WithoutDraws(dist.Normal):
+    def rsample(self, sample_shape=()):
+        raise NotImplementedError
+
+
 def no_variance(loc):
     return dist.TransformedDistribution(dist.Normal(loc, 1), [dist.transforms.TanhTransform()]).to_event(1)
 
@@ -187,6 +200,7 @@ def masked_prior(x):
 GUARD = {"penalty": MMD(Gaussian(1.0)) + LogVarianceL1()}
 GAUSSIAN_GUIDE = pair(code=lambda loc: dist.Normal(loc, 1.0).to_event(1))
 # The message, by what it shows: a program that it is for, and the same with the line that it says to write.
+UNDRAWN = pair(prior=lambda x: WithoutDraws(x.new_zeros(3), 1).to_event(1))
 CASES = {
     "penalty={'z1': MMD(), ('z2', 'z3'): MMD()}": (
         lambda: WAELoss({3: MMD()}),
@@ -278,6 +292,10 @@ CASES = {
             )
         ),
     ),
+    "pyro.sample('z', dist.Delta(value).to_event(1))": (
+        go((pair()[0], lambda x, index, seen: pyro.deterministic("z", encoded(x), event_dim=1))),
+        go(pair(code=lambda loc: dist.Delta(loc).to_event(1))),
+    ),
     "pyro.factor('y_density', log_density)": (
         go(pair(line=lambda x, z: 0 * pyro.sample("y", dist.Delta(x, x[:, 0], event_dim=1), obs=x))),
         go(pair(line=lambda x, z: pyro.factor("y_density", x[:, 0]))),
@@ -313,6 +331,14 @@ CASES = {
         of_table("discrete"),
         go(pair(code=lambda loc: dist.OneHotCategoricalStraightThrough(logits=loc))),
     ),
+    "in the model and leave it out of the guide: WAELoss(condition='y')": (
+        go(sites({"y": (lambda x: dist.Categorical(x.new_ones(3)), lambda x: dist.Delta(x.argmax(-1)))}, one_hot)),
+        go(of_condition("y", "z", "x"), condition="y"),
+    ),
+    "Write if mask.sum() > 1: svi.step(x)": (
+        go((poutine.mask(pair()[0], mask=torch.arange(N) < 1), pair()[1])),
+        go((poutine.mask(pair()[0], mask=torch.arange(N) < 2), pair()[1])),
+    ),
     "dist.Normal(loc, scale), or dist.Delta(loc)": (of_table("no gradient"), go(GAUSSIAN_GUIDE)),
     "poutine.mask(mask=...) with one truth value for each datum": (
         of_table("mask of another batch at z"),
@@ -346,6 +372,14 @@ CASES = {
     "cost=SquaredError(decode=lambda fn: ...)": (
         bounded(None),
         bounded(SquaredError(decode=lambda fn: fn.base_dist.loc)),
+    ),
+    "log_prob alone: WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=1.0)))": (
+        go(UNDRAWN, penalty=SlicedWasserstein()),
+        go(UNDRAWN, penalty=KernelStein(RationalQuadratic(0.5, bandwidth=1.0))),
+    ),
+    "has no log_prob. Write cost=SquaredError()": (
+        go(pair(output=lambda z: WithoutDensity(z, 1).to_event(1)), cost=NegativeLogLikelihood()),
+        go(pair(output=lambda z: WithoutDensity(z, 1).to_event(1)), cost=SquaredError()),
     ),
     "cost=NegativeLogLikelihood(), or say": (bounded(None), bounded(NegativeLogLikelihood())),
     "decode=lambda fn: fn.mean), the squared chord": (

@@ -136,8 +136,12 @@ def split():
     return model, guide
 
 
-def unit(*_):
-    pyro.sample("f", dist.Unit(F), obs=torch.empty(N, 0))
+def unit(wrapped=lambda fn: fn):
+    def line(*_):
+        fn = wrapped(dist.Unit(F))
+        pyro.sample("f", fn, obs=fn.sample())
+
+    return line
 
 
 def becomes(programs, codes=None, **costs):
@@ -162,7 +166,10 @@ CASES = {
     "`pyro.factor` outside the data plate": becomes(outside(), f=12 / N),
     "`pyro.factor` under a mask": becomes(program(masked(factor)), f=-F[SEEN].sum().item() / N),
     "`pyro.factor` under `poutine.scale`": becomes(program(poutine.scale(factor, scale=0.5)), f=-0.75),
-    "observed `dist.Unit`": becomes(program(unit), f=-1.5),
+    "observed `dist.Unit`": becomes(program(unit()), f=-1.5),
+    "observed `dist.Unit(...).mask(mask)`": becomes(
+        program(unit(lambda fn: fn.mask(SEEN))), f=-F[SEEN].sum().item() / N
+    ),
     "`pyro.deterministic` in model or guide": becomes(
         program(
             lambda x, z: 0 * pyro.deterministic("d", 1e6 * z, event_dim=1),
@@ -430,6 +437,27 @@ def test_a_site_given_its_own_value_stays_one_beside_a_latent_whose_name_begins_
     conditional = WAELoss(capture, condition="y", penalty_weight=0.0)
     conditional.loss(model, guide, X)
     assert list(conditional.terms.costs) == ["x"]
+
+
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide")
+@pytest.mark.parametrize(
+    ("wrapped", "expected"),
+    [
+        (lambda fn: fn.mask(SEEN), F[SEEN].sum() / N),
+        (lambda fn: fn.mask(SEEN).mask(F > 1.3), F[SEEN & (F > 1.3)].sum() / N),
+        (lambda fn: dist.Unit(F.new_ones(())).mask(SEEN).expand([N]), SEEN.double().mean()),
+        (lambda fn: dist.Unit(F[:, None].expand(N, 3)).mask(SEEN[:, None]).to_event(1), 3 * F[SEEN].sum() / N),
+        (lambda fn: fn.mask(False), None),
+        (lambda fn: dist.Unit(F / SEEN).mask(SEEN), F[SEEN].sum() / N),
+    ],
+)
+def test_a_unit_in_a_wrapper_is_a_factor_in_model_and_guide(wrapped, expected):
+    for sign, programs in ((-1, program(unit(wrapped))), (1, program(guide_line=unit(wrapped)))):
+        loss = WAELoss(Seen(), penalty_weight=0.0)
+        loss.loss_and_grads(*programs, X)
+        found = {name: cost.item() for name, cost in loss.terms.costs.items()}
+        assert found == pytest.approx({"x": D} if expected is None else {"x": D, "f": sign * expected.item()})
+    assert list(reconstruct(*program(unit(wrapped)), X)) == ["x"]
 
 
 @pytest.mark.parametrize("where", ["in", "outside"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_wae._core.rows import at_least_float32
 
@@ -82,6 +84,37 @@ def draws_as(distribution: Any, family: type) -> bool:
         or getattr(own, name) is getattr(family, name)
         for name in ("sample", "rsample")
     )
+
+
+def support_of(distribution: Any) -> Any:
+    """What a value of a distribution may be, an event's dimensions taken off; any number where it does not say."""
+    try:
+        support = distribution.support
+    except (NotImplementedError, AttributeError):
+        return constraints.real
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def check_no_angles(distribution: Any, mean: Tensor) -> None:
+    """Raises ValueError for angles: a density on a line cannot be the same a whole turn farther on."""
+    if distribution.has_rsample:
+        return  # those of angles have none, and it is quicker to ask
+    part = component(distribution)
+    if part.has_rsample or support_of(part) is not constraints.real:
+        return
+    try:
+        with torch.no_grad():
+            here, turned = distribution.log_prob(mean), distribution.log_prob(mean + 2 * math.pi)
+    except NotImplementedError:  # without a density nothing says that it is one of angles
+        return
+    if bool((here.isfinite() & torch.isclose(here, turned)).all()):
+        raise ValueError(
+            f"{family(distribution)} is a distribution of angles, which are compared along the circle and not along a "
+            "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
+            "decode=lambda fn: fn.mean), the squared chord, or cost=NegativeLogLikelihood()."
+        )
 
 
 def distribution_of(prior: Any, *, write: str) -> Any:

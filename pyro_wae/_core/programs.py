@@ -153,22 +153,25 @@ def part_of(value: Any, rows: slice, length: int) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == length else value
 
 
-def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Adds a note to an error of a run of model or guide, if an argument is not what data usually are."""
+def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any], *programs: Any) -> None:
+    """Adds a note to an error of a run of model or guide, if an argument is not what data of their nets usually are."""
+    # Torch names its types in many ways: "same dtype", "scalar type Double", "Input type (double)".
+    nets = [module for program in programs for module in owners(program)] if "type" in str(error) else []
+    dtypes = [weight.dtype for net in nets for weight in net.parameters() if weight.is_floating_point()]
     named: list[tuple[str, Any]] = [(f"Argument {place}", value) for place, value in enumerate(args, 1)]
     named += kwargs.items()
     notes: list[tuple[str, str | None]] = []
     for place, (name, value) in enumerate(named):
         if isinstance(value, Mapping):  # a batch, of which any item may be the data
-            notes += [(f"{name}[{key!r}]", _what_is_wrong(own, is_first=False)) for key, own in value.items()]
+            notes += [(f"{name}[{key!r}]", _what_is_wrong(own, dtypes, is_first=False)) for key, own in value.items()]
         else:
-            notes.append((name, _what_is_wrong(value, is_first=not place)))
+            notes.append((name, _what_is_wrong(value, dtypes, is_first=not place)))
     if found := next(((name, note) for name, note in notes if note), None):
         error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
 
 
-def _what_is_wrong(value: Any, *, is_first: bool) -> str | None:
-    """What an argument is that data are not, and what to write; None for a tensor of real numbers, and others."""
+def _what_is_wrong(value: Any, dtypes: Sequence[torch.dtype], *, is_first: bool) -> str | None:
+    """What an argument is that data are not, and what to write; None for what may be data of nets of these dtypes."""
     if not isinstance(value, Tensor):
         if hasattr(value, "toarray"):  # of SciPy
             found = f"a sparse matrix ({type(value).__name__})"
@@ -184,6 +187,8 @@ def _what_is_wrong(value: Any, *, is_first: bool) -> str | None:
         return f"a sparse tensor ({value.layout}). Write x.to_dense(), a batch at a time"
     if value.is_meta:
         return "on the meta device, where a tensor has no values. Write x.to('cpu') before the values are lost"
+    if dtypes and value.is_floating_point() and value.dtype not in dtypes:
+        return f"of {value.dtype}, and nets have parameters of {dtypes[0]}. Write x.to({dtypes[0]})"
     if not is_first:
         return None
     if value.numel() == 0:

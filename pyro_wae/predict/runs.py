@@ -13,7 +13,7 @@ from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.programs import add_note
 from pyro_wae.costs import generator_output
-from pyro_wae.step.observe import Observer
+from pyro_wae.step.observe import Observer, unwrap_factors
 from pyro_wae.step.program import Program, Run, is_random, observed_samples, samples_of
 
 Node = Mapping[str, Any]
@@ -32,10 +32,12 @@ def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     checks.program("model", model)
     with torch.no_grad(), batch_norm_at_rest():
         try:
-            return poutine.trace(model).get_trace(*args, **kwargs)
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
         except Exception as error:
-            add_note(error, args, kwargs)
+            add_note(error, args, kwargs, model)
             raise
+        unwrap_factors(trace)
+        return trace
 
 
 def output_nodes(

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
@@ -18,15 +19,17 @@ from pyro.util import check_if_enumerated, check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
+from pyro_wae._core.distributions import innermost
 from pyro_wae._core.private import PARTICLE_PLATE
 from pyro_wae._core.programs import add_note, trial_run
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.costs import Cost
+from pyro_wae.step import refusals
 from pyro_wae.step.condition import read_condition
 from pyro_wae.step.options import check_names
 from pyro_wae.step.parts import join
 from pyro_wae.step.prior import ReplaySubsamples, draw_prior, prior_varies
-from pyro_wae.step.program import Program, Run, data_frame, layout, scales, subsample_scales
+from pyro_wae.step.program import Program, Run, data_frame, is_random, layout, scales, subsample_scales
 from pyro_wae.step.records import Step
 
 
@@ -89,6 +92,7 @@ class Observer:
             ValueError: If model and guide do not fit a WAE.
         """
         run = self.run(args, kwargs, subsample_of)
+        _check_codes(run, args, kwargs)
         first = self._read(run, args, kwargs, None)
         steps = [first]
         while not self.is_vectorized and len(steps) < self.num_particles:
@@ -215,6 +219,9 @@ def trace_pair(
     """Runs the guide, and replays the model against it, for the traces of the model and the guide.
 
     No log_prob is computed. The bound on nested plates is for Pyro's check that model and guide match.
+
+    Raises:
+        ValueError: If the guide computes or observes a latent site of the model.
     """
     unwrapped = poutine.unwrap(guide)
     try:
@@ -223,14 +230,43 @@ def trace_pair(
             model_trace, guide_trace = unwrapped.get_traces()
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            drawn = guide_trace.copy()
+            for name in guide_trace.observation_nodes:
+                drawn.remove_node(name)  # for which replay would raise an error of its own
+            model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
     except Exception as error:
-        add_note(error, args, kwargs)
+        add_note(error, args, kwargs, model, guide)
         raise
+    for trace in (model_trace, guide_trace):
+        unwrap_factors(trace)
+    for name in guide_trace.observation_nodes:
+        if name in model_trace and is_random(model_trace.nodes[name]):
+            is_computed = guide_trace.nodes[name]["infer"].get("_deterministic")
+            refusal = refusals.computed_by_guide if is_computed else refusals.observed_by_guide
+            raise ValueError(refusal(name, model_trace.nodes[name]["fn"]))
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
     return model_trace, guide_trace
+
+
+def unwrap_factors(trace: Any) -> None:
+    """Makes a site of a ``Unit`` in a wrapper, such as ``.mask(mask)``, the ``pyro.factor`` that it stands for."""
+    for name in trace.observation_nodes:
+        node, fn = trace.nodes[name], trace.nodes[name]["fn"]
+        if fn is not innermost(fn) and isinstance(innermost(fn), dist.Unit):
+            if getattr(fn, "_mask", None) is False:
+                node["mask"] = False
+            node["fn"] = dist.Unit(fn.log_prob(node["value"]))
+
+
+def _check_codes(found: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a site has codes of integers, which have no gradient."""
+    for name, site in found.latents.items():
+        if not (site.value.is_floating_point() or site.value.is_complex()):
+            error = ValueError(refusals.code_of_integers(name, site.value.dtype, site.distribution))
+            add_note(error, args, kwargs)
+            raise error
 
 
 def _codes(found: Run) -> tuple[Tensor, dict[str, slice], Tensor | None]:

@@ -21,6 +21,7 @@ from pyro_wae._core.distributions import draws_as, innermost
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.penalties.mmd import MOST_COMPONENTS
+from pyro_wae.step import refusals
 from pyro_wae.step.program import Run, Sample, is_random, mask_of
 
 
@@ -35,13 +36,16 @@ def draw_prior(run: Run, times: int) -> Tensor | None:
         Shape (times * K, n, d), one after the other, laid out as the codes of the run; None if ``times`` is 0.
 
     Raises:
-        ValueError: If the model does not reach a latent site when it runs again.
+        ValueError: If a prior cannot be drawn, or the model does not reach a latent site when it runs again.
     """
     draws = []
     for _ in range(times):
         if run.is_root:
             (site,) = run.latents.values()
-            drawn = {site.name: (site.distribution(), site.distribution.event_dim)}
+            try:
+                drawn = {site.name: (site.distribution(), site.distribution.event_dim)}
+            except NotImplementedError as error:
+                raise ValueError(refusals.not_drawn(site.name, site.distribution)) from error
         else:
             nodes = _rerun_to_last_latent(run)
             _check_masks(run, nodes)
@@ -235,14 +239,17 @@ class _StopAfter(ReplaySubsamples):
         self.names = names
         self.values = values or {}
         self.nodes: dict[str, Any] = {}
+        self.drawing: Any = None  # the site that is being drawn
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
+        self.drawing = msg
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        self.drawing = None
         if msg["name"] not in self.names:
             return
         self.nodes[msg["name"]] = msg.copy()
@@ -270,6 +277,10 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
             run.rerun()
     except NonlocalExit:
         pass
+    except NotImplementedError as error:
+        if stop.drawing is None:
+            raise
+        raise ValueError(refusals.not_drawn(stop.drawing["name"], stop.drawing["fn"])) from error
     missing = [name for name in run.latents if name not in stop.nodes]
     if missing:
         raise ValueError(

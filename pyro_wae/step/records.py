@@ -209,11 +209,17 @@ class Step:
             condition: The units of conditions, or None without a condition.
 
         Raises:
-            ValueError: If one penalty compares sites that have different scales.
+            ValueError: If one penalty compares sites that have different scales, or a mask leaves fewer than 2 data.
         """
         values = {}
         for entry, label, own, penalty in self._parts(option):
             (codes, draws), scale, context = own.rows(), own.joint_scale(), own.context()
+            if codes.shape[1] < min(2, own.data):
+                raise ValueError(
+                    "A penalty compares distributions and needs at least 2 data and 2 prior samples, and the mask at "
+                    f"latent sites {list(own.columns)} leaves {codes.shape[1]} of {own.data} data. Write "
+                    "if mask.sum() > 1: svi.step(x) to leave out such a batch."
+                )
             if condition is not None:
                 context = own._with_condition(context, condition, entry, penalty, draws)
             values[label] = scale * penalty(codes, draws, context)

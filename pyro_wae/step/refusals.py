@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_wae._core.checks import variable
-from pyro_wae._core.distributions import family
+from pyro_wae._core.distributions import family, support_of
 from pyro_wae._core.private import PARTICLE_PLATE
 
 Node = Mapping[str, Any]
@@ -43,20 +43,33 @@ def listing(frames: Mapping[str, Any]) -> str:
 
 def not_reparameterised(name: str, fn: Any) -> str:
     """Of a latent site whose distribution in the guide has no gradient."""
-    if getattr(getattr(fn, "support", None), "is_discrete", False):
-        relaxation = {
-            "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
-            "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or ",
-        }.get(family(fn).removeprefix("OneHot"), "")  # counts have none
+    if getattr(support_of(fn), "is_discrete", False):
         return (
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
-            f"the encoder, and WAELoss does not enumerate. Write {relaxation}a Delta on a continuous code, "
-            "dist.Delta(loc)."
+            f"the encoder, and WAELoss does not enumerate. Write {_relaxation(fn)}."
         )
     return (
         f"Latent site '{name}' cannot be reparameterised in the guide ({family(fn)} has no rsample): no "
         "gradient of the penalty reaches the encoder. Write dist.Normal(loc, scale), or dist.Delta(loc) for a "
         "deterministic encoder."
+    )
+
+
+def code_of_integers(name: str, dtype: Any, prior: Any) -> str:
+    """Of a latent site whose values in the guide are whole numbers or truth values."""
+    return (
+        f"Latent site '{name}' has codes of {dtype} in the guide: integers, such as those of argmax, have no gradient, "
+        f"and the encoder would not be trained. Write {_relaxation(prior)}. If the data have the value, observe it in "
+        f"the model and leave it out of the guide: WAELoss(condition='{name}')."
+    )
+
+
+def not_drawn(name: str, fn: Any) -> str:
+    """Of a site of the model whose distribution has no samples."""
+    return (
+        f"The prior at site '{name}' ({family(fn)}) cannot be drawn, and codes are compared with prior samples. Write "
+        "its sample method, or take a penalty that reads its log_prob alone: "
+        "WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=1.0)))."
     )
 
 
@@ -67,6 +80,15 @@ def observed_by_guide(name: str, fn: Any) -> str:
         f"out here: what it depends on would not be trained. Write in the guide pyro.factor('{name}', "
         "-distribution.log_prob(value), has_rsample=True), which adds the negative log likelihood to the loss (with a "
         "plus sign, what Trace_ELBO adds), or sample the site without obs=."
+    )
+
+
+def computed_by_guide(name: str, fn: Any) -> str:
+    """Of a latent site that the guide computes by ``pyro.deterministic``."""
+    event = f".to_event({fn.event_dim})" if fn.event_dim else ""
+    return (
+        f"Latent site '{name}' is computed in the guide by pyro.deterministic, and a code is the value of a "
+        f"pyro.sample. Write in the guide pyro.sample('{name}', dist.Delta(value){event})."
     )
 
 
@@ -115,6 +137,14 @@ def mask_of_another_shape(name: str, found: tuple[int, ...], batch: tuple[int, .
         f"The mask at site '{name}' has shape {found}, which does not fit its batch shape {batch}. "
         "Write poutine.mask(mask=...) with one truth value for each datum of this batch."
     )
+
+
+def _relaxation(fn: Any) -> str:
+    relaxation = {
+        "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
+        "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or ",
+    }.get(family(fn).removeprefix("OneHot"), "")  # counts have none
+    return f"{relaxation}a Delta on a continuous code, dist.Delta(loc)"
 
 
 def _known(plates: Plates) -> dict[str, Any]:
