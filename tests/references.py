@@ -3,9 +3,10 @@
 import math
 from contextlib import ExitStack, contextmanager
 
+import pyro
 import pytest
 import torch
-from programs import all_data, around, delta, normal, sites
+from programs import N, all_data, around, delta, normal, pair, sites
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -142,6 +143,31 @@ def program(code=delta, prior=None, output=around, *, plate=all_data):
     Each takes the data x, and nothing of what is passed beside them.
     """
     return sites({"z": (prior or (lambda x: normal(x, x.shape[-1])), code)}, output, plate=plate)
+
+
+def of_no_size(plate):
+    """A model with a number for all data, outside of a plate that has a size."""
+
+    def model(x, index, seen):
+        with plate:
+            pyro.sample("x", around(pyro.sample("z", normal(x).expand([N]))), obs=x)
+            if plate.size == -1:
+                return pyro.factor("all", torch.tensor(-1.0))
+        pyro.factor("all", torch.tensor(-1.0))
+
+    return model
+
+
+def with_line(line):
+    """A model with a line in its data plate, and its guide."""
+
+    def model(x, index, seen):
+        with all_data(x, index):
+            z = pyro.sample("z", normal(x))
+            line(x, z)
+            pyro.sample("x", around(z), obs=x)
+
+    return model, pair()[1]
 
 
 class Seen(Penalty):

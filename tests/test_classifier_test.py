@@ -138,3 +138,10 @@ def test_too_few_rows_are_named():
     with pytest.raises(ValueError, match=r"leave 4 held-out rows.*Give 6 of each"):
         classifier_test(rows[:4], rows)
     assert classifier_test(rows[:6], rows).held_out == 6
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1e60, 0.0), (1e-60, 0.0), (1.0, 1e9)])
+def test_rows_of_float64_are_put_into_units_before_they_are_cast_down(factor, shift):
+    torch.manual_seed(0)
+    codes, prior = (spread * torch.randn(400, 2, dtype=torch.float64) for spread in (3.0, 1.0))
+    assert classifier_test(factor * codes + shift, factor * prior + shift).p_value < 1e-10

@@ -81,3 +81,9 @@ def test_outliers_are_named():
     codes[[17, 400]] = torch.tensor([30.0, 0.0, 0.0])
     found, _ = coverage(codes, data(500, 3, 2), data(500, 3, 3), Yardstick(torch.zeros(3), torch.ones(3)))
     assert found.outliers == (17, 400)
+
+
+def test_a_prior_of_float64_far_from_0_has_its_own_unit():
+    prior = 1.7e9 + 1000 * torch.randn(2000, 2, dtype=torch.float64)
+    measured = Yardstick.of_draws(prior).measure(prior)
+    assert measured.std(0).tolist() == pytest.approx([1.0, 1.0])

@@ -387,7 +387,7 @@ def test_a_condition_masked_by_itself_is_an_error():
                 pyro.sample("label", dist.Categorical(x.new_ones(3)), obs=y)
             pyro.sample("x", around(pyro.sample("z", normal(x, D))), obs=x)
 
-    with pytest.raises(ValueError, match=r"condition='label' is masked and the latent sites \['z'\] are not"):
+    with pytest.raises(ValueError, match=r"condition='label' is masked where the latent sites \['z'\] are not"):
         WAELoss(condition="label").loss(masked, guide, rows(N, D), torch.arange(N) % 3)
 
 
@@ -404,3 +404,46 @@ def test_the_tutorial_prints_a_share_for_each_label_and_draws_both_grids(tmp_pat
     assert "with condition='label'" in finished.stdout
     assert finished.stdout.count("%") == 2 * 11 + 1
     assert {path.name for path in tmp_path.iterdir()} == {"samples_with.png", "samples_without.png", "metrics.json"}
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+@pytest.mark.parametrize("how", ["mask", "obs_mask"])
+def test_a_condition_that_lacks_beside_padding_is_an_error(how):
+    padded, known = torch.arange(N) < N - 2, torch.arange(N) % 2 == 0
+
+    def model(x, y):
+        with pyro.plate("data", len(x)), poutine.mask(mask=padded):
+            if how == "mask":
+                with poutine.mask(mask=known):
+                    pyro.sample("label", dist.Normal(x.new_zeros(()), 1), obs=x[:, 0])
+            else:
+                pyro.sample("label", dist.Normal(x.new_zeros(()), 1), obs=x[:, 0], obs_mask=known)
+            pyro.sample("x", around(pyro.sample("z", normal(x, D))), obs=x)
+
+    def masked_guide(x, y):
+        with pyro.plate("data", len(x)), poutine.mask(mask=padded):
+            pyro.sample("z", dist.Delta(x[:, :D] + 1).to_event(1))
+
+    with pytest.raises(ValueError, match="condition='label' is masked where the latent sites"):
+        WAELoss(condition="label").loss(model, masked_guide, rows(N, D), 0)
+
+
+def test_a_condition_and_codes_under_one_mask_are_compared_where_it_is_true():
+    padded = torch.arange(N) < N - 2
+
+    def values_of(filled):
+        def model(x):
+            with pyro.plate("data", len(x)), poutine.mask(mask=padded):
+                y = x[:, 0].where(padded, filled)
+                pyro.sample("label", dist.Normal(x.new_zeros(()), 1), obs=y)
+                pyro.sample("x", around(pyro.sample("z", normal(x, D))), obs=x)
+
+        def masked_guide(x):
+            with pyro.plate("data", len(x)), poutine.mask(mask=padded):
+                pyro.sample("z", dist.Delta(x[:, :D] + 1).to_event(1))
+
+        torch.manual_seed(0)
+        return WAELoss(condition="label", penalty_weight=1.0).loss(model, masked_guide, x)
+
+    x = rows(N, D)
+    assert values_of(0.0) == values_of(7.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -260,7 +261,7 @@ def test_a_prior_that_cannot_be_sampled_trains_with_kernel_stein(options):
     torch.testing.assert_close(
         pyro.param("codes").mean(0).detach(), torch.tensor([2.0, -1.0]).double(), atol=0.3, rtol=0
     )
-    with pytest.raises(NotImplementedError, match="cannot be sampled"):
+    with pytest.raises(ValueError, match=r"prior at site 'z' \(Unsampled\) cannot be drawn"):
         WAELoss(MMD(), penalty_weight=1.0).loss(model, guide, x)
 
 
@@ -292,3 +293,29 @@ def test_kernel_stein_of_incomplete_codes_is_refused():
         WAELoss(penalty).loss(root, root_guide, x)
     with pytest.raises(ValueError, match=match):
         WAELoss({"z1": penalty, "z2": None}).loss(hierarchical, hierarchical_guide, x)
+
+
+class Kept(dist.TorchDistribution):
+    """A Normal around each datum that keeps its parameters in a container."""
+
+    arg_constraints: dict = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(self, loc, container):
+        self.kept = container(loc)
+        super().__init__(loc.shape[:1], loc.shape[1:], validate_args=False)
+
+    def loc(self):
+        return self.kept["loc"] if isinstance(self.kept, dict) else self.kept.loc
+
+    def rsample(self, sample_shape=()):
+        return self.loc() + torch.randn(torch.Size(sample_shape) + self.loc().shape, dtype=self.loc().dtype)
+
+
+@pytest.mark.parametrize(
+    "container", [lambda loc: {"loc": loc}, lambda loc: SimpleNamespace(loc=loc)], ids=["dict", "namespace"]
+)
+def test_a_prior_that_keeps_its_parameters_in_a_container_is_seen_to_vary(container):
+    seen = Seen()
+    WAELoss(seen).loss(*program(delta, lambda x: Kept(x, container)), rows(12, 2))
+    assert seen.context.shared_data

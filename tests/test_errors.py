@@ -337,6 +337,45 @@ def test_a_cost_of_labels_is_taken_in_batches_with_and_without_them(labelled_fir
     loss.loss(model, guide, x)
 
 
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+@pytest.mark.parametrize("how", ["None", "not sampled"])
+def test_a_cost_of_a_modality_is_taken_in_batches_that_lack_it(how):
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x, 2))
+            if y is not None or how == "None":
+                pyro.sample("y", dist.Normal(z, 1).to_event(1), obs=y)
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(x))
+
+    x, loss = x_of(), WAELoss(cost={"x": SquaredError(), "y": SquaredError()}, penalty_weight=1.0)
+    for y in (x, None, x):
+        loss.loss(model, guide, x, y)
+        assert set(loss.terms.costs) == ({"x"} if y is None else {"x", "y"})
+
+
+def test_an_observed_delta_with_a_density_is_a_term_of_the_loss():
+    """Pyro's losses add its log_density, which a squared error does not read."""
+
+    def model(x, density):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x, 2))
+            pyro.sample("f", dist.Delta(0 * x[:, 0], density * z[:, 0]), obs=0 * x[:, 0])
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    guide = program(lambda x: delta(x))[1]
+    x = x_of()
+    with raises(ValueError, "Observed site 'f' is a Delta with a log_density", "Write pyro.factor('f', log_density)"):
+        WAELoss().loss(model, guide, x, 1.0)
+    WAELoss().loss(model, guide, x, 0.0)
+    loss = WAELoss(cost={"x": SquaredError(), "f": NegativeLogLikelihood()}, penalty_weight=0.0)
+    loss.loss(model, guide, x, 1.0)
+    assert loss.terms.costs["f"].item() == pytest.approx(-x[:, 0].mean().item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("left_out", [True, False])
 def test_an_entry_of_a_site_that_a_mask_leaves_out_is_no_error(left_out):
     def model(x):

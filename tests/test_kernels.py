@@ -26,6 +26,7 @@ from pyro_wae.kernels import (
     MultiScale,
     Product,
     RationalQuadratic,
+    SameLabel,
     Sum,
     UnitMean,
 )
@@ -402,3 +403,10 @@ def fit_a_sum(prior):
 def test_what_does_not_fit_is_named_with_the_line_to_write(call, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(*arguments)
+
+
+def test_nan_is_no_label_of_its_own():
+    labels = torch.tensor([[0.0], [float("nan")], [1.0]])
+    found = SameLabel()(labels, labels)
+    assert found[1].isnan().all()
+    assert found[0, [0, 2]].tolist() == [1, 0]

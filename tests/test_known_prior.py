@@ -162,6 +162,26 @@ class Rectified(dist.Normal):
         return super().rsample(sample_shape).clamp(min=0)
 
 
+class Called(dist.Normal):
+    def __call__(self, *args):
+        return super().__call__(*args).clamp(min=0)
+
+
+class RectifiedVector(dist.Independent):
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(min=0)
+
+
+class RectifiedMixture(dist.MixtureOfDiagNormalsSharedCovariance):
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(min=0)
+
+
+class FirstOnly(dist.Categorical):
+    def sample(self, sample_shape=()):
+        return 0 * super().sample(sample_shape)
+
+
 class Doubled(dist.MixtureSameFamily):
     def sample(self, sample_shape=()):
         return 2 * super().sample(sample_shape)
@@ -170,6 +190,14 @@ class Doubled(dist.MixtureSameFamily):
 NOT_FOUND_MIXTURE = dist.MixtureSameFamily(dist.Categorical(SHARES), Rectified(TWO, SPREADS).to_event(1))
 NOT_FOUND = {
     "a class of its own, drawn otherwise": flat_model(lambda x: Rectified(x.new_zeros(2), 1).to_event(1)),
+    "a class of its own, called otherwise": flat_model(lambda x: Called(x.new_zeros(2), 1).to_event(1)),
+    "a wrapper of its own": flat_model(lambda x: RectifiedVector(dist.Normal(x.new_zeros(2), 1), 1)),
+    "Pyro's mixture, drawn otherwise": flat_model(
+        lambda x: RectifiedMixture(TWO, SPREADS[0], torch.zeros(len(TWO), dtype=TWO.dtype))
+    ),
+    "weights drawn otherwise": flat_model(
+        lambda x: dist.MixtureSameFamily(FirstOnly(SHARES), dist.Normal(TWO, SPREADS).to_event(1))
+    ),
     "a mixture of its own, drawn otherwise": flat_model(
         lambda x: Doubled(dist.Categorical(SHARES), dist.Normal(TWO, SPREADS).to_event(1))
     ),

@@ -11,9 +11,23 @@ import pyro.distributions as dist
 import pytest
 import torch
 from program_table import PROGRAMS, run
-from programs import N, all_data, around, data, delta, encoded, normal, pair, sites
+from programs import (
+    N,
+    WithoutDensity,
+    WithoutDraws,
+    WithoutVariance,
+    all_data,
+    around,
+    data,
+    delta,
+    encoded,
+    normal,
+    pair,
+    sites,
+)
 from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
+from references import of_no_size, with_line
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -92,19 +106,6 @@ class Weighted(PyroModule):
             pyro.sample("x", around(pyro.sample("z", normal(x)) * w), obs=x)
 
 
-def of_no_size(plate):
-    """A model with a number for all data, outside of a plate that has a size."""
-
-    def model(x, index, seen):
-        with plate:
-            pyro.sample("x", around(pyro.sample("z", normal(x).expand([N]))), obs=x)
-            if plate.size == -1:
-                return pyro.factor("all", torch.tensor(-1.0))
-        pyro.factor("all", torch.tensor(-1.0))
-
-    return model
-
-
 def beside(latent):
     """Model and guide with a latent outside the data plate."""
 
@@ -154,22 +155,6 @@ def two_structures(varies):
             pyro.sample("z", delta(x[:, : size()]))
 
     return model, guide
-
-
-class WithoutVariance(dist.Normal):
-    @property
-    def variance(self):
-        raise NotImplementedError
-
-
-class WithoutDensity(dist.Normal):
-    def log_prob(self, value):
-        raise NotImplementedError
-
-
-class WithoutDraws(dist.Normal):
-    def rsample(self, sample_shape=()):
-        raise NotImplementedError
 
 
 def no_variance(loc):
@@ -405,6 +390,16 @@ CASES = {
     "prior=priors.fit(model, guide, x, prior=MixturePrior(100, 3))": (
         lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 2)),
         lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 3)),
+    ),
+    "pyro.deterministic('y', value, event_dim=1)": (
+        lambda: sample(with_line(lambda x, z: pyro.deterministic("y", z))[0], X, INDEX, SEEN, return_sites=("y",)),
+        lambda: sample(
+            with_line(lambda x, z: pyro.deterministic("y", z, event_dim=1))[0], X, INDEX, SEEN, return_sites=("y",)
+        ),
+    ),
+    "pyro.factor('y', log_density)": (
+        go(with_line(lambda x, z: pyro.sample("y", dist.Delta(0 * x[:, 0], z[:, 0]), obs=0 * x[:, 0]))),
+        go(with_line(lambda x, z: pyro.factor("y", z[:, 0]))),
     ),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),

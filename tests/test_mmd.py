@@ -228,3 +228,12 @@ def test_the_default_kernel_is_a_sum_of_laplace_kernels():
     codes, prior = rows(20, 3) + 1, rows(30, 3)
     torch.testing.assert_close(MMD()(codes, prior), MMD(Laplace.multiscale())(codes, prior))
     assert repr(MMD().kernel) == repr(Laplace.multiscale())
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 300), (300, 200), (256, 257)])
+def test_a_set_of_few_rows_beside_a_larger_one(n, m):
+    codes, prior = torch.randn(n, 4).double(), torch.randn(m, 4).double()
+    kernel = Gaussian(1.0)
+    within = [(kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1)) for x in (codes, prior)]
+    expected = sum(within) - 2 * kernel(codes, prior).mean()
+    assert MMD(kernel)(codes, prior).item() == pytest.approx(expected.item(), abs=1e-12)

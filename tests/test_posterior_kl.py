@@ -174,3 +174,20 @@ def test_what_has_no_density_is_named():
         WAELoss(PosteriorKL()).loss(net.model, net.guide, data())
     with pytest.raises(ValueError, match=r"known only inside WAELoss.*WAELoss\(MMD\(\) \+ 0\.1 \* PosteriorKL\(\)\)"):
         PosteriorKL()(data())
+
+
+class Folded(dist.Normal):
+    """The absolute value of a Normal around 0."""
+
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).abs()
+
+    def log_prob(self, value):
+        return super().log_prob(value) + math.log(2)
+
+
+def test_a_law_of_ones_own_is_not_that_of_the_family_it_is_derived_from():
+    programs = program(lambda x: Folded(torch.zeros_like(x), 1.0).to_event(1))
+    loss = WAELoss(PosteriorKL(), penalty_weight=1.0)
+    loss.loss(*programs, torch.randn(20, 2))
+    assert loss.terms.penalty.item() == pytest.approx(2 * math.log(2), rel=1e-5)

@@ -385,3 +385,50 @@ def test_a_prior_that_can_only_be_called_is_called(way):
     }[way]()
     expected = torch.tensor([[2.0, 6.0]] * 3)
     assert torch.equal(draws, expected) if way in ("sample", "module") else draws < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_a_site_with_obs_mask_is_reconstructed_from_its_code():
+    seen = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(3 * z, 1).to_event(1), obs=x, obs_mask=seen)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x + 1).to_event(1))
+
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(reconstruct(model, guide, x)["x"], 3 * (x + 1))
+    torch.testing.assert_close(decode(model, x, x)["x"], 3 * x)
+
+
+def test_a_computed_site_whose_data_dimension_is_not_known_is_refused():
+    def model(x, event_dim=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.deterministic("mu", 3 * z, event_dim=event_dim)
+            pyro.sample("x", dist.Normal(3 * z, 1).to_event(1), obs=x)
+
+    x, z = torch.zeros(4, 2), torch.randn(6, 2)
+    for call in (lambda: decode(model, z, x, return_sites=("mu",)), lambda: sample(model, x, return_sites=("mu",))):
+        with pytest.raises(ValueError, match=r"Write pyro.deterministic\('mu', value, event_dim=1\)"):
+            call()
+    torch.testing.assert_close(decode(model, z, x, event_dim=1, return_sites=("mu",))["mu"], 3 * z)
+
+
+def test_an_interpolation_takes_one_subsample_at_both_ends():
+    def model(x):
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            pyro.sample("z", dist.Delta(x[index]).to_event(1))
+
+    x = torch.arange(20.0)[:, None]
+    start, end = interpolate(model, guide, x, x + 1000, 2)["x"]
+    assert torch.equal(end - start, torch.full((5, 1), 1000.0))

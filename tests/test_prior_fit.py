@@ -13,7 +13,7 @@ from references import program
 from torch import nn
 
 from pyro_wae import priors
-from pyro_wae.priors import MixturePrior
+from pyro_wae.priors import MixturePrior, VampPrior
 
 D = 2
 
@@ -109,3 +109,18 @@ def test_a_prior_without_parameters_is_named():
     prior = dist.Normal(torch.zeros(D), 1.0).to_event(1)
     with pytest.raises(ValueError, match=r"no parameter to be learnt.*MixturePrior"):
         priors.fit(model, guide, torch.randn(50, D), prior=prior)
+
+
+def test_a_fit_leaves_no_gradient_in_the_encoder_of_its_prior():
+    encoder, x = nn.Linear(3, 2), torch.randn(20, 3)
+    programs = program(lambda x: delta(encoder(x)), lambda x: normal(x, 2), lambda z: normal(z, 3))
+    prior = priors.fit(*programs, x, prior=VampPrior(encoder, x[:5]), steps=2)
+    assert encoder.weight.grad is None
+    assert prior.logits.abs().max() > 0
+
+
+def test_a_fit_that_is_refused_leaves_the_prior_as_it_was():
+    prior = MixturePrior(30, 2)
+    with pytest.raises(ValueError, match="n >= 30"):
+        priors.fit(*program(lambda x: delta(x)), torch.randn(20, 2), prior=prior)
+    assert prior.standardized

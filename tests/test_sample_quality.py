@@ -159,3 +159,12 @@ def test_of_several_observed_sites_one_must_be_chosen():
     with pytest.raises(ValueError, match=r"site must be 'x' or 'y', found None\. Write site='x'"):
         sample_quality(two, data(), precision_recall)
     assert sample_quality(two, data(), lambda given, _: given.shape, site="y") == (400,)
+
+
+def test_precision_and_recall_do_not_depend_on_where_the_features_are():
+    torch.manual_seed(0)
+    real, made = torch.randn(300, 3), 1 + torch.randn(300, 3)
+    near, far = (precision_recall((made + shift).double(), (real + shift).double()) for shift in (0.0, 1e4))
+    single = precision_recall(made + 1e4, real + 1e4)
+    assert single == far
+    assert near.precision == pytest.approx(far.precision, abs=0.02)

@@ -263,3 +263,14 @@ def test_fewer_than_four_draws_are_refused_unless_the_prior_is_known(m):
         MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2))
     assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2), standard_normal(2)).isfinite()
     assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(4, 2)).isfinite()
+
+
+def test_an_evaluation_adds_no_prior_samples_to_the_unit():
+    penalty = MMD(Gaussian(), standardize=True, closed_form=False)
+    penalty(torch.randn(40, 2), torch.randn(40, 2))
+    before = penalty.null.square.clone(), penalty.null.draws
+    with torch.no_grad():
+        penalty(torch.randn(8, 2), torch.randn(8, 2))
+    assert (penalty.null.square, penalty.null.draws) == before
+    penalty(torch.randn(8, 2), torch.randn(8, 2))
+    assert penalty.null.draws == before[1] + 8

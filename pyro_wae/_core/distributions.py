@@ -20,8 +20,8 @@ WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDi
 
 
 def innermost(distribution: Any) -> Any:
-    """What lies inside all wrappers."""
-    while isinstance(distribution, WRAPPERS):
+    """What lies inside all wrappers that draw what they hold."""
+    while any(has_law_of(distribution, wrapper) for wrapper in WRAPPERS):
         distribution = distribution.base_dist
     return distribution
 
@@ -76,14 +76,16 @@ def own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor | None:
     return ratio.where(ratio.isfinite(), 1.0)
 
 
-def draws_as(distribution: Any, family: type) -> bool:
-    """Whether a distribution is of a family and draws as it does: a user's subclass may draw by methods of its own."""
-    own = type(distribution)
-    return isinstance(distribution, family) and all(
-        getattr(own, name).__module__.startswith(("torch.", "pyro.", "pyro_wae."))
-        or getattr(own, name) is getattr(family, name)
-        for name in ("sample", "rsample")
-    )
+def has_law_of(distribution: Any, family: type) -> bool:
+    """Whether a distribution is of a family and has its law: a user's subclass may have methods of its own."""
+    return isinstance(distribution, family) and own_methods(type(distribution)) <= own_methods(family)
+
+
+def own_methods(family: type) -> set[Any]:
+    """The methods for draws and densities that a class does not have from torch, Pyro or this package."""
+    found = (getattr(family, name, None) for name in ("sample", "rsample", "__call__", "log_prob"))
+    libraries = ("torch.", "pyro.", "pyro_wae.", "builtins")
+    return {method for method in found if not getattr(method, "__module__", "builtins").startswith(libraries)}
 
 
 def support_of(distribution: Any) -> Any:

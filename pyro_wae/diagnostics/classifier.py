@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_wae._core.checks import number, whole
 from pyro_wae._core.random_state import isolated_seed
+from pyro_wae._core.rows import working_precision
 from pyro_wae.diagnostics.hypothesis_test import HypothesisTest, as_rows, new_generator, prior_rows
 
 
@@ -103,7 +104,7 @@ def classifier_test(
     halves = []
     for sample in (rows, draws):
         order = torch.randperm(len(sample), generator=generator, device="cpu")[:each]
-        shuffled = sample[order.to(sample.device)].float()
+        shuffled = working_precision(sample[order.to(sample.device)])
         halves.append((shuffled[each // 2 :], shuffled[: each // 2]))
     (learn_codes, judge_codes), (learn_draws, judge_draws) = _standardized(halves)
     with isolated_seed(draw_seed + 1, rows.device), torch.autocast(rows.device.type, enabled=False):
@@ -138,12 +139,12 @@ def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Modu
     return net.requires_grad_(False)
 
 
-def _standardized(halves: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def _standardized(halves: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
     """All rows in units of the training rows' deviations, because the net's start suits one scale only."""
     learnt = torch.cat([learn for learn, _ in halves])
     mean, deviation = learnt.mean(0), learnt.std(0)
     deviation = torch.where(deviation > 0, deviation, 1)
-    return [((learn - mean) / deviation, (judge - mean) / deviation) for learn, judge in halves]
+    return [tuple(((rows - mean) / deviation).float() for rows in half) for half in halves]
 
 
 def _binomial_tail(successes: int, trials: int) -> float:

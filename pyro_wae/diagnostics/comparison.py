@@ -24,8 +24,7 @@ OUTLIER_FACTOR, OUTLIER_DISTANCE = 2.0, 1.0
 In few dimensions the outermost samples alone would be outliers by the first, and in many by the second."""
 
 NEGLIGIBLE = 1e-6
-"""A coordinate of the prior is constant if its deviation is below this share of its size, and a line if the variance is
-below this share of that along the widest."""
+"""A direction of the prior is constant if its variance is below this share of that along the widest."""
 
 BLOCK_ROWS = 1000
 
@@ -46,7 +45,7 @@ class Yardstick:
     def of_draws(cls, prior: Tensor) -> Yardstick:
         """Measures prior samples of shape (m, d)."""
         spread = prior.std(0)
-        constant = spread <= NEGLIGIBLE * prior.abs().amax(0)
+        constant = spread <= 8 * torch.finfo(prior.dtype).eps * prior.abs().amax(0)
         return cls(prior.mean(0), spread.where(~constant, 1.0))
 
     def measure(self, rows: Tensor) -> Tensor:

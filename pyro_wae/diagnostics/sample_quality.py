@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.programs import part_of, tensors_of
 from pyro_wae._core.random_state import isolated_seed
+from pyro_wae._core.rows import working_precision
 from pyro_wae.diagnostics.hypothesis_test import as_rows, new_generator
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
 from pyro_wae.step.program import Program
@@ -159,6 +160,9 @@ def _pair(model: Program, args: Sequence[Any], site: str | None, random: bool) -
 
 def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
     """The fraction of points inside one of the balls of a manifold, in blocks of rows."""
+    # A distance by a product of matrices loses the digits by which rows far from 0 differ.
+    centre = manifold.mean(0, dtype=working_precision(manifold).dtype)
+    points, manifold = (working_precision(rows) - centre for rows in (points, manifold))
     # The 1-st smallest distance is that of a row to itself.
     radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(1000)])
     inside = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(1000)]

@@ -35,7 +35,9 @@ class SameLabel(Kernel):
         same = torch.ones(len(x), len(y), dtype=torch.bool, device=x.device)
         for column in range(x.shape[1]):
             same = same & (x[:, None, column] == y[:, column])
-        return same.to(working_precision(x).dtype)
+        values = same.to(working_precision(x).dtype)
+        # NaN is equal to nothing: without this it would count as a label of its own.
+        return values + 0.0 * (x.sum(1)[:, None] + y.sum(1)) if x.is_floating_point() else values
 
 
 class UnitMean(FittedBuffers, Kernel):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributions as dist
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import draws_as
+from pyro_wae._core.distributions import has_law_of
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
@@ -85,11 +85,11 @@ def kernel_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
         prior: The prior of one code, ``batch_shape`` () and ``event_shape`` (d,).
     """
     inner = prior
-    while isinstance(inner, dist.Independent):
+    while has_law_of(inner, dist.Independent):
         inner = inner.base_dist
     best: tuple[int, Finder] | None = None
     for (kernel_type, prior_type), function in _REGISTRY.items():
-        if isinstance(kernel, kernel_type) and draws_as(inner, prior_type):
+        if isinstance(kernel, kernel_type) and has_law_of(inner, prior_type):
             distance = type(kernel).__mro__.index(kernel_type) + type(inner).__mro__.index(prior_type)
             if best is None or distance < best[0]:
                 best = distance, function
@@ -203,8 +203,10 @@ def _normal_mixture_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
         probs = prior.mixture_distribution.probs
     else:
         component, probs = prior, None
-    normal: Any = component.base_dist if isinstance(component, dist.Independent) else component
-    if not draws_as(normal, dist.Normal):
+    normal: Any = component
+    if has_law_of(component, dist.Independent):
+        normal = normal.base_dist
+    if not has_law_of(normal, dist.Normal):
         return None
     locs, scales = working_precision(normal.loc), working_precision(normal.scale)
     # A scalar, a batch of priors, or a mixture of each number by itself is no prior of one code.

@@ -139,8 +139,8 @@ class NullVariance(FittedBuffers):
         return self.square if self.draws >= self.enough_draws else None
 
     def of_draws(self, kernel: Kernel, prior: Tensor) -> Tensor:
-        """From prior samples, these and the earlier ones."""
-        if self.draws < self.enough_draws:
+        """From prior samples, these and the earlier ones; an evaluation adds none to those of the training."""
+        if self.draws < self.enough_draws and (self.draws == 0 or torch.is_grad_enabled()):
             with torch.no_grad():
                 square = _centred_square_of(kernel, working_precision(prior))
             self._average(square, len(prior))

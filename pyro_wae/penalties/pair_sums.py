@@ -281,7 +281,9 @@ class _RadialPairs:
         self.swapped[-2:] = self.swapped[-2:].flip(0)
         most = max(map(len, sets))
         height, width = _block_shape(most, centre.device)
-        size = min(height, most) * min(max(width, height), most)
+        # A set of few rows is one block, also beside a larger set.
+        small = max((len(rows) for rows in sets if len(rows) <= MOST_ROWS_AT_ONCE), default=0)
+        size = max(min(height, most) * min(max(width, height), most), small**2)
         self.scratch = [centre.new_empty(size) for _ in range(1 + SCRATCH)]
 
     def add(self, term: PairTerm, block: Block) -> Tensor:

@@ -69,7 +69,8 @@ def decode(
                 [2., 2.]])}
     """
     first = run_model(model, args, kwargs)
-    latents = [name for name, site in first.nodes.items() if is_random(site)]
+    nodes = first.nodes
+    latents = [name for name in nodes if is_random(nodes[name]) and not is_part(name, UNOBSERVED, nodes)]
     if isinstance(codes, Tensor):
         if len(latents) != 1:
             raise ValueError(f"The model has the latent sites {latents}: name them, as in codes={{'z': z}}.")
@@ -153,7 +154,8 @@ def reconstruct(
     computed = computed_nodes(encoded.model)
     check_return_sites(names, {**encoded.observed, **computed})
     return {
-        name: computed[name]["value"] if name in computed else _reconstruction(encoded.observed[name], random)
+        # What ``obs_mask`` has made of data and draws is computed, too.
+        name: _reconstruction(encoded.observed[name], random) if name in encoded.observed else computed[name]["value"]
         for name in names
     }
 

@@ -20,11 +20,17 @@ Node = Mapping[str, Any]
 
 
 def encoded_run(
-    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any], data_plate: str | None
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    data_plate: str | None,
+    *,
+    subsample_of: Run | None = None,
 ) -> Run:
-    """A run of the guide with the model replayed against it."""
+    """A run of the guide with the model replayed against it, on the subsample of an earlier run if one is given."""
     with torch.no_grad(), batch_norm_at_rest():
-        return Observer(model, guide, data_plate=data_plate).run(args, kwargs)
+        return Observer(model, guide, data_plate=data_plate).run(args, kwargs, subsample_of)
 
 
 def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -50,6 +56,8 @@ def output_nodes(
     if return_sites is not None:
         known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed | computed_nodes(trace)
         check_return_sites(return_sites, known)
+        for name in return_sites:
+            _check_event(name, known[name])
         return {name: known[name] for name in return_sites}
     if not observed:
         raise ValueError(
@@ -57,6 +65,17 @@ def output_nodes(
             "or name them: return_sites=('x',)."
         )
     return observed
+
+
+def _check_event(name: str, node: Node) -> None:
+    """Raises ValueError if a computed site in a plate is one event, as ``pyro.deterministic`` makes it by default."""
+    value, frames = node["value"], [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
+    if frames and node["infer"].get("_deterministic") and node["fn"].event_dim == value.ndim:
+        own = max(value.ndim - max(-frame.dim for frame in frames), 0)
+        raise ValueError(
+            f"The value of site '{name}' is one event for all data, and which of its dimensions are the data is not "
+            f"known. Write pyro.deterministic('{name}', value, event_dim={own}) in the model."
+        )
 
 
 def computed_nodes(trace: Any) -> dict[str, Node]:

@@ -83,8 +83,8 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad():
         codes = code_rows(model, guide, *args, data_plate=data_plate, **kwargs)[0].clone()
         if isinstance(prior, MixturePrior):
-            prior.standardized = False
             prior.to(codes).initialise(codes)
+            prior.standardized = False
         _check_size(distribution_of(prior, write=WRITE), codes.shape[1])
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -95,7 +95,7 @@ def fit(
             batch, order = order[:batch_size], order[batch_size:]
             optimizer.zero_grad()
             loss = -distribution_of(prior, write=WRITE).log_prob(codes[batch]).mean()
-            loss.backward()
+            loss.backward(inputs=parameters)  # those of an encoder in the prior are not its own
             optimizer.step()
             scheduler.step()
         optimizer.zero_grad()

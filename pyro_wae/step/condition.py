@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core.checks import variable
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.rows import at_least_float32, working_precision
+from pyro_wae._core.rows import Site, at_least_float32, working_precision
 from pyro_wae.step.program import Program, Run
 
 SPREAD = 4.0
@@ -79,7 +79,8 @@ def read_condition(
         program: The model, its arguments and its keyword arguments.
 
     Returns:
-        The condition, shape (n, c): labels as integers with c = 1, or floats; and whether a mask leaves some out.
+        The condition, shape (n, c): labels as integers with c = 1, or floats; and whether a mask
+        leaves out that of a datum which has a code.
 
     Raises:
         ValueError: If the name is neither an observed site nor an argument, or there is not a row for each datum.
@@ -87,7 +88,7 @@ def read_condition(
     """
     if name in run.observed:
         site = run.observed[name]
-        return _flat(name, site.value_rows()[0]), site.mask is not None
+        return _flat(name, site.value_rows()[0]), _lacks_some(site, run)
     arguments = _arguments(*program)
     given = dict(arguments)
     for batch in arguments.values():
@@ -101,6 +102,16 @@ def read_condition(
             f"Write pyro.sample('{name}', ..., obs={variable(name)}) in the data plate, or name an argument."
         )
     return _flat(name, _rows_of(name, given[name], run)), False
+
+
+def _lacks_some(site: Site, run: Run) -> bool:
+    """Whether a mask leaves out the condition of a datum that has a code."""
+    if site.mask is None:
+        return False
+    missing = ~site.rows(site.mask.expand(site.value.shape), site.event_dim)
+    missing = missing.flatten(2).any(2) if missing.ndim > 2 else missing
+    coded = [latent.kept for latent in run.latents.values()]
+    return any(bool(missing.any() if kept is None else (missing & kept).any()) for kept in coded)
 
 
 def _rows_of(name: str, value: Any, run: Run) -> Tensor:

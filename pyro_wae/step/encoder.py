@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_wae._core.distributions import innermost
+from pyro_wae._core.distributions import innermost, own_methods
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
 from pyro_wae.step.program import Run, layers, subsample_scales
 
@@ -74,7 +74,7 @@ def _has_mask(fn: Any) -> bool:
 
 
 def _between(name: str, encoder: Any, prior: Any, code: Tensor, *, in_closed_form: bool) -> Tensor:
-    if in_closed_form:
+    if in_closed_form and not any(own_methods(type(part)) for fn in (encoder, prior) for part in layers(fn)):
         try:
             return kl_divergence(encoder, prior)
         except NotImplementedError:

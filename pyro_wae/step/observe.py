@@ -23,7 +23,7 @@ from pyro_wae._core.distributions import innermost
 from pyro_wae._core.private import PARTICLE_PLATE
 from pyro_wae._core.programs import add_note, trial_run
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
-from pyro_wae.costs import Cost
+from pyro_wae.costs import Cost, OutputCost
 from pyro_wae.step import refusals
 from pyro_wae.step.condition import read_condition
 from pyro_wae.step.options import check_names
@@ -139,6 +139,11 @@ class Observer:
         sites = self._reconstructed(found.observed)
         if isinstance(self.cost, Mapping):
             check_names("cost", self._named_costs(found, sites), list(sites), "observed", "SquaredError()")
+        for name, site in sites.items():
+            point = innermost(site.distribution)
+            leaves_out = isinstance(point, dist.Delta) and isinstance(self._cost(name), OutputCost)
+            if leaves_out and bool((point.log_density != 0).any()):  # waits for an accelerator, at such a site alone
+                raise ValueError(refusals.density_without_a_cost(name))
         costs = {name: cost.per_datum(site) for name, site in sites.items() if (cost := self._cost(name)) is not None}
         factors, once = _factor_costs(found)
         return Step(
@@ -162,7 +167,8 @@ class Observer:
     def _named_costs(self, found: Run, sites: Mapping[str, Site]) -> list[str]:
         """The sites that the costs name, without those that are observed in other batches alone, as missing labels."""
         assert isinstance(self.cost, Mapping)
-        latent = [name for name in self.cost if name in found.latents]
+        nodes = found.model.nodes
+        latent = [name for name in self.cost if name in nodes and is_random(nodes[name])]
         for name in latent:
             if name not in self.once_observed:
                 warnings.warn(
@@ -172,7 +178,7 @@ class Observer:
                     stacklevel=7,
                 )
         self.once_observed.update(latent, sites)
-        return [name for name in self.cost if name not in latent and name not in found.left_out]
+        return [name for name in self.cost if name in sites or name not in {*self.once_observed, *found.left_out}]
 
     def _cost(self, name: str) -> Cost | None:
         return self.cost[name] if isinstance(self.cost, Mapping) else self.cost

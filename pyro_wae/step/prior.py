@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import weakref
@@ -15,9 +16,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import draws_as, innermost
+from pyro_wae._core.distributions import has_law_of, innermost
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.penalties.mmd import MOST_COMPONENTS
@@ -94,7 +96,7 @@ def prior_of_one_code(run: Run) -> Any | None:
     (site,) = run.latents.values()
     outer = site.distribution.event_dim
     fn = _same_family(innermost(site.distribution))
-    if not draws_as(fn, dist.MixtureSameFamily):
+    if not (has_law_of(fn, dist.MixtureSameFamily) and has_law_of(fn.mixture_distribution, Categorical)):
         return _elementwise(fn, site, outer)
     probs = fn.mixture_distribution.probs
     count = probs.shape[-1]
@@ -174,6 +176,8 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         return bool((value != value.narrow(dim, 0, 1)).any())
     if depth == 0:
         return isinstance(value, list | tuple | torch.distributions.Distribution | torch.distributions.Transform)
+    if isinstance(value, Mapping):
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return any(_varies(item, n, place, batch, event_dim, depth - 1, look=look) for item in value)
     if look and isinstance(value, functools.partial):  # the net of a flow with its context
@@ -212,6 +216,8 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         # which is made of the same parts.
         parts = [part for name, part in vars(value).items() if not name.startswith(("_cache", "_inv"))]
         return any(_varies(part, n, place, batch, event_dim, depth - 1, look=look) for part in parts)
+    if type(value).__module__ == "types" or dataclasses.is_dataclass(value):  # a namespace of parameters
+        return _varies(vars(value), n, place, batch, event_dim, depth - 1, look=look)
     return (
         not look
         and callable(value)
@@ -317,9 +323,9 @@ def _log_prob_rows(site: Site, fn: Any, value: Tensor) -> Tensor:
 
 def _same_family(fn: Any) -> Any:
     """Pyro's own mixtures of Normals as a ``MixtureSameFamily``; anything else as it is."""
-    if not isinstance(fn, dist.MixtureOfDiagNormals | dist.MixtureOfDiagNormalsSharedCovariance):
+    shared = has_law_of(fn, dist.MixtureOfDiagNormalsSharedCovariance)
+    if not (shared or has_law_of(fn, dist.MixtureOfDiagNormals)):
         return fn
-    shared = isinstance(fn, dist.MixtureOfDiagNormalsSharedCovariance)
     scales = fn.coord_scale.unsqueeze(-2).expand_as(fn.locs) if shared else fn.coord_scale
     components = dist.Normal(fn.locs, scales, validate_args=False).to_event(1)
     return dist.MixtureSameFamily(dist.Categorical(logits=fn.component_logits), components, validate_args=False)
@@ -333,7 +339,7 @@ def _elementwise(fn: Any, site: Site, event_dim: int, *batch: int) -> Any | None
         dist.Uniform: ("low", "high"),
         dist.StudentT: ("df", "loc", "scale"),
     }
-    family = next((family for family in known if draws_as(fn, family)), None)
+    family = next((family for family in known if has_law_of(fn, family)), None)
     if family is None:
         return None
     parameters = {

@@ -66,7 +66,7 @@ class Step:
         seen: Shape (K, n): which data have anything observed; None if all have.
         condition: Shape (n, c): what the model is conditional on, labels as integers with c = 1, or floats; or None.
         condition_name: The name of the condition.
-        condition_is_masked: Whether a mask leaves some of the conditions out.
+        condition_is_masked: Whether a mask leaves out the condition of a datum that has a code.
         data_size: Number of data that the data plate takes a part of; None where it takes all.
         prior_varies: Whether the prior of a datum's code may depend on the datum, as far as can be seen.
         common_scale: The ``poutine.scale`` of everything, which is one of the whole loss.
@@ -335,9 +335,9 @@ class Step:
                     f"condition='{name}': {type(part).__name__} compares codes without what they are conditional on. "
                     "Take another penalty, such as MMD()."
                 )
-        if self.condition_is_masked and self.kept is None:
+        if self.condition_is_masked:
             raise ValueError(
-                f"condition='{name}' is masked and the latent sites {list(self.columns)} are not: some codes "
+                f"condition='{name}' is masked where the latent sites {list(self.columns)} are not: some codes "
                 "have no condition. Put both under the mask: with pyro.plate(...), poutine.mask(mask=...): ..."
             )
         values = self.left(self.condition.to(self.codes.device), 0)

@@ -102,6 +102,14 @@ def point_with_a_density(name: str) -> str:
     )
 
 
+def density_without_a_cost(name: str) -> str:
+    """Of observed data whose Delta has a density, which a cost of the mean does not read."""
+    return (
+        f"Observed site '{name}' is a Delta with a log_density, a term of Pyro's ELBO that its cost leaves out. Write "
+        f"pyro.factor('{name}', log_density), or cost={{..., '{name}': NegativeLogLikelihood()}}."
+    )
+
+
 def masked_by_guide(name: str) -> str:
     """Of a latent site whose mask in the guide leaves out what the model keeps."""
     return (
