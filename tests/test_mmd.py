@@ -8,7 +8,7 @@ from references import KERNELS, differences, distances, half_mean_square, off_di
 from scipy.spatial.distance import cdist
 
 from pyro_wae.kernels import Gaussian, Laplace
-from pyro_wae.penalties import MMD, FunctionPenalty, PenaltyContext, as_penalty
+from pyro_wae.penalties import MMD, FunctionPenalty, PenaltyContext, SlicedWasserstein, as_penalty
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -237,3 +237,10 @@ def test_a_set_of_few_rows_beside_a_larger_one(n, m):
     within = [(kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1)) for x in (codes, prior)]
     expected = sum(within) - 2 * kernel(codes, prior).mean()
     assert MMD(kernel)(codes, prior).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("codes", "prior"), [((0, 5, 3), (5, 3)), ((5, 0), (5, 0))])
+def test_codes_without_a_particle_or_a_number_are_refused(codes, prior):
+    for penalty in (MMD(), SlicedWasserstein()):
+        with pytest.raises(ValueError, match="A penalty takes codes of shape"):
+            penalty(torch.zeros(codes), torch.zeros(prior))

@@ -168,3 +168,21 @@ def test_precision_and_recall_do_not_depend_on_where_the_features_are():
     single = precision_recall(made + 1e4, real + 1e4)
     assert single == far
     assert near.precision == pytest.approx(far.precision, abs=0.02)
+
+
+@pytest.mark.parametrize("how", ["mask", "obs_mask"])
+@pytest.mark.filterwarnings("ignore:Found vars")
+def test_masked_data_do_not_reach_the_metric(how):
+    def model(x, mask):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=mask if how == "mask" else True):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x, obs_mask=mask if how == "obs_mask" else None)
+
+    def largest(data, samples):
+        return data.abs().max().item()
+
+    x, mask = torch.randn(10, 3), torch.arange(10) < 6
+    x[6:] = 1e6
+    with pytest.raises(ValueError, match="data of site 'x' are masked"):
+        sample_quality(model, (x, mask), largest)
+    assert sample_quality(model, (x[:6], mask[:6]), largest) < 100

@@ -85,7 +85,7 @@ def own_methods(family: type) -> set[Any]:
     """The methods for draws and densities that a class does not have from torch, Pyro or this package."""
     found = (getattr(family, name, None) for name in ("sample", "rsample", "__call__", "log_prob"))
     libraries = ("torch.", "pyro.", "pyro_wae.", "builtins")
-    return {method for method in found if not getattr(method, "__module__", "builtins").startswith(libraries)}
+    return {method for method in found if not (getattr(method, "__module__", None) or "builtins").startswith(libraries)}
 
 
 def support_of(distribution: Any) -> Any:

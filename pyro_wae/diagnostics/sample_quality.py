@@ -14,7 +14,7 @@ from pyro_wae._core.random_state import isolated_seed
 from pyro_wae._core.rows import working_precision
 from pyro_wae.diagnostics.hypothesis_test import as_rows, new_generator
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
-from pyro_wae.step.program import Program
+from pyro_wae.step.program import Program, Sample, mask_of
 
 
 class PrecisionRecall(NamedTuple):
@@ -155,6 +155,12 @@ def _pair(model: Program, args: Sequence[Any], site: str | None, random: bool) -
     if site is None and len(nodes) == 1:
         (site,) = nodes
     name = str(checks.choice("site", site, nodes))
+    mask = mask_of(Sample(nodes[name]))
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(
+            f"Some data of site '{name}' are masked, and a metric takes whole data. Leave them out of the arguments: "
+            "write sample_quality(model, x[mask], metric)."
+        )
     return nodes[name]["value"], site_output(name, nodes[name]["fn"], random)
 
 

@@ -361,7 +361,8 @@ def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty
 
 def check_codes(codes: Tensor, prior: Tensor) -> None:
     """Raises ValueError unless codes (n, d) or (K, n, d) and prior samples (m, d) can be compared."""
-    if codes.ndim not in (2, 3) or prior.ndim != 2 or codes.shape[-1] != prior.shape[-1]:
+    is_empty = 0 in (*codes.shape[:-2], *codes.shape[-1:])
+    if codes.ndim not in (2, 3) or prior.ndim != 2 or codes.shape[-1] != prior.shape[-1] or is_empty:
         raise ValueError(
             f"A penalty takes codes of shape (n, d), or (K, n, d) for K particles, and prior samples of shape (m, d); "
             f"found {tuple(codes.shape)} and {tuple(prior.shape)}. Write codes.flatten(1) to make rows."
