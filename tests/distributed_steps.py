@@ -69,6 +69,8 @@ class Fed(dist.Normal):
     def rsample(self, sample_shape=()):
         return self.loc + self.scale * next(self._cache_tables)
 
+    rsample.__module__ = dist.Normal.__module__  # the draws have the law of a Normal, and closed forms hold
+
 
 class Rows:
     """Some of the data and all that belongs to them, in one argument of a model."""

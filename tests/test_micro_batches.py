@@ -43,6 +43,8 @@ class GivenNoise(dist.Normal):
         noise = table.movedim(1, 0) if len(self.batch_shape) == 3 else table[:, particle]
         return self.loc + self.scale * noise
 
+    rsample.__module__ = dist.Normal.__module__  # the draws have the law of a Normal, and closed forms hold
+
 
 class Net(nn.Module):
     """Model and guide in float64. Guide: a Normal, or a Delta; prior: fixed, or with parameters to learn."""

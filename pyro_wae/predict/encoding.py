@@ -167,7 +167,8 @@ def interpolate(
     checks.choice("path", path, _PATHS)
     args_a, args_b = (x if isinstance(x, tuple) else (x,) for x in (x_a, x_b))
     start = encoded_run(model, guide, args_a, kwargs, data_plate)
-    end = encoded_run(model, guide, args_b, kwargs, data_plate, subsample_of=start)
+    subsample_of = None if start.data_size is None else start
+    end = encoded_run(model, guide, args_b, kwargs, data_plate, subsample_of=subsample_of)
     ends = {}
     for name, site in start.latents.items():
         a, b = site.value, end.latents[name].value
