@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -21,7 +22,7 @@ WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDi
 
 def innermost(distribution: Any) -> Any:
     """What lies inside all wrappers that draw what they hold."""
-    while any(has_law_of(distribution, wrapper) for wrapper in WRAPPERS):
+    while isinstance(distribution, WRAPPERS) and not own_methods(distribution.__class__):
         distribution = distribution.base_dist
     return distribution
 
@@ -76,16 +77,18 @@ def own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor | None:
     return ratio.where(ratio.isfinite(), 1.0)
 
 
-def has_law_of(distribution: Any, family: type) -> bool:
-    """Whether a distribution is of a family and has its law: a user's subclass may have methods of its own."""
-    return isinstance(distribution, family) and own_methods(type(distribution)) <= own_methods(family)
-
-
-def own_methods(family: type) -> set[Any]:
-    """The methods for draws and densities that a class does not have from torch, Pyro or this package."""
-    found = (getattr(family, name, None) for name in ("sample", "rsample", "__call__", "log_prob"))
+def _own_methods(family: type) -> frozenset[Any]:
+    found = [getattr(family, name, None) for name in ("sample", "rsample", "__call__", "log_prob")]
+    modules = [getattr(method, "__module__", None) or "builtins" for method in found]
     libraries = ("torch.", "pyro.", "pyro_wae.", "builtins")
-    return {method for method in found if not (getattr(method, "__module__", None) or "builtins").startswith(libraries)}
+    return frozenset(method for method, module in zip(found, modules, strict=True) if not module.startswith(libraries))
+
+
+own_methods: Callable[[Any], frozenset[Any]] = functools.cache(_own_methods)
+"""The methods for draws and densities that a class does not have from torch, Pyro or this package.
+
+A user's subclass of a family has its law only if there are none.
+"""
 
 
 def support_of(distribution: Any) -> Any:

@@ -68,7 +68,7 @@ def kept_tensors(module: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Ten
 def is_part(name: str, suffix: str, nodes: Mapping[str, Any]) -> bool:
     """Whether ``obs_mask`` has made the site of a part: Pyro masks both, and computes the whole under their stem."""
     parts = [name.removesuffix(suffix) + part for part in ("", OBSERVED, UNOBSERVED)]
-    if not name.endswith(suffix) or any(part not in nodes for part in parts):
+    if any(part not in nodes for part in parts):
         return False
     whole, *halves = (nodes[part] for part in parts)
     return "_deterministic" in whole["infer"] and all(half["mask"] is not None for half in halves)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import has_law_of
+from pyro_wae._core.distributions import own_methods
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import RadialKernel
 from pyro_wae.penalties.base import Penalty, PenaltyContext
@@ -223,9 +223,9 @@ def _cramer_wold_mean(kernel: _CramerWoldKernel, prior: Any) -> _CramerWoldMean 
 
 def _isotropic_normal(prior: Any) -> tuple[Tensor, Tensor] | None:
     """The mean (d,) and the one variance of the prior, if it is a Normal that has them."""
-    while has_law_of(prior, torch.distributions.Independent):
+    while isinstance(prior, torch.distributions.Independent) and not own_methods(prior.__class__):
         prior = prior.base_dist
-    if not has_law_of(prior, torch.distributions.Normal):
+    if not isinstance(prior, torch.distributions.Normal) or own_methods(prior.__class__):
         return None
     loc, scale = working_precision(prior.loc), working_precision(prior.scale)
     # A scale that was expanded from one number needs no look at its values, which on an accelerator would wait.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributions as dist
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import has_law_of
+from pyro_wae._core.distributions import own_methods
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
@@ -85,11 +85,12 @@ def kernel_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
         prior: The prior of one code, ``batch_shape`` () and ``event_shape`` (d,).
     """
     inner = prior
-    while has_law_of(inner, dist.Independent):
+    while isinstance(inner, dist.Independent) and not own_methods(inner.__class__):
         inner = inner.base_dist
     best: tuple[int, Finder] | None = None
     for (kernel_type, prior_type), function in _REGISTRY.items():
-        if isinstance(kernel, kernel_type) and has_law_of(inner, prior_type):
+        is_of_type = isinstance(inner, prior_type) and own_methods(inner.__class__) <= own_methods(prior_type)
+        if isinstance(kernel, kernel_type) and is_of_type:
             distance = type(kernel).__mro__.index(kernel_type) + type(inner).__mro__.index(prior_type)
             if best is None or distance < best[0]:
                 best = distance, function
@@ -204,9 +205,9 @@ def _normal_mixture_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
     else:
         component, probs = prior, None
     normal: Any = component
-    if has_law_of(component, dist.Independent):
+    if isinstance(component, dist.Independent) and not own_methods(component.__class__):
         normal = normal.base_dist
-    if not has_law_of(normal, dist.Normal):
+    if not isinstance(normal, dist.Normal) or own_methods(normal.__class__):
         return None
     locs, scales = working_precision(normal.loc), working_precision(normal.scale)
     # A scalar, a batch of priors, or a mixture of each number by itself is no prior of one code.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_of, drawn, with_own_total
-from pyro_wae._core.private import UNOBSERVED, is_part
 from pyro_wae._core.rows import Site
 from pyro_wae.predict.runs import (
     Node,
@@ -22,7 +21,7 @@ from pyro_wae.predict.runs import (
     run_model,
     site_output,
 )
-from pyro_wae.step.program import Program, find_data_plate, is_random, layout
+from pyro_wae.step.program import Program, find_data_plate, is_imputed, is_random, layout
 
 
 def decode(
@@ -70,7 +69,7 @@ def decode(
     """
     first = run_model(model, args, kwargs)
     nodes = first.nodes
-    latents = [name for name in nodes if is_random(nodes[name]) and not is_part(name, UNOBSERVED, nodes)]
+    latents = [name for name in nodes if is_random(nodes[name]) and not is_imputed(name, nodes)]
     if isinstance(codes, Tensor):
         if len(latents) != 1:
             raise ValueError(f"The model has the latent sites {latents}: name them, as in codes={{'z': z}}.")
@@ -241,7 +240,7 @@ def _codes_of(
     latents = {
         name: node
         for name, node in trace.nodes.items()
-        if is_random(node) and not is_part(name, UNOBSERVED, trace.nodes) and name not in outputs
+        if is_random(node) and not is_imputed(name, trace.nodes) and name not in outputs
     }
     plate = find_data_plate(list(latents.values()), list(outputs.values()), data_plate)
     sites = [Site(name, node["fn"], node["value"], *layout(node, plate)) for name, node in latents.items()]

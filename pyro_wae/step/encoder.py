@@ -74,7 +74,7 @@ def _has_mask(fn: Any) -> bool:
 
 
 def _between(name: str, encoder: Any, prior: Any, code: Tensor, *, in_closed_form: bool) -> Tensor:
-    if in_closed_form and not any(own_methods(type(part)) for fn in (encoder, prior) for part in layers(fn)):
+    if in_closed_form and not any(own_methods(part.__class__) for fn in (encoder, prior) for part in layers(fn)):
         try:
             return kl_divergence(encoder, prior)
         except NotImplementedError:

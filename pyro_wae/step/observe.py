@@ -123,8 +123,9 @@ class Observer:
 
     def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
         """Reads one run; what is the same for all particles is taken from the first."""
+        n = found.data
         for site in (*found.latents.values(), *found.observed.values()):
-            _check_data(found, site)
+            _check_data(found, site, n)
         codes, columns, kept = _codes(found)
         # Before anything is drawn: a family may then keep derived parameters, which look as if they varied.
         varies = prior_varies(found) if first is None else first.prior_varies
@@ -139,10 +140,9 @@ class Observer:
         sites = self._reconstructed(found.observed)
         if isinstance(self.cost, Mapping):
             check_names("cost", self._named_costs(found, sites), list(sites), "observed", "SquaredError()")
-        for name, site in sites.items():
-            point = innermost(site.distribution)
-            leaves_out = isinstance(point, dist.Delta) and isinstance(self._cost(name), OutputCost)
-            if leaves_out and bool((point.log_density != 0).any()):  # waits for an accelerator, at such a site alone
+        for name in set(found.points) & set(sites):
+            # Looking waits for an accelerator, at such a site alone.
+            if isinstance(self._cost(name), OutputCost) and _has_density(sites[name]):
                 raise ValueError(refusals.density_without_a_cost(name))
         costs = {name: cost.per_datum(site) for name, site in sites.items() if (cost := self._cost(name)) is not None}
         factors, once = _factor_costs(found)
@@ -260,7 +260,7 @@ def unwrap_factors(trace: Any) -> None:
     """Makes a site of a ``Unit`` in a wrapper, such as ``.mask(mask)``, the ``pyro.factor`` that it stands for."""
     for name in trace.observation_nodes:
         node, fn = trace.nodes[name], trace.nodes[name]["fn"]
-        if fn is not innermost(fn) and isinstance(innermost(fn), dist.Unit):
+        if fn.event_shape.numel() == 0 and fn is not innermost(fn) and isinstance(innermost(fn), dist.Unit):
             if getattr(fn, "_mask", None) is False:
                 node["mask"] = False
             node["fn"] = dist.Unit(fn.log_prob(node["value"]))
@@ -322,7 +322,7 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             values = values.where(torch.as_tensor(node["mask"], device=values.device), 0.0)
         if data_frame(node, found.plate) is not None:
             site = Site(name, fn, values, *layout(node, found.plate))
-            _check_data(found, site)
+            _check_data(found, site, found.data)
             try:
                 own = site.rows(at_least_float32(values), 0)
             except ValueError:
@@ -340,13 +340,18 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return rows, once
 
 
-def _check_data(found: Run, site: Site) -> None:
-    """Raises ValueError if a site has another number of data than the codes, as in a plate that has no size."""
-    if site.data != found.data:
+def _has_density(site: Site) -> bool:
+    """Whether a Delta has a log density."""
+    return bool((innermost(site.distribution).log_density != 0).any())
+
+
+def _check_data(found: Run, site: Site, n: int) -> None:
+    """Raises ValueError if a site has another number of data than the n codes, as in a plate that has no size."""
+    if site.shape[site.data_dim] != n:
         raise ValueError(
-            f"Site '{site.name}' has {site.data} data in plate '{found.plate}', and the codes have {found.data}. Write "
-            f"pyro.plate('{found.plate}', {found.data}), and outside of it what all data share; fill up what some data "
-            f"lack to {found.data} rows, under poutine.mask(mask=...)."
+            f"Site '{site.name}' has {site.data} data in plate '{found.plate}', and the codes have {n}. Write "
+            f"pyro.plate('{found.plate}', {n}), and outside of it what all data share; fill up what some data "
+            f"lack to {n} rows, under poutine.mask(mask=...)."
         )
 
 

@@ -16,10 +16,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import has_law_of, innermost
+from pyro_wae._core.distributions import innermost, own_methods
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.penalties.mmd import MOST_COMPONENTS
@@ -96,8 +95,10 @@ def prior_of_one_code(run: Run) -> Any | None:
     (site,) = run.latents.values()
     outer = site.distribution.event_dim
     fn = _same_family(innermost(site.distribution))
-    if not (has_law_of(fn, dist.MixtureSameFamily) and has_law_of(fn.mixture_distribution, Categorical)):
+    if not isinstance(fn, dist.MixtureSameFamily):
         return _elementwise(fn, site, outer)
+    if own_methods(fn.__class__) or own_methods(fn.mixture_distribution.__class__):
+        return None
     probs = fn.mixture_distribution.probs
     count = probs.shape[-1]
     if outer != fn.event_dim or site.rows(probs, 1)[0, 0].numel() != count or count > MOST_COMPONENTS:
@@ -323,8 +324,8 @@ def _log_prob_rows(site: Site, fn: Any, value: Tensor) -> Tensor:
 
 def _same_family(fn: Any) -> Any:
     """Pyro's own mixtures of Normals as a ``MixtureSameFamily``; anything else as it is."""
-    shared = has_law_of(fn, dist.MixtureOfDiagNormalsSharedCovariance)
-    if not (shared or has_law_of(fn, dist.MixtureOfDiagNormals)):
+    shared = isinstance(fn, dist.MixtureOfDiagNormalsSharedCovariance)
+    if not (shared or isinstance(fn, dist.MixtureOfDiagNormals)) or own_methods(fn.__class__):
         return fn
     scales = fn.coord_scale.unsqueeze(-2).expand_as(fn.locs) if shared else fn.coord_scale
     components = dist.Normal(fn.locs, scales, validate_args=False).to_event(1)
@@ -339,8 +340,8 @@ def _elementwise(fn: Any, site: Site, event_dim: int, *batch: int) -> Any | None
         dist.Uniform: ("low", "high"),
         dist.StudentT: ("df", "loc", "scale"),
     }
-    family = next((family for family in known if has_law_of(fn, family)), None)
-    if family is None:
+    family = next((family for family in known if isinstance(fn, family)), None)
+    if family is None or own_methods(fn.__class__):
         return None
     parameters = {
         name: site.rows(getattr(fn, name).expand(fn.batch_shape), event_dim)[0, 0].reshape(*batch, -1)

@@ -74,6 +74,7 @@ class Run:
         factors: The nodes of ``pyro.factor`` in model and guide, which are terms of the loss, each with its sign in it.
         data_size: Number of data, where the data plate takes a part of them; else None.
         left_out: The sites that a mask leaves out as a whole.
+        points: The observed sites that are a point: their density is known, and their cost may not read it.
         is_root: Whether the code is one site that no other random choice precedes.
 
     Raises:
@@ -107,6 +108,7 @@ class Run:
         self.latents = {name: latent_site(name, sample, in_guide[name], plate) for name, sample in latents.items()}
         self.observed = {name: observed_site(name, sample, plate) for name, sample in observed.items()}
         self.factors = [(node, sign) for trace, sign in ((model, -1.0), (guide, 1.0)) for node in _factors(trace)]
+        self.points = [name for name, sample in observed.items() if isinstance(sample.innermost, dist.Delta)]
         self.left_out = [name for name, s in samples.items() if s.is_masked_out and not s.is_own_point]
         first = next(name for name, sample in samples.items() if not sample.node["is_observed"])
         self.is_root = len(latents) == 1 and first in latents
@@ -122,6 +124,11 @@ def is_random(node: Node) -> bool:
     return node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
 
 
+def is_imputed(name: str, nodes: Mapping[str, Node]) -> bool:
+    """Whether the site holds the part of an observed value that ``obs_mask`` left to be imputed."""
+    return name.endswith(UNOBSERVED) and is_part(name, UNOBSERVED, nodes)
+
+
 def observed_samples(samples: Mapping[str, Sample]) -> Iterator[tuple[str, Sample]]:
     """The sites of a model that may have a cost, by the names that the user gave them."""
     nodes = {name: sample.node for name, sample in samples.items()}
@@ -131,7 +138,8 @@ def observed_samples(samples: Mapping[str, Sample]) -> Iterator[tuple[str, Sampl
         is_computed = sample.node["infer"].get("_deterministic") or _is_reparametrised(name, samples)
         # What is masked as a whole is a value that was computed, as by a reparametrisation, or counts for nothing.
         if not is_computed and not sample.is_masked_out:
-            yield name.removesuffix(OBSERVED) if is_part(name, OBSERVED, nodes) else name, sample
+            is_half = name.endswith(OBSERVED) and is_part(name, OBSERVED, nodes)
+            yield name.removesuffix(OBSERVED) if is_half else name, sample
 
 
 def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested: str | None) -> str:
@@ -308,7 +316,7 @@ def _factors(trace: Any) -> list[Node]:
 def _latents(samples: Mapping[str, Sample], guide: Mapping[str, Sample]) -> Iterator[tuple[str, Sample]]:
     nodes = {name: sample.node for name, sample in samples.items()}
     for name, sample in samples.items():
-        if sample.node["is_observed"] or is_part(name, UNOBSERVED, nodes):
+        if sample.node["is_observed"] or is_imputed(name, nodes):
             continue
         in_guide = name in guide
         if in_guide and not getattr(guide[name].fn, "has_rsample", False):

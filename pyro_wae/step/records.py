@@ -214,7 +214,7 @@ class Step:
         values = {}
         for entry, label, own, penalty in self._parts(option):
             (codes, draws), scale, context = own.rows(), own.joint_scale(), own.context()
-            if codes.shape[1] < min(2, own.data):
+            if codes.shape[1] < 2 <= own.data:
                 raise ValueError(
                     "A penalty compares distributions and needs at least 2 data and 2 prior samples, and the mask at "
                     f"latent sites {list(own.columns)} leaves {codes.shape[1]} of {own.data} data. Write "
