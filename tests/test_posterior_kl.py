@@ -186,6 +186,19 @@ class Folded(dist.Normal):
         return super().log_prob(value) + math.log(2)
 
 
+class Lifted(dist.Normal):
+    """Draws as a Normal, with a log density that is larger by one."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) + 1.0
+
+
+def test_a_density_of_ones_own_is_read():
+    loss = WAELoss(PosteriorKL(), penalty_weight=1.0)
+    loss.loss(*program(lambda x: Lifted(torch.zeros_like(x), 1.0).to_event(1)), torch.randn(20, 2))
+    assert loss.terms.penalty.item() == pytest.approx(2.0, rel=1e-5)
+
+
 def test_a_law_of_ones_own_is_not_that_of_the_family_it_is_derived_from():
     programs = program(lambda x: Folded(torch.zeros_like(x), 1.0).to_event(1))
     loss = WAELoss(PosteriorKL(), penalty_weight=1.0)

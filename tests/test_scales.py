@@ -61,13 +61,16 @@ def test_a_scale_of_everything_is_found_where_one_site_has_a_scale_of_its_own(pl
     assert values[2] == pytest.approx(values[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("latent", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_a_scale_of_the_latents_alone_is_no_scale_of_everything(latent):
+@pytest.mark.parametrize("observed", ["none", "one of two"])
+@pytest.mark.parametrize("scale", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_a_scale_that_a_site_lacks_is_no_scale_of_everything(scale, observed):
     def both(of_model):
         def run(x):
             with pyro.plate("data"):
-                with poutine.scale(scale=latent):
+                with poutine.scale(scale=scale):
                     z = pyro.sample("z", normal(x, 2).expand([6]) if of_model else delta(x + 1))
+                    if of_model and observed == "one of two":
+                        pyro.sample("y", around(2 * z), obs=x)
                 if of_model:
                     pyro.sample("x", around(z), obs=x)
 

@@ -294,12 +294,10 @@ def _common_scale(found: Run) -> float | Tensor:
     latent = [site.scale for site in found.latents.values()]
     plate = found.model.nodes.get(found.plate)
     outer = 1.0 if plate is None else scales(plate, found.plate)[0]
-    # A factor for each datum is one of the user's for this site.
-    observed, outers = (
-        [scale for scale in some if not isinstance(scale, Tensor) or scale.numel() == 1]
-        for some in ([site.scale for site in found.observed.values()], [outer])
-    )
-    outer = outers[0] if outers else 1.0
+    # A factor for each datum is a weight of the user's.
+    outer = 1.0 if isinstance(outer, Tensor) and outer.numel() != 1 else outer
+    observed = [site.scale for site in found.observed.values()]
+    observed = [scale for scale in observed if not isinstance(scale, Tensor) or scale.numel() == 1]
     tensors = [scale for scale in (*latent, *observed, outer) if isinstance(scale, Tensor)]
     if not tensors:
         is_shared = len(set(latent)) == 1 and latent[0] in observed and 1.0 not in observed
