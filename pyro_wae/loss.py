@@ -14,6 +14,7 @@ import pyro
 import torch
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.params import param_with_module_name
 from torch import Tensor, nn
 
 from pyro_wae._core import checks
@@ -296,10 +297,13 @@ class WAELoss(CallRepr, ELBO):
     def _register(self) -> None:
         """Tells Pyro of the parameters of penalties, costs and the weight."""
         for name, module in self.named_children():
-            parameters = list(module.parameters())
-            # A discriminator of a site that has had no codes yet has no parameters yet.
-            if any(value.requires_grad for value in parameters) and not any(map(nn.parameter.is_lazy, parameters)):
-                pyro.module(_free_name(f"wae_{name}", module), module)
+            parameters = dict(module.named_parameters())
+            # A discriminator of a site that has had no codes yet has no parameters yet; later it trains its own.
+            if any(map(nn.parameter.is_lazy, parameters.values())):
+                continue
+            learnt = {key: value for key, value in parameters.items() if value.requires_grad}
+            for key, value in _in_store(f"wae_{name}", learnt).items():
+                pyro.param(key, value)
 
     def _value(self, step: Step) -> float:
         """The loss as a number.
@@ -332,12 +336,14 @@ def _nesting(given: float) -> float:
     return math.inf if is_open else checks.whole("max_plate_nesting", given, least=0, write="max_plate_nesting=1")
 
 
-def _free_name(name: str, module: nn.Module) -> str:
-    """The name, or with a number behind it where another loss's module has it in Pyro's store."""
+def _in_store(name: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Parameters by their names in Pyro's store; with a number where another loss has its own under these names."""
     store = dict(pyro.get_param_store().named_parameters())
-    first, parameter = next(iter(module.named_parameters()))
-    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-    return next(free for free in names if store.get(f"{free}$$$" + first, parameter) is parameter)
+    for prefix in itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2))):
+        named = {param_with_module_name(prefix, key): value for key, value in parameters.items()}
+        if all(store.get(key, value) is value for key, value in named.items()):
+            break
+    return named
 
 
 def _check_others(others: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from references import rows
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.penalties import MMD, JensenShannon
+from pyro_wae.penalties import MMD, JensenShannon, Penalty
 
 N, M, D = 20, 30, 2
 
@@ -196,6 +196,29 @@ def test_discriminators_of_two_losses_have_names_of_their_own_in_the_store(auto,
         loss = WAELoss(shared(discriminator))
         SVI(auto.model, auto.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss).step(x)
         assert pyro.get_param_store()[f"{name}$$$discriminator.0.weight"] is discriminator[0].weight
+
+
+class Shifted(Penalty):
+    """A penalty with a parameter that the loss's optimiser is to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(D, dtype=torch.float64))
+
+    def estimate(self, codes, prior, context):
+        return (codes.mean((0, 1)) - self.shift).square().sum()
+
+
+def test_beside_a_discriminator_with_its_own_optimiser_each_loss_trains_its_other_parameters(auto, x, recwarn):
+    for name in ("wae_penalty", "wae_penalty_2"):
+        penalty = Shifted()
+        loss = WAELoss(JensenShannon(net()) + penalty)
+        SVI(auto.model, auto.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss).step(x)
+        assert penalty.shift.all()
+        names = [key for key in pyro.get_param_store() if key.startswith(f"{name}$$$")]
+        assert len(names) == 1
+        assert names[0].endswith(".shift")
+    assert not [str(warning.message) for warning in recwarn if "was not registered" in str(warning.message)]
 
 
 def test_each_site_has_a_discriminator_of_its_own_size():
