@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae.predict.runs import encoded_run, output_nodes, run_model, site_output
+from pyro_wae.predict.runs import encoded_run, output_nodes, run_model, site_values
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import ReplaySubsamples
 from pyro_wae.step.program import Program
@@ -132,7 +132,8 @@ def interpolate(
         x_b: The data at the end, likewise; as many as at the start.
         steps: Number of points on the path, both ends included, >= 2.
         path: ``"linear"`` or ``"spherical"``.
-        return_sites: Names of the sites to return; None returns the observed ones.
+        return_sites: Names of the sites to return; None returns the observed ones. Latent sites, the codes on the
+            path, may be named.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of model and guide.
@@ -183,8 +184,8 @@ def interpolate(
         codes = {name: _PATHS[path](a, b, step / (steps - 1), dim) for name, (a, b, dim) in ends.items()}
         with ReplaySubsamples(start.model):
             trace = run_model(poutine.condition(model, data=codes), args_a, kwargs)
-        sites = output_nodes(trace, return_sites, leave_out=codes)
-        outputs.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
+        sites = output_nodes(trace, return_sites, codes=codes)
+        outputs.append(site_values(sites, codes, random))
     return {name: torch.stack([output[name] for output in outputs]) for name in outputs[0]}
 
 

@@ -17,9 +17,11 @@ from pyro_wae.predict.runs import (
     check_return_sites,
     computed_nodes,
     encoded_run,
+    latent_among,
     output_nodes,
     run_model,
     site_output,
+    site_values,
 )
 from pyro_wae.step.program import Program, find_data_plate, is_imputed, is_random, layout
 
@@ -44,7 +46,8 @@ def decode(
             of data; or the tensor alone, where the model has one latent site.
         args: Arguments of the model. Data determine the number of codes in a run, and a conditional generator reads
             them. With more codes than data the model runs repeatedly, and starts again from the first datum.
-        return_sites: Names of the sites to return, ``pyro.deterministic`` included; None returns the observed ones.
+        return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
+            sites may be named: their values are those that the others come from.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -95,15 +98,19 @@ def decode(
         )
     shape, dim, _ = layout(first.nodes[next(iter(codes))], plate)
     size = shape[dim]
-    parts, joins = [], {}
+    read = set(codes)
+    parts: list[dict[str, Tensor]] = []
+    joins: dict[str, int] = {}
     for start in range(0, count, size):
         chosen = {
             name: value.index_select(dims[name], torch.arange(start, start + size, device=value.device) % count)
             for name, value in codes.items()
         }
         trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
-        sites = output_nodes(trace, return_sites, leave_out=codes)
-        parts.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
+        sites = output_nodes(trace, return_sites, codes=codes)
+        if not parts and not checks.flag("random", random):
+            read |= latent_among(sites, model, args, kwargs)
+        parts.append(site_values(sites, read, random))
         joins = {name: _data_dim(site, plate) for name, site in sites.items()}
     return _join(parts, joins, count)
 
@@ -125,7 +132,8 @@ def reconstruct(
         model: The Pyro model.
         guide: Its guide.
         args: Arguments of both.
-        return_sites: Names of the sites to return, ``pyro.deterministic`` included; None returns the observed ones.
+        return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
+            sites may be named: their values are those that the others come from.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of both.
@@ -150,11 +158,12 @@ def reconstruct(
     """
     encoded = encoded_run(model, guide, args, kwargs, data_plate)
     names = list(encoded.observed) if return_sites is None else return_sites
-    computed = computed_nodes(encoded.model)
-    check_return_sites(names, {**encoded.observed, **computed})
+    # What ``obs_mask`` has made of data and draws is computed, too.
+    computed = {name: node["value"] for name, node in computed_nodes(encoded.model).items()}
+    known = {**{name: site.value for name, site in encoded.latents.items()}, **computed}
+    check_return_sites(names, {**encoded.observed, **known})
     return {
-        # What ``obs_mask`` has made of data and draws is computed, too.
-        name: _reconstruction(encoded.observed[name], random) if name in encoded.observed else computed[name]["value"]
+        name: _reconstruction(encoded.observed[name], random) if name in encoded.observed else known[name]
         for name in names
     }
 
@@ -182,7 +191,8 @@ def sample(
         prior: Replaces the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
             :func:`code_rows`: all latent sites, joined in the order of the model.
-        return_sites: Names of the sites to return, ``pyro.deterministic`` included; None returns the observed ones.
+        return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
+            sites may be named: their values are those that the others come from.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -212,14 +222,21 @@ def sample(
     if data_plate is not None:
         checks.text("data_plate", data_plate, "a plate's name", write="data_plate='data'")
     if prior is not None:
-        codes = _codes_of(prior, run_model(model, args, kwargs), num_samples, return_sites, data_plate)
+        trace = run_model(model, args, kwargs)
+        sites = output_nodes(trace, return_sites)
+        named = latent_among(sites, model, args, kwargs)
+        outputs = {name: site for name, site in sites.items() if name not in named}
+        codes = _codes_of(prior, trace, outputs, num_samples, data_plate)
         return decode(model, codes, *args, return_sites=return_sites, random=random, data_plate=data_plate, **kwargs)
     parts: list[dict[str, Tensor]] = []
     joins: dict[str, int] = {}
+    read: set[str] = set()
     while not parts or (num_samples is not None and _total(parts, joins) < num_samples):
         trace = run_model(model, args, kwargs)
         sites = output_nodes(trace, return_sites)
-        parts.append({name: site_output(name, site["fn"], random) for name, site in sites.items()})
+        if not parts and not checks.flag("random", random):
+            read = latent_among(sites, model, args, kwargs)
+        parts.append(site_values(sites, read, random))
         if num_samples is not None and not joins:
             inside = [
                 site
@@ -233,10 +250,9 @@ def sample(
 
 @torch.no_grad()
 def _codes_of(
-    prior: Any, trace: Any, count: int | None, return_sites: Sequence[str] | None, data_plate: str | None
+    prior: Any, trace: Any, outputs: Mapping[str, Node], count: int | None, data_plate: str | None
 ) -> dict[str, Tensor]:
     """Draws of a prior of whole codes, as the values of a model's latent sites."""
-    outputs = output_nodes(trace, return_sites)
     latents = {
         name: node
         for name, node in trace.nodes.items()
@@ -245,7 +261,7 @@ def _codes_of(
     plate = find_data_plate(list(latents.values()), list(outputs.values()), data_plate)
     sites = [Site(name, node["fn"], node["value"], *layout(node, plate)) for name, node in latents.items()]
     if count is None:
-        shape, dim, _ = layout(next(iter(outputs.values())), plate)
+        shape, dim, _ = layout(next(iter({**outputs, **latents}.values())), plate)
         count = shape[dim]
     write = "sample(model, x, prior=priors.fit(model, guide, x, prior=MixturePrior(100, {d})))"
     draws = drawn(distribution_of(prior, write=write.format(d="d")), count).reshape(count, -1)

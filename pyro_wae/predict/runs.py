@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
@@ -47,14 +51,19 @@ def run_model(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def output_nodes(
-    trace: Any, return_sites: Sequence[str] | None = None, *, leave_out: Mapping[str, Any] | None = None
+    trace: Any, return_sites: Sequence[str] | None = None, *, codes: Collection[str] = ()
 ) -> dict[str, Node]:
-    """The sites that hold data, by the names the user gave them."""
-    observed = {
-        name: sample.node for name, sample in observed_samples(samples_of(trace)) if name not in (leave_out or ())
-    }
+    """The sites to return: those that hold data, by the names the user gave them, or those named.
+
+    Args:
+        trace: Of a run of the model.
+        return_sites: The names, if given.
+        codes: The latent sites that were fixed in this run, which are no data.
+    """
+    observed = {name: sample.node for name, sample in observed_samples(samples_of(trace)) if name not in codes}
     if return_sites is not None:
-        known = {name: site for name, site in trace.nodes.items() if is_random(site)} | observed | computed_nodes(trace)
+        random = {name: site for name, site in trace.nodes.items() if is_random(site) or name in codes}
+        known = random | observed | computed_nodes(trace)
         check_return_sites(return_sites, known)
         for name in return_sites:
             _check_event(name, known[name])
@@ -65,6 +74,60 @@ def output_nodes(
             "or name them: return_sites=('x',)."
         )
     return observed
+
+
+def latent_among(sites: Mapping[str, Node], model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[str]:
+    """Those of the sites that are drawn, and whose values a later site's distribution depends on.
+
+    Raises:
+        ValueError: If the model does not run on values that carry the names of their sites.
+    """
+    drawn = [name for name, site in sites.items() if is_random(site)]
+    if not drawn:
+        return set()
+    read: set[str] = set()
+    try:
+        with _Readers(read), _LostTrack(read):
+            run_model(model, args, kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"return_sites names site '{drawn[0]}', which has no data, and whether later sites depend on its value "
+            "could not be found out. Write random=True, which returns the values that were drawn."
+        ) from error
+    return read.intersection(drawn)
+
+
+class _Readers(Messenger):
+    """Notes in ``read`` the sites that a later site's distribution depends on."""
+
+    def __init__(self, read: set[str]) -> None:
+        super().__init__()
+        self.read = read
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic") or site_is_factor(msg):
+            return
+        # A draw descends from all parameters of its distribution, and needs no log_prob.
+        self.read |= get_provenance(msg["fn"]() if msg["is_observed"] else msg["value"])
+        if not msg["is_observed"]:
+            msg["value"] = track_provenance(detach_provenance(msg["value"]), frozenset({msg["name"]}))
+
+
+class _LostTrack(TorchFunctionMode):
+    """Notes in ``read`` the sites whose values go where none can follow them: out of torch, or into another tensor."""
+
+    def __init__(self, read: set[str]) -> None:
+        super().__init__()
+        self.read = read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _OUT_OF_TORCH or (name.endswith("_") and not name.endswith("__")):
+            self.read |= get_provenance(args)
+        return func(*args, **(kwargs or {}))
+
+
+_OUT_OF_TORCH = {"tolist", "numpy", "item", "__array__", "__bool__", "__float__", "__int__", "__index__", "__setitem__"}
 
 
 def _check_event(name: str, node: Node) -> None:
@@ -92,6 +155,17 @@ def check_return_sites(return_sites: Sequence[str], known: Mapping[str, Any]) ->
     if unknown or not return_sites:
         found = f"names '{unknown[0]}', which is not among the sites {list(known)}" if unknown else "is empty"
         raise ValueError(f"return_sites {found}. Write return_sites=('{next(iter(known), 'x')}',).")
+
+
+def site_values(sites: Mapping[str, Node], latents: Collection[str], random: bool) -> dict[str, Tensor]:
+    """Of latent sites the values that a run has used, of others the means; with ``random`` draws, of the same run."""
+    checks.flag("random", random)
+    return {
+        name: site["value"]
+        if name in latents or (random and is_random(site))
+        else site_output(name, site["fn"], random)
+        for name, site in sites.items()
+    }
 
 
 def site_output(name: str, fn: Any, random: bool) -> Tensor:
