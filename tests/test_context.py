@@ -17,7 +17,15 @@ from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, RationalQuadratic
-from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, UnitVarianceKL
+from pyro_wae.penalties import (
+    MMD,
+    FunctionPenalty,
+    KernelStein,
+    LogVarianceL1,
+    PenaltyContext,
+    Sinkhorn,
+    UnitVarianceKL,
+)
 
 N = 12
 
@@ -319,3 +327,22 @@ def test_a_prior_that_keeps_its_parameters_in_a_container_is_seen_to_vary(contai
     seen = Seen()
     WAELoss(seen).loss(*program(delta, lambda x: Kept(x, container)), rows(12, 2))
     assert seen.context.shared_data
+
+
+def gap(codes, prior):
+    return (codes.mean(0) - prior.mean(0)).square().sum()
+
+
+@pytest.mark.parametrize("kind", ["function", "sinkhorn"])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_each_particle_is_compared_with_prior_samples_of_all_data(kind, repeats):
+    """The data differ: a half of them has another mean."""
+    if kind == "sinkhorn":
+        pytest.importorskip("geomloss")
+    penalty = Sinkhorn(blur=0.01, scaling=0.9) if kind == "sinkhorn" else FunctionPenalty(gap)
+    centres = torch.arange(8.0).double()[:, None] * torch.ones(8, 2).double()
+    value = penalty(centres.expand(2, 8, 2), centres.repeat(repeats, 1), PenaltyContext(shared_data=True))
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    # Beside a condition, too: the label of a datum says where its codes lie.
+    context = PenaltyContext(condition=centres[:, :1])
+    assert penalty(centres.expand(2, 8, 2), centres.repeat(repeats, 1), context).item() == pytest.approx(0, abs=1e-6)

@@ -277,8 +277,8 @@ class FunctionPenalty(Penalty):
         )
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        chunks = prior.chunk(len(codes)) if len(prior) % len(codes) == 0 else [prior] * len(codes)
-        return torch.stack([self._call(particle, draws) for particle, draws in zip(codes, chunks, strict=True)]).mean()
+        shares = share_out(prior, codes, context)
+        return torch.stack([self._call(particle, draws) for particle, draws in zip(codes, shares, strict=True)]).mean()
 
     def _call(self, codes: Tensor, prior: Tensor) -> Tensor:
         value = self.function(codes, prior)
@@ -291,6 +291,20 @@ class FunctionPenalty(Penalty):
                 "Reduce it over the codes: write ....mean()."
             )
         return value
+
+
+def share_out(prior: Tensor, codes: Tensor, context: PenaltyContext) -> Tensor:
+    """The prior samples (m, d) that each of K particles (K, n, d) is compared with: a K-th, or where that fails all.
+
+    A share has 2 rows or more, and where rows come from data one of each datum.
+
+    Returns:
+        Shape (K, m / K, d), or (K, m, d).
+    """
+    particles, n, d = codes.shape
+    unit = particles * (n if context.shared_data else 1)
+    is_shared = len(prior) % unit == 0 and len(prior) >= 2 * particles
+    return prior.reshape(particles, -1, d) if is_shared else prior.expand(particles, -1, -1)
 
 
 def beside(codes: Tensor, condition: Tensor) -> Tensor:

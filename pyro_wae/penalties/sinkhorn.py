@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.rows import working_precision
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty, PenaltyContext, share_out
 
 BLUR_FRACTION = 0.5
 DIAMETER_MULTIPLE = 4.0
@@ -109,9 +109,7 @@ class Sinkhorn(FittedBuffers, Penalty):
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         self.fit(prior)
-        particles, _, d = codes.shape
-        whole = len(prior) % particles == 0 and len(prior) >= 2 * particles
-        draws = prior.reshape(particles, -1, d) if whole else prior.expand(particles, -1, -1)
+        draws = share_out(prior, codes, context)
         blur = BLUR_FRACTION * self._spread if self.blur is None else self.blur
         loss = _import_samples_loss()(
             "sinkhorn",
