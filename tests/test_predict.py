@@ -135,6 +135,28 @@ def test_reconstructions_of_a_subsample_belong_to_one_subsample():
     torch.testing.assert_close(first // 1000, first % 1000)
 
 
+def test_runs_that_are_joined_take_one_subsample_inside_of_the_data():
+    """The output tells which genes a run has taken, and of which data."""
+
+    def model(x):
+        genes = pyro.plate("genes", 50, subsample_size=4, dim=-1)
+        with pyro.plate("cells", 100, subsample_size=5, dim=-2) as cells:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(5, 1), 0.01))
+            with genes as index:
+                y = x[cells][:, index]
+                pyro.sample("x", dist.Normal(y + z, 1), obs=y)
+
+    x = 1000.0 * torch.arange(100)[:, None] + torch.arange(50)
+    calls = (
+        lambda: sample(model, x, num_samples=40, data_plate="cells"),
+        lambda: decode(model, torch.zeros(40, 1), x, data_plate="cells"),
+    )
+    for call in calls:
+        outputs = call()["x"].round()
+        assert (outputs % 1000 == outputs[0] % 1000).all()
+        assert len((outputs // 1000).unique()) > 5
+
+
 def test_sampling_draws_codes_from_the_prior():
     x = torch.full((4, 2), 1e6)
     outputs = sample(model, x, num_samples=5001)["x"]
@@ -173,89 +195,6 @@ def test_a_model_may_run_without_data():
         sample(free)
     outputs = sample(free, n=3, prior=dist.Delta(torch.tensor(5.0)), return_sites=["x"])
     torch.testing.assert_close(outputs, {"x": torch.full((3,), 10.0)})
-
-
-def test_sites_of_pyro_deterministic_are_returned_where_they_are_named():
-    def computing(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
-            double = pyro.deterministic("double", 2 * z, event_dim=1)
-            pyro.sample("x", dist.Normal(double + 1, 1).to_event(1), obs=x)
-
-    x, z = torch.randn(3, 2), torch.randn(7, 2)
-    assert list(sample(computing, x)) == list(reconstruct(computing, guide, x)) == ["x"]
-    torch.testing.assert_close(decode(computing, z, x, return_sites=("double", "x")), {"double": 2 * z, "x": 2 * z + 1})
-    torch.testing.assert_close(reconstruct(computing, guide, x, return_sites=["double"]), {"double": 2 * (x - 5)})
-    drawn = sample(computing, x, num_samples=8, return_sites=("double", "x"))
-    torch.testing.assert_close(drawn["x"], drawn["double"] + 1)
-    assert drawn["double"].shape == (8, 2)
-    with pytest.raises(ValueError, match=r"not among the sites \['x', 'z', 'double'\]"):
-        reconstruct(computing, guide, x, return_sites=("triple",))
-
-
-def test_latent_sites_come_with_the_outputs_that_they_were_decoded_to():
-    """Each of the calls draws, or takes, the code once: x is 3 z + 1 of the z beside it."""
-    x, both = torch.randn(6, 2), ("x", "z")
-    wide = dist.Normal(torch.full((2,), 50.0), 1).to_event(1)
-    calls = {
-        "one run": lambda: sample(model, x, return_sites=both),
-        "several runs": lambda: sample(model, x, num_samples=20, return_sites=both),
-        "the code alone first": lambda: sample(model, x, num_samples=20, return_sites=("z", "x")),
-        "another prior": lambda: sample(model, x, prior=wide, return_sites=both),
-        "given codes": lambda: decode(model, torch.randn(9, 2), x, return_sites=both),
-        "codes of data": lambda: reconstruct(model, guide, x, return_sites=both),
-        "a path": lambda: interpolate(model, guide, x, -x, 3, return_sites=both),
-    }
-    for name, call in calls.items():
-        outputs = call()
-        torch.testing.assert_close(outputs["x"], 3 * outputs["z"] + 1, msg=lambda text, name=name: f"{name}: {text}")
-        assert len(outputs["z"].unique()) > 5
-    assert (calls["another prior"]()["z"] > 40).all()
-    assert (sample(model, x, num_samples=50, prior=wide, return_sites=["z"])["z"] > 40).all()
-    assert len(sample(model, x, num_samples=50, return_sites=["z"])["z"].unique()) == 100
-
-
-def test_of_sites_without_data_those_that_others_depend_on_are_drawn_and_the_others_are_means():
-    def chain(n):
-        with pyro.plate("data", n):
-            kind = pyro.sample("kind", dist.Categorical(torch.ones(3)))
-            z = pyro.sample("z", dist.Normal(10.0 * kind, 1))
-            pyro.sample("x", dist.Normal(2 * z, 1))
-            pyro.sample("y", dist.Poisson((z - 50).exp()))
-
-    outputs = sample(chain, 40, return_sites=("x", "y", "z", "kind"))
-    torch.testing.assert_close(outputs["x"], 2 * outputs["z"])
-    torch.testing.assert_close(outputs["y"], (outputs["z"] - 50).exp())
-    assert set(outputs["kind"].tolist()) == {0, 1, 2}
-    assert (outputs["z"] - 10 * outputs["kind"]).abs().max() < 6
-    # z given: kind is drawn after its prior, and x is of this z.
-    outputs = decode(chain, {"z": torch.arange(40.0)}, 40, return_sites=("x", "z", "kind"))
-    torch.testing.assert_close(outputs["x"], 2 * torch.arange(40.0))
-    drawn = sample(chain, 4000, return_sites=("x", "z"), random=True)
-    # As x comes from z, it differs by noise alone, of variance 1: within five standard errors.
-    assert abs((drawn["x"] - 2 * drawn["z"]).var() - 1) < 5 * math.sqrt(2 / 4000)
-
-
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        lambda z: torch.tensor(z.tolist()),
-        lambda z: torch.as_tensor(2 * z.numpy() / 2),
-        lambda z: torch.stack([torch.tensor(float(number)) for number in z]),
-        lambda z: torch.zeros(5).copy_(z),
-        lambda z: [values := torch.zeros(5), values.__setitem__(slice(None), z)][0],
-    ],
-    ids=["list", "numpy", "float", "in place", "set"],
-)
-def test_a_latent_site_is_known_where_its_value_leaves_torch(decoder):
-    def outside(n):
-        with pyro.plate("data", n):
-            z = pyro.sample("z", dist.Normal(0.0, 1))
-            pyro.sample("x", dist.Normal(decoder(z), 1))
-
-    outputs = sample(outside, 5, return_sites=("z", "x"))
-    torch.testing.assert_close(outputs["x"], outputs["z"])
-    assert outputs["z"].all()
 
 
 def test_return_sites_leave_out_the_others():
@@ -468,20 +407,6 @@ def test_a_site_with_obs_mask_is_reconstructed_from_its_code():
     x = torch.randn(3, 2)
     torch.testing.assert_close(reconstruct(model, guide, x)["x"], 3 * (x + 1))
     torch.testing.assert_close(decode(model, x, x)["x"], 3 * x)
-
-
-def test_a_computed_site_whose_data_dimension_is_not_known_is_refused():
-    def model(x, event_dim=None):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
-            pyro.deterministic("mu", 3 * z, event_dim=event_dim)
-            pyro.sample("x", dist.Normal(3 * z, 1).to_event(1), obs=x)
-
-    x, z = torch.zeros(4, 2), torch.randn(6, 2)
-    for call in (lambda: decode(model, z, x, return_sites=("mu",)), lambda: sample(model, x, return_sites=("mu",))):
-        with pytest.raises(ValueError, match=r"Write pyro.deterministic\('mu', value, event_dim=1\)"):
-            call()
-    torch.testing.assert_close(decode(model, z, x, event_dim=1, return_sites=("mu",))["mu"], 3 * z)
 
 
 def test_an_interpolation_takes_one_subsample_at_both_ends():

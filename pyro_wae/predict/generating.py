@@ -23,6 +23,7 @@ from pyro_wae.predict.runs import (
     site_output,
     site_values,
 )
+from pyro_wae.step.prior import ReplaySubsamples
 from pyro_wae.step.program import Program, find_data_plate, is_imputed, is_random, layout
 
 
@@ -106,7 +107,9 @@ def decode(
             name: value.index_select(dims[name], torch.arange(start, start + size, device=value.device) % count)
             for name, value in codes.items()
         }
-        trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
+        # As in `sample`: other data, but no other parts of a datum.
+        with ReplaySubsamples(first, leave_out=plate):
+            trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
         sites = output_nodes(trace, return_sites, codes=codes)
         if not parts and not checks.flag("random", random):
             read |= latent_among(sites, model, args, kwargs)
@@ -221,31 +224,27 @@ def sample(
         num_samples = checks.whole("num_samples", num_samples, write="num_samples=100")
     if data_plate is not None:
         checks.text("data_plate", data_plate, "a plate's name", write="data_plate='data'")
+    trace = run_model(model, args, kwargs)
+    sites = output_nodes(trace, return_sites)
+    known_by_draw = checks.flag("random", random) and prior is None
+    latents = set() if known_by_draw else latent_among(sites, model, args, kwargs)
     if prior is not None:
-        trace = run_model(model, args, kwargs)
-        sites = output_nodes(trace, return_sites)
-        named = latent_among(sites, model, args, kwargs)
-        outputs = {name: site for name, site in sites.items() if name not in named}
+        outputs = {name: site for name, site in sites.items() if name not in latents}
         codes = _codes_of(prior, trace, outputs, num_samples, data_plate)
         return decode(model, codes, *args, return_sites=return_sites, random=random, data_plate=data_plate, **kwargs)
-    parts: list[dict[str, Tensor]] = []
-    joins: dict[str, int] = {}
-    read: set[str] = set()
-    while not parts or (num_samples is not None and _total(parts, joins) < num_samples):
-        trace = run_model(model, args, kwargs)
-        sites = output_nodes(trace, return_sites)
-        if not parts and not checks.flag("random", random):
-            read = latent_among(sites, model, args, kwargs)
-        parts.append(site_values(sites, read, random))
-        if num_samples is not None and not joins:
-            inside = [
-                site
-                for site in trace.nodes.values()
-                if is_random(site) and site["name"] not in sites and site["cond_indep_stack"]
-            ]
-            plate = find_data_plate(inside, list(sites.values()), data_plate)
-            joins = {name: _data_dim(site, plate) for name, site in sites.items()}
-    return parts[0] if num_samples is None else _join(parts, joins, num_samples)
+    parts = [site_values(sites, latents, random)]
+    if num_samples is None:
+        return parts[0]
+    nodes = trace.nodes.items()
+    inside = [site for name, site in nodes if is_random(site) and name not in sites and site["cond_indep_stack"]]
+    plate = find_data_plate(inside, list(sites.values()), data_plate)
+    joins = {name: _data_dim(site, plate) for name, site in sites.items()}
+    while _total(parts, joins) < num_samples:
+        # A run may take other data, but not other parts of a datum, which could not be joined.
+        with ReplaySubsamples(trace, leave_out=plate):
+            again = run_model(model, args, kwargs)
+        parts.append(site_values(output_nodes(again, return_sites), latents, random))
+    return _join(parts, joins, num_samples)
 
 
 @torch.no_grad()

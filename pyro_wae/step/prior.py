@@ -227,14 +227,16 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
 
 
 class ReplaySubsamples(Messenger):
-    """Gives every plate the subsample that it had in a trace."""
+    """Gives every plate, but one that is left out, the subsample that it had in a trace."""
 
-    def __init__(self, trace: Any) -> None:
+    def __init__(self, trace: Any, *, leave_out: str | None = None) -> None:
         super().__init__()
         self.trace = trace
+        self.leave_out = leave_out
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.trace:
+        is_free = msg["value"] is None and msg["name"] != self.leave_out
+        if is_free and site_is_subsample(msg) and msg["name"] in self.trace:
             msg["value"] = self.trace.nodes[msg["name"]]["value"]
 
 
