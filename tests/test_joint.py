@@ -155,7 +155,7 @@ def test_the_mean_is_zero_where_the_codes_of_each_condition_follow_its_prior(kin
     y = torch.arange(20) % 3 if kind == "labels" else torch.linspace(-1, 1, 20)
 
     programs = program(lambda x: dist.Normal(x, 1), lambda x: dist.Normal(x, 1), lambda z: dist.Normal(z, 1))
-    loss = WAELoss(MMD(standardize=standardize), condition="y", **options)
+    loss = WAELoss(MMD(standardize=standardize), condition="y", prior_draws=1 + standardize, **options)
     loss.loss(*programs, y.double(), y=y)  # takes lengths and units from draws of its own
     values = []
     for _ in range(200):

@@ -95,6 +95,40 @@ def test_null_of_a_mixture_takes_its_means_in_closed_form_and_its_unit_from_draw
     assert penalty(codes, draws, context) == penalty(codes, draws.flip(1), context)
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+@pytest.mark.parametrize("kind", ["centres", "masks", "labels"])
+def test_null_of_data_that_differ_has_mean_0_and_deviation_1(kind, repeats):
+    """Null: each code has the law of its own datum's prior samples; n = 40, 500 batches, seed 0.
+
+    With the unit of rows that are all alike the deviation would be 0.2 to 0.7: it would count the centres' spread.
+    """
+    n, d = 40, 4
+    centres, keep = 3 * rows(n, d), torch.ones(n, d).double()
+    labels = (torch.arange(n) % 3)[:, None]
+    if kind == "masks":
+        centres, keep = 0 * centres + 3, rows(n, d) > 0
+    if kind == "labels":
+        centres = 3 * labels.expand(n, d)
+
+    def drawn(blocks):
+        return torch.cat([(centres + rows(n, d)) * keep for _ in range(blocks)])
+
+    penalty = MMD(Gaussian(1.0), standardize=True)
+    context = PenaltyContext(shared_data=True, condition=labels if kind == "labels" else None)
+    for _ in range(math.ceil(ENOUGH / (repeats * n))):
+        penalty(drawn(1), drawn(repeats), context)
+    assert_standard(torch.stack([penalty(drawn(1), drawn(repeats), context) for _ in range(500)]))
+
+
+def test_one_prior_sample_of_each_of_data_that_differ_gives_no_unit():
+    model, guide = program(prior=lambda x: dist.Normal(3 * x, 1).to_event(1))
+    with pytest.raises(
+        ValueError, match=r"found 40 of 40 data\. Write WAELoss\(MMD\(standardize=True\), prior_draws=2\)"
+    ):
+        WAELoss(MMD(standardize=True)).loss(model, guide, rows(40, 2))
+    assert math.isfinite(WAELoss(MMD(standardize=True), prior_draws=2).loss(model, guide, rows(40, 2)))
+
+
 @pytest.mark.parametrize("closed_form", [True, False])
 def test_particles_that_agree_count_once(closed_form):
     """A deterministic encoder gives every particle of a datum one code, and the value of one particle."""

@@ -40,7 +40,8 @@ class MMD(Penalty):
         standardize: Whether the estimate is divided by its standard deviation under the null Q_Z = P_Z, where it then
             has mean 0 and variance 1. A penalty weight carries over between batch sizes and kernels. The standard
             deviation has a closed form, or is estimated from the first prior samples and kept in ``state_dict``. It
-            counts data, not particles.
+            counts data, not particles. Where masks or the prior make the data differ, it takes two prior samples of
+            each datum: ``WAELoss(MMD(standardize=True), prior_draws=2)``.
         closed_form: Whether means of the kernel against the prior are taken from
             :func:`~pyro_wae.penalties.register_kernel_mean` where they are known, as for a Gaussian,
             inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
@@ -53,7 +54,8 @@ class MMD(Penalty):
     Raises:
         TypeError: If a kernel cannot be called, or an option is neither True nor False.
         ValueError: If ``standardize`` is True for the V-statistic.
-        ValueError: When called, if the prior samples share their data with the codes and are no multiple of them.
+        ValueError: When called, if the prior samples share their data with the codes and are no multiple of them, or
+            one of each where ``standardize`` takes two.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6;
     Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 2.
@@ -107,10 +109,12 @@ class MMD(Penalty):
         value = squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)
         if self.null is None:
             return value
+        n = codes.shape[1]
         square = None if known is None else self.null.of_means(known)
         if square is None:
-            square = self.null.of_draws(self.kernel, prior)
-        return value / (square * pair_variance(codes.shape[1], None if known is not None else len(prior))).sqrt()
+            square = self.null.of_draws(self.kernel, prior, n if context.shared_data else None)
+        m = None if known is not None else len(prior)
+        return value / (square * pair_variance(n, m, of_data=context.shared_data)).sqrt()
 
     def _conditional(self, codes: Tensor, prior: Tensor, context: PenaltyContext, condition: Tensor) -> Tensor:
         """The same of the rows [z, y], with the product of the two kernels."""
@@ -124,15 +128,18 @@ class MMD(Penalty):
         condition_kernel = self.condition_kernel or self.condition_defaults.of(condition)
         kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
         columns = _label_columns(condition)
-        joint, draws, context = join(codes, prior, context, columns)
+        joint, draws, joint_context = join(codes, prior, context, columns)
         kernel.fit(draws)
-        value = squared_discrepancy(kernel, joint, draws, context, unbiased=self.unbiased)
+        value = squared_discrepancy(kernel, joint, draws, joint_context, unbiased=self.unbiased)
         if self.null is None:
             return value
+        n, m = len(columns), len(prior)
+        if context.shared_data:
+            return value / (self.null.of_draws(kernel, draws, n) * pair_variance(n, m, of_data=True)).sqrt()
         # Given the conditions, each pair enters with its own factor k_y, and codes that match are independent of it.
         rows = columns.to(value)
-        square = within(len(rows), 1).total(condition_kernel.gram(rows, rows).square())
-        return value / (square * self.null.of_draws(self.kernel, prior) * pair_variance(len(rows), len(prior))).sqrt()
+        square = within(n, 1).total(condition_kernel.gram(rows, rows).square())
+        return value / (square * self.null.of_draws(self.kernel, prior) * pair_variance(n, m, of_data=True)).sqrt()
 
 
 def known_mean(kernel: Kernel, context: PenaltyContext) -> KernelMean | None:

@@ -15,7 +15,7 @@ from pyro_wae.penalties.kernel_means import KernelMean
 from pyro_wae.penalties.pair_sums import Block, blocks, zeros
 
 
-def pair_variance(n: int, m: int | None) -> float:
+def pair_variance(n: int, m: int | None, *, of_data: bool = False) -> float:
     """The variance of the unbiased estimate under the null, in units of E h(p, p')^2 of the centred kernel h.
 
     Every pair of rows contributes an uncorrelated term: 2/(n(n-1)) of codes, 2/(m(m-1)) of prior samples, 4/(nm) of
@@ -24,8 +24,12 @@ def pair_variance(n: int, m: int | None) -> float:
     Args:
         n: Number of data.
         m: Number of prior samples, or None where the prior's means are known.
+        of_data: Whether the prior samples are m/n of each datum. No pair within a datum counts then.
     """
     codes = 2 / (n * (n - 1))
+    if of_data:
+        assert m is not None  # their means are not known
+        return codes * (1 + n / m) ** 2
     return codes if m is None else codes + 2 / (m * (m - 1)) + 4 / (n * m)
 
 
@@ -103,6 +107,27 @@ def _gram(kernel: Kernel, rows: Tensor, block: Block) -> Tensor:
     return kernel.gram(left, left).clone().fill_diagonal_(0)
 
 
+def _square_between_data(kernel: Kernel, first: Tensor, second: Tensor) -> Tensor:
+    """The same where row i is of datum i and the data differ, as the mean of E h_ij^2 over pairs of data i != j.
+
+    With p_i the prior of datum i, h_ij is centred by the means against p_i and p_j. They cancel in
+    g_ij = k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(b_i, a_j) of two draws a and b of each datum, whose four terms
+    are uncorrelated: E g_ij^2 = 4 E h_ij^2.
+
+    Args:
+        kernel: Its lengths are set.
+        first: Shape (n, d), n >= 2, a prior sample of each datum.
+        second: Another.
+    """
+    n, total = len(first), zeros(first)
+    a, b = kernel.widened(first), kernel.widened(second)
+    for block in blocks(n, n, symmetric=True, device=first.device):
+        pairs = [kernel.gram(x[block.rows], y[block.columns]) for x, y in ((a, a), (b, b), (a, b), (b, a))]
+        values = pairs[0] + pairs[1] - pairs[2] - pairs[3]
+        total += block.times * (values.clone().fill_diagonal_(0) if block.is_own else values).square().sum()
+    return total / (4 * n * (n - 1))
+
+
 def _check_draws(m: int) -> None:
     if m < 4:
         raise ValueError(
@@ -138,11 +163,30 @@ class NullVariance(FittedBuffers):
             self.draws = self.enough_draws
         return self.square if self.draws >= self.enough_draws else None
 
-    def of_draws(self, kernel: Kernel, prior: Tensor) -> Tensor:
-        """From prior samples, these and the earlier ones; an evaluation adds none to those of the training."""
+    def of_draws(self, kernel: Kernel, prior: Tensor, n: int | None = None) -> Tensor:
+        """From prior samples, these and the earlier ones; an evaluation adds none to those of the training.
+
+        Args:
+            kernel: Its lengths are set.
+            prior: Shape (m, d).
+            n: The number of data, if prior samples come one block of data after the other and the data differ.
+
+        Raises:
+            ValueError: If the data differ, and there are not two prior samples of each.
+        """
+        if n is not None and len(prior) < 2 * n:
+            raise ValueError(
+                "standardize=True takes its unit from two prior samples of each datum where masks, or a prior that "
+                f"depends on the data, make the data differ; found {len(prior)} of {n} data. Write "
+                "WAELoss(MMD(standardize=True), prior_draws=2), or MMD()."
+            )
         if self.draws < self.enough_draws and (self.draws == 0 or torch.is_grad_enabled()):
             with torch.no_grad():
-                square = _centred_square_of(kernel, working_precision(prior))
+                rows = working_precision(prior)
+                if n is None:
+                    square = _centred_square_of(kernel, rows)
+                else:
+                    square = _square_between_data(kernel, rows[:n], rows[n : 2 * n])
             self._average(square, len(prior))
         # Draws that coincide have no variance; the smallest positive number then makes a NaN impossible.
         return self.square.clamp(min=torch.finfo(self.square.dtype).tiny)
