@@ -1,5 +1,6 @@
 """The file of a checkpoint: whole or not there, refused if one bit has changed, loaded as a whole or not at all."""
 
+import ast
 import gzip
 import json
 import os
@@ -287,3 +288,13 @@ def test_a_training_that_is_killed_twenty_times_ends_bit_by_bit_as_an_undisturbe
     assert len(set(found["kills"])) >= 5  # in different steps
     assert found["ends"]
     assert all(found["ends"])
+
+
+def test_the_line_that_saves_a_net_of_any_name_is_python(tmp_path):
+    net = nn.Linear(2, 2)
+    for name in ("my-net", "enc 1", "class"):
+        pyro.clear_param_store()
+        pyro.module(name, net)
+        with pytest.raises(ValueError, match="as in ") as error:
+            save_checkpoint(tmp_path / "run.pt", other=nn.Linear(1, 1))
+        ast.parse(str(error.value).partition("as in ")[2].partition(". If an")[0])

@@ -31,7 +31,6 @@ from references import of_no_size, with_line
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.checkpoint import save_checkpoint
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
 from pyro_wae.kernels import Gaussian, RationalQuadratic
 from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, PosteriorKL, SlicedWasserstein
@@ -61,6 +60,10 @@ def of_table(name):
         raise ValueError(found["error"])
 
     return broken
+
+
+def drawn(name):
+    return lambda x, index: pyro.plate(name, 2 * len(x), subsample_size=len(x))
 
 
 def labels(x):
@@ -405,6 +408,10 @@ CASES = {
         lambda: sample(with_line(lambda x, z: {torch.Tensor: 0}[type(z)])[0], X, INDEX, SEEN, return_sites=("z",)),
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",), random=True),
     ),
+    "subsample_size=": (
+        go(pair(plate=drawn("data"), guide_plate=drawn("cells"))),
+        go(pair(plate=drawn("data"), guide_plate=drawn("data"))),
+    ),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",)),
@@ -443,15 +450,6 @@ def test_the_line_for_a_global_latent_is_python_whatever_its_name(name):
     names = {"pyro": pyro, "torch": torch, "net": nn.Linear(2, 2)}
     exec(line, names)
     assert (name if "net" not in name else "net$$$bias") in pyro.get_param_store()
-
-
-def test_the_line_that_saves_a_net_of_any_name_is_python(tmp_path):
-    net = nn.Linear(2, 2)
-    for name in ("my-net", "enc 1", "class"):
-        pyro.clear_param_store()
-        pyro.module(name, net)
-        line = message(lambda: save_checkpoint(tmp_path / "run.pt", other=nn.Linear(1, 1)))
-        ast.parse(line.partition("as in ")[2].partition(". If an")[0])
 
 
 @pytest.mark.parametrize("size", [N, 12])

@@ -110,7 +110,9 @@ class Observer:
             model, guide = (pyro.plate(PARTICLE_PLATE, self.num_particles, dim=dim)(own) for own in (model, guide))
         with ReplaySubsamples(subsample_of.model) if subsample_of else nullcontext():
             traces = trace_pair(model, guide, args, kwargs, self.max_plate_nesting)
-        return Run(*traces, functools.partial(model, *args, **kwargs), self.data_plate)
+        found = Run(*traces, functools.partial(model, *args, **kwargs), self.data_plate)
+        _check_subsample(found)
+        return found
 
     def _plate_nesting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
         # Pyro's own guess computes every log_prob and moves the random numbers of the first step.
@@ -341,6 +343,21 @@ def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _has_density(site: Site) -> bool:
     """Whether a Delta has a log density."""
     return bool((innermost(site.distribution).log_density != 0).any())
+
+
+def _check_subsample(found: Run) -> None:
+    """Raises ValueError if the guide draws a subsample of its own, so that codes are not those of the model's data."""
+    for name in found.latents:
+        in_model = {frame.name for frame in found.model.nodes[name]["cond_indep_stack"]}
+        for frame in found.guide.nodes[name]["cond_indep_stack"]:
+            drawn = found.guide.nodes.get(frame.name)
+            if frame.name not in in_model and drawn is not None and drawn["fn"].subsample_size < drawn["fn"].size:
+                raise ValueError(
+                    f"The guide draws {frame.size} of {frame.full_size} in plate '{frame.name}' around latent site "
+                    f"'{name}', and the model has no such plate there: its data are others. Give the plates one "
+                    f"name: write pyro.plate('{found.plate}', {frame.full_size}, subsample_size={frame.size}) in "
+                    "model and guide."
+                )
 
 
 def _check_data(found: Run, site: Site, n: int) -> None:
