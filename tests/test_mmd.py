@@ -209,6 +209,7 @@ REFUSED = [
     (rows(0, 3), ROWS, None, TWO.format("0 and 5")),
     (ROWS, ROWS.float(), None, r"one floating dtype, found torch\.float64 and torch\.float32\..*x\.new_zeros"),
     (ROWS.long(), ROWS.long(), None, r"one floating dtype, found torch\.int64 and torch\.int64"),
+    (ROWS.to_sparse(), ROWS, None, r"must be dense, found torch\.sparse_coo and .*Write codes\.to_dense\(\)"),
     (ROWS, ROWS.to("meta"), None, r"on one device, found cpu and meta\..*x\.new_zeros"),
     (rows(10, 3), ROWS, SHARED, r"multiples of the 10 data, found 5\. Draw the prior once or several times"),
     (rows(10, 3), rows(25, 3), SHARED, r"multiples of the 10 data, found 25\. Draw the prior once or several times"),

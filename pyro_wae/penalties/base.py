@@ -375,6 +375,10 @@ def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty
 
 def check_codes(codes: Tensor, prior: Tensor) -> None:
     """Raises ValueError unless codes (n, d) or (K, n, d) and prior samples (m, d) can be compared."""
+    if codes.layout != torch.strided or prior.layout != torch.strided:
+        raise ValueError(
+            f"Codes and prior samples must be dense, found {codes.layout} and {prior.layout}. Write codes.to_dense()."
+        )
     is_empty = 0 in (*codes.shape[:-2], *codes.shape[-1:])
     if codes.ndim not in (2, 3) or prior.ndim != 2 or codes.shape[-1] != prior.shape[-1] or is_empty:
         raise ValueError(
