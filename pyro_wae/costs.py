@@ -268,7 +268,10 @@ class FunctionCost(OutputCost):
         particles, n = x.shape[:2]
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
         _check_costs(self.function, site.name, costs, (particles * n,))
-        return at_least_float32(costs).unflatten(0, (particles, n)) * self._scale(site) * site.subsample_scale
+        costs = at_least_float32(costs).unflatten(0, (particles, n))
+        if site.mask is not None:  # of a datum that is masked as a whole, f(g, g) may be any number
+            costs = costs.where(site.kept, 0.0)
+        return costs * self._scale(site) * site.subsample_scale
 
     @staticmethod
     def _scale(site: Site) -> float | Tensor:

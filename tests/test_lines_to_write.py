@@ -412,6 +412,8 @@ CASES = {
         go(pair(plate=drawn("data"), guide_plate=drawn("cells"))),
         go(pair(plate=drawn("data"), guide_plate=drawn("data"))),
     ),
+    "z = z + ...": (go(pair(line=lambda x, z: z.add_(1))), go(pair(line=lambda x, z: 1))),
+    "dist.TorchDistribution": (go(pair(prior=lambda x: lambda: x)), go(pair())),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",)),

@@ -236,6 +236,15 @@ def test_a_prior_that_differs_between_data_is_said_once(kind, is_root):
     assert all("latent site 'z'" in text and "WAELoss(condition='y')" in text for text in found)
 
 
+def moved(transform):
+    base = dist.Normal(torch.zeros(2), 1).to_event(1).expand([N])
+    return dist.TransformedDistribution(base, [transform])
+
+
+def factors():
+    return torch.rand(N, 2, 2).tril() + torch.eye(2)
+
+
 @pytest.mark.parametrize(
     ("prior", "varies"),
     [
@@ -245,6 +254,14 @@ def test_a_prior_that_differs_between_data_is_said_once(kind, is_root):
         (lambda: dist.Normal(0.0, torch.rand(N, 1) + 1).expand([N, 2]).to_event(1), True),
         (lambda: dist.MixtureSameFamily(dist.Categorical(torch.rand(N, 2)), mixture().component_distribution), True),
         (lambda: Flow()(torch.randn(N, 1)), True),
+        (lambda: moved(transforms.AffineTransform(torch.randn(N, 2), 1).inv), True),
+        (lambda: moved(transforms.AffineTransform(torch.randn(2), 1).inv), False),
+        (
+            lambda: moved(transforms.LowerCholeskyAffine(torch.zeros(2), torch.rand(N, 2, 2).tril() + torch.eye(2))),
+            True,
+        ),
+        (lambda: dist.RelaxedOneHotCategorical(torch.rand(N, 1) + 0.5, torch.ones(N, 2)), True),
+        (lambda: dist.RelaxedOneHotCategorical(torch.tensor(0.5), torch.ones(N, 2)), False),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The prior of latent site")
@@ -255,6 +272,21 @@ def test_a_root_prior_shares_data_with_the_codes_only_if_it_may_depend_on_them(p
     for _ in range(2):  # a flow caches its last draw, which must not count
         loss(x)
     assert [context.shared_data for *_, context in penalty.calls] == [varies] * 2
+
+
+@pytest.mark.parametrize("varies", [True, False])
+def test_a_hidden_markov_prior_shares_data_only_if_its_steps_differ_between_data(varies):
+    def prior(x):
+        rates = torch.linspace(0.1, 0.9, len(x))[:, None, None, None] if varies else torch.tensor(0.5)
+        normals = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        noise = normals.expand([len(x), 3])
+        steps = (rates * torch.eye(2)).expand(len(x), 3, 2, 2)
+        return dist.GaussianHMM(normals.expand([len(x)]), steps, noise, torch.eye(2), normals)
+
+    seen = Seen()
+    model, guide = program(lambda x: dist.Delta(x, event_dim=2), prior, lambda z: dist.Normal(z, 1).to_event(2))
+    WAELoss(seen, penalty_weight=1.0).loss(model, guide, torch.randn(5, 3, 2))
+    assert seen.context.shared_data == varies
 
 
 def test_a_learnable_location_gets_its_gradient_from_the_penalty():

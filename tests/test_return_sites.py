@@ -57,6 +57,30 @@ def test_latent_sites_come_with_the_outputs_that_they_were_decoded_to():
     assert len(sample(model, x, num_samples=50, return_sites=["z"])["z"].unique()) == 100
 
 
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        lambda z: dist.MultivariateNormal(3 * z + 1, torch.eye(2)),
+        lambda z: dist.Dirichlet((3 * z + 1).exp()),
+        lambda z: dist.OneHotCategorical(logits=3 * z + 1),
+        lambda z: dist.Multinomial(9, logits=3 * z + 1, validate_args=False),
+        lambda z: dist.TransformedDistribution(
+            dist.Normal(torch.zeros(2), 1).to_event(1), [dist.transforms.AffineTransform(3 * z + 1, 1.0).inv]
+        ),
+    ],
+)
+def test_latent_sites_are_known_whatever_the_likelihood_and_the_computed_sites(likelihood):
+    def computing(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.deterministic("mu", 3 * z + 1, event_dim=1)
+            pyro.sample("x", likelihood(z), obs=x)
+
+    outputs = sample(computing, torch.full((6, 2), 0.5), num_samples=20, return_sites=("mu", "z"))
+    torch.testing.assert_close(outputs["mu"], 3 * outputs["z"] + 1)
+    assert len(outputs["z"].unique()) == 40
+
+
 def test_of_sites_without_data_those_that_others_depend_on_are_drawn_and_the_others_are_means():
     def chain(n):
         with pyro.plate("data", n):

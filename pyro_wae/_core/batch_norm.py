@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from pyro_wae._core.private import BatchNorm
+from pyro_wae._core.private import BatchNorm, RunningNorm
 
 
 @contextmanager
 def batch_norm_at_rest(*, saves_alike: bool = False) -> Iterator[None]:
-    """Keeps the running statistics of BatchNorm layers through the runs of this thread inside.
+    """Keeps the running statistics of BatchNorm and InstanceNorm layers through the runs of this thread inside.
 
     In training mode a layer normalises by its batch all the same, so no output changes.
 
@@ -24,17 +24,21 @@ def batch_norm_at_rest(*, saves_alike: bool = False) -> Iterator[None]:
             checkpointing needs.
     """
     resting: dict[nn.Module, dict[str, Any]] = {}
-    quiet = {"momentum": 0.0, "num_batches_tracked": None} if saves_alike else {"track_running_stats": False}
     thread = threading.get_ident()
 
     def rest(layer: nn.Module, inputs: Any) -> None:
         # The hook is the process's; another thread may be training meanwhile.
-        if isinstance(layer, BatchNorm) and layer.training and layer.track_running_stats and _is_here(thread):
+        if isinstance(layer, RunningNorm) and layer.training and layer.track_running_stats and _is_here(thread):
+            quiet: dict[str, Any] = {"momentum": 0.0, "num_batches_tracked": None}
+            if not saves_alike:
+                # An InstanceNorm updates what it has, whatever it is told.
+                of_instances = {"running_mean": None, "running_var": None}
+                quiet = {"track_running_stats": False} if isinstance(layer, BatchNorm) else of_instances
             resting[layer] = {name: getattr(layer, name) for name in quiet}
             _set(layer, quiet)
 
     def resume(layer: nn.Module, inputs: Any = None, output: Any = None) -> None:
-        if isinstance(layer, BatchNorm) and layer in resting and _is_here(thread):
+        if layer in resting and _is_here(thread):
             _set(layer, resting.pop(layer))
 
     hooks = register_module_forward_pre_hook(rest), register_module_forward_hook(resume)

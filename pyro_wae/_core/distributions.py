@@ -71,7 +71,7 @@ def own_total(distribution: Any, mean: Tensor, value: Tensor) -> Tensor | None:
     Documents of different lengths share one ``total_count``, which their log_prob ignores.
     """
     inner = component(distribution)
-    if not (hasattr(inner, "total_count") and len(inner.event_shape) == 1):
+    if not isinstance(support_of(inner), type(constraints.multinomial(1))):
         return None
     ratio = value.sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
     return ratio.where(ratio.isfinite(), 1.0)

@@ -12,6 +12,7 @@ from typing import Any
 from pyro.optim import PyroOptim
 from pyro.poutine import runtime
 from torch import Tensor, nn
+from torch.distributions import transforms
 from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
 
@@ -25,8 +26,13 @@ PARTICLE_PLATE = "num_particles_vectorized"
 # What `pyro.sample(..., obs_mask=...)` adds to the name of a site, for the two parts of its value.
 OBSERVED, UNOBSERVED = "_observed", "_unobserved"
 
-# The one base of BatchNorm1d, 2d, 3d and SyncBatchNorm; torch has no public name for it.
+# The one base of BatchNorm1d, 2d, 3d and SyncBatchNorm, and that of these and InstanceNorm, which may keep running
+# statistics, too; torch has no public names for them.
 BatchNorm = batchnorm._BatchNorm
+RunningNorm = batchnorm._NormBase
+
+# What the `inv` of a transform is.
+InverseTransform = transforms._InverseTransform
 
 
 def waiting_states(optim: PyroOptim) -> dict[str, Any]:

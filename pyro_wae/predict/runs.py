@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.ops.gaussian import Gaussian
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.private import InverseTransform
 from pyro_wae._core.programs import add_note
 from pyro_wae.costs import generator_output
 from pyro_wae.step.observe import Observer, unwrap_factors
@@ -87,8 +89,8 @@ def latent_among(sites: Mapping[str, Node], model: Program, args: Sequence[Any],
         return set()
     read: set[str] = set()
     try:
-        with _Readers(read), _LostTrack(read):
-            run_model(model, args, kwargs)
+        with torch.no_grad(), batch_norm_at_rest(), _Readers(read), _LostTrack(read):
+            model(*args, **kwargs)
     except Exception as error:
         raise ValueError(
             f"return_sites names site '{drawn[0]}', which has no data, and whether later sites depend on its value "
@@ -107,10 +109,21 @@ class _Readers(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or msg["infer"].get("_deterministic") or site_is_factor(msg):
             return
-        # A draw descends from all parameters of its distribution, and needs no log_prob.
-        self.read |= get_provenance(msg["fn"]() if msg["is_observed"] else msg["value"])
+        self.read |= _sources(msg["fn"])
         if not msg["is_observed"]:
+            self.read |= get_provenance(msg["value"])
             msg["value"] = track_provenance(detach_provenance(msg["value"]), frozenset({msg["name"]}))
+
+
+def _sources(value: Any) -> frozenset[str]:
+    """The sites whose values a distribution was made of, through all that it holds."""
+    if isinstance(value, list | tuple | Mapping):
+        parts = list(value.values() if isinstance(value, Mapping) else value)
+    elif isinstance(value, torch.distributions.Distribution | torch.distributions.Transform | Gaussian):
+        parts = [part for name, part in vars(value).items() if name != "_inv" or isinstance(value, InverseTransform)]
+    else:
+        return get_provenance(value)
+    return frozenset().union(*map(_sources, parts))
 
 
 class _LostTrack(TorchFunctionMode):

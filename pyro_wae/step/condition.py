@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_wae._core.checks import variable
@@ -123,15 +124,38 @@ def _rows_of(name: str, value: Any, run: Run) -> Tensor:
             "row for each datum."
         )
     count = len(value) if value.ndim else 0
-    if count == run.data:
-        return value
+    index = _subsample(run)
     if run.data_size is not None and count == run.data_size:
-        return value[torch.as_tensor(run.model.nodes[run.plate]["value"], device=value.device)]
+        if index is None:
+            raise ValueError(
+                f"condition='{name}' has {count} rows, of all data, and which of them this step takes is not known: "
+                f"plate '{run.plate}' was made outside of the model. Make it in the model, or give {run.data} rows."
+            )
+        return value[index.to(value.device)]
+    if count == run.data:
+        # A look at an index on an accelerator would wait for it.
+        is_read = run.data_size is None and index is not None and index.device.type == "cpu"
+        if is_read and not torch.equal(torch.as_tensor(index), torch.arange(count)):
+            raise ValueError(
+                f"condition='{name}' has a row for each of {count} data, and plate '{run.plate}' takes them in another "
+                "order: whether the rows are in that order is not known. Write, in the data plate, "
+                f"pyro.sample('{name}', ..., obs=...) with the rows of its index."
+            )
+        return value
     whole = "" if run.data_size is None else f", or {run.data_size} for all data"
     raise ValueError(
         f"condition='{name}' has shape {tuple(value.shape)}, and the data plate '{run.plate}' has {run.data} "
         f"data in this step: it needs {run.data} rows{whole}. Give a tensor whose first dimension is the data."
     )
+
+
+def _subsample(run: Run) -> Tensor | None:
+    """The data of this step as the data plate in the model drew or was given them; None if it was made elsewhere."""
+    for name, node in run.model.nodes.items():
+        # A scope of names puts its own before that of the plate.
+        if node["type"] == "sample" and site_is_subsample(node) and name.rpartition("/")[2] == run.plate:
+            return torch.as_tensor(node["value"])
+    return None
 
 
 def _flat(name: str, rows: Tensor) -> Tensor:

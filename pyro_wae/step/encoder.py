@@ -54,7 +54,7 @@ def _of_site(run: Run, name: str, *, in_closed_form: bool) -> Tensor:
     if isinstance(innermost(encoder), dist.Delta):
         raise ValueError(
             f"The guide is deterministic at site '{name}' (Delta), and its divergence from the prior is infinite. "
-            "Leave PosteriorKL out, or write dist.Normal(loc, scale) in the guide."
+            "Leave PosteriorKL out, or write dist.Normal(loc, scale) in the guide, or AutoNormal(model)."
         )
     if len({_has_mask(fn) for fn in (encoder, site.distribution)}) > 1:
         raise ValueError(

@@ -241,11 +241,19 @@ def trace_pair(
             drawn = guide_trace.copy()
             for name in guide_trace.observation_nodes:
                 drawn.remove_node(name)  # for which replay would raise an error of its own
+            codes = {name: node["value"] for name, node in drawn.nodes.items() if is_random(node)}
+            versions = {name: z._version for name, z in codes.items() if isinstance(z, Tensor) and not z.is_inference()}
             model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+            changed = [name for name, version in versions.items() if codes[name]._version != version]
+            if changed:
+                raise ValueError(refusals.changed_in_place(changed[0]))
     except Exception as error:
         add_note(error, args, kwargs, model, guide)
         raise
     for trace in (model_trace, guide_trace):
+        for name, node in trace.nodes.items():
+            if is_random(node) and not hasattr(node["fn"], "batch_shape"):
+                raise ValueError(refusals.no_distribution(name))
         unwrap_factors(trace)
     for name in guide_trace.observation_nodes:
         if name in model_trace and is_random(model_trace.nodes[name]):
@@ -262,7 +270,7 @@ def unwrap_factors(trace: Any) -> None:
     """Makes a site of a ``Unit`` in a wrapper, such as ``.mask(mask)``, the ``pyro.factor`` that it stands for."""
     for name in trace.observation_nodes:
         node, fn = trace.nodes[name], trace.nodes[name]["fn"]
-        if fn.event_shape.numel() == 0 and fn is not innermost(fn) and isinstance(innermost(fn), dist.Unit):
+        if math.prod(fn.event_shape) == 0 and fn is not innermost(fn) and isinstance(innermost(fn), dist.Unit):
             if getattr(fn, "_mask", None) is False:
                 node["mask"] = False
             node["fn"] = dist.Unit(fn.log_prob(node["value"]))
@@ -305,8 +313,9 @@ def _common_scale(found: Run) -> float | Tensor:
         is_shared = len(set(latent)) == 1 and latent[0] in observed and 1.0 not in observed
         return (latent[0] if is_shared else outer) or 1.0
     own = torch.stack([torch.as_tensor(scale, device=tensors[0].device).detach() for scale in (*latent, *observed)])
-    found_alike = (own[: len(latent)] == own[0]).all() & (own[len(latent) :] == own[0]).any()
-    return torch.where(found_alike & (own != 1).all() & (own[0] > 0), own[0], outer)
+    alike, unscaled = (torch.isclose(own, scale, rtol=1e-5, atol=0.0) for scale in (own[0], torch.ones_like(own[0])))
+    found_alike = alike[: len(latent)].all() & alike[len(latent) :].any()
+    return torch.where(found_alike & ~unscaled.any() & (own[0] > 0), own[0], outer)
 
 
 def _factor_costs(found: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.ops.gaussian import Gaussian
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.util import site_is_subsample
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.distributions import innermost, own_methods
+from pyro_wae._core.private import InverseTransform
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.penalties.mmd import MOST_COMPONENTS
@@ -201,7 +203,7 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
                 continue  # which data count is no parameter
             # Some families keep a parameter a second time, as it was before it was broadcast.
             known = constraints.get(name.removeprefix("_unbroadcasted_").removeprefix("_"))
-            if known is None and isinstance(part, Tensor) and constraints and is_library:
+            if known is None and isinstance(part, Tensor) and constraints and is_library and name != "temperature":
                 continue  # made of the parameters, and of any shape
             # The constraint of a Delta's point does not know the number of its dimensions.
             is_point = name == "v" and isinstance(value, dist.Delta)
@@ -214,9 +216,16 @@ def _varies(value: Any, n: int, place: int, batch: int, event_dim: int, depth: i
         return False
     if isinstance(value, torch.distributions.Transform):
         # A transform keeps its last draw, which is as long as the data and says nothing about them, and its inverse,
-        # which is made of the same parts.
-        parts = [part for name, part in vars(value).items() if not name.startswith(("_cache", "_inv"))]
-        return any(_varies(part, n, place, batch, event_dim, depth - 1, look=look) for part in parts)
+        # which is made of the same parts; the inverse keeps nothing else.
+        left_out = ("_cache",) if isinstance(value, InverseTransform) else ("_cache", "_inv")
+        parts = [(name, part) for name, part in vars(value).items() if not name.startswith(left_out)]
+        return any(
+            _varies(part, n, place, batch, event_dim + (name == "scale_tril"), depth - 1, look=look)
+            for name, part in parts
+        )
+    if isinstance(value, Gaussian):  # what Pyro's Gaussian models of sequences are made of
+        tensors = [part for part in vars(value).values() if isinstance(part, Tensor)]
+        return any(_varies(part, n, place, batch, part.ndim - batch, depth - 1, look=look) for part in tensors)
     if type(value).__module__ == "types" or dataclasses.is_dataclass(value):  # a namespace of parameters
         return _varies(vars(value), n, place, batch, event_dim, depth - 1, look=look)
     return (

@@ -227,8 +227,8 @@ def scales(node: Node, plate: str) -> tuple[float | Tensor, float]:
     scale = node["scale"] / (outer * inner)
     if isinstance(scale, Tensor):
         return scale.reshape(()) if scale.numel() == 1 else scale, inner
-    # N/B divided out again leaves a rounding error, which must not look like a scale of the user's.
-    return 1.0 if abs(scale - 1) < 1e-9 else scale, inner
+    # N/B divided out again leaves a rounding error, which must not look like another scale.
+    return float(f"{scale:.12g}"), inner
 
 
 def mask_of(sample: Sample) -> Tensor | None:
@@ -365,12 +365,11 @@ def _is_point(fn: Any, value: Tensor) -> bool:
 def _is_alike(scale: float | Tensor, guide_scale: float | Tensor) -> bool:
     """Whether the guide's scale is the model's, or none."""
     if isinstance(guide_scale, Tensor) or isinstance(scale, Tensor):
+        of_guide, of_model = (torch.as_tensor(value, dtype=torch.float64) for value in (guide_scale, scale))
         # Looking at a value on an accelerator would wait for it.
-        tensors = [value for value in (scale, guide_scale) if isinstance(value, Tensor)]
-        return any(value.device.type != "cpu" for value in tensors) or bool(
-            torch.all((torch.as_tensor(guide_scale) == 1) | (torch.as_tensor(guide_scale) == torch.as_tensor(scale)))
-        )
-    return guide_scale in (1.0, scale) or abs(guide_scale - scale) <= 1e-9 * abs(scale)
+        is_read = of_guide.device.type == of_model.device.type == "cpu"
+        return not is_read or bool(torch.all((of_guide == 1) | torch.isclose(of_guide, of_model)))
+    return guide_scale in (1.0, scale)
 
 
 def _vectorised(node: Node) -> dict[str, Any]:

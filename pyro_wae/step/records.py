@@ -278,7 +278,7 @@ class Step:
         scales = {site: self.first.latents[site].scale for site in self.columns}
         if len(scales) > 1:
             numbers = {site: scale.item() if isinstance(scale, Tensor) else scale for site, scale in scales.items()}
-            if len(set(numbers.values())) > 1:
+            if not all(math.isclose(number, next(iter(numbers.values())), rel_tol=1e-5) for number in numbers.values()):
                 found = ", ".join(f"'{site}': {number:g}" for site, number in numbers.items())
                 raise ValueError(
                     f"The latent sites have different scales ({found}), and one penalty compares their joint code. "

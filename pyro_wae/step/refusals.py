@@ -147,6 +147,22 @@ def mask_of_another_shape(name: str, found: tuple[int, ...], batch: tuple[int, .
     )
 
 
+def changed_in_place(name: str) -> str:
+    """Of a latent site whose value a model overwrites."""
+    return (
+        f"The model changes the value of latent site '{name}' in place, and with it the codes that are compared with "
+        "the prior. Write z = z + ..., and nn.ReLU() in place of nn.ReLU(inplace=True) as a decoder's first layer."
+    )
+
+
+def no_distribution(name: str) -> str:
+    """Of a site that is drawn by a function."""
+    return (
+        f"Site '{name}' is drawn by a function, which does not say what its data and its events are. Write a subclass "
+        "of dist.TorchDistribution with batch_shape, event_shape and sample."
+    )
+
+
 def _relaxation(fn: Any) -> str:
     relaxation = {
         "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
