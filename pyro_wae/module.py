@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class WAEModule(ELBOModule):
     """A WAE loss bound to its model and guide, for plain torch optimisers and everything that takes a module.
 
     ``parameters()`` and ``state_dict()`` hold the model, the guide and what the penalty and cost own: a discriminator,
-    a bandwidth. Model and guide may be modules or methods of one. A call returns the differentiable loss.
+    a bandwidth. Model and guide may be modules or methods of one; kept as an attribute of that module itself,
+    ``self.loss = WAELoss()(self.model, self.guide)``, it leaves the nets to it. A call returns the differentiable loss.
 
     Args:
         model: A Pyro model: a module, a module's method, or a function.
@@ -73,6 +74,8 @@ class WAEModule(ELBOModule):
     def __setstate__(self, state: Any) -> None:
         """Takes the state of a copy, which for plain functions has other nets than they run."""
         super().__setstate__(state)
+        if self._leave_holder():
+            return  # whose copy has those of the nets, and is not done yet
         held = {id(module) for module in self.modules()}
         if any(id(net) not in held for program in (self.model, self.guide) for net in owners(program)):
             warnings.warn(
@@ -82,6 +85,43 @@ class WAEModule(ELBOModule):
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _leave_holder(self) -> list[str]:
+        """Lets go of a module that holds this one, which has the nets already: modules must be no circle.
+
+        Which module holds it is not known before it is used. One whose copy is being made has no parts yet.
+        """
+        owners = [(name, owner) for name, owner in self._modules.items() if owner is not None]
+        found = [name for name, owner in owners if "_modules" not in vars(owner) or self in owner.modules()]
+        for name in found:
+            del self._modules[name]
+        return found
+
+    # What torch does with a module and all that it holds, it does again with each that these hold.
+
+    def train(self, mode: bool = True) -> Self:
+        self._leave_holder()
+        return super().train(mode)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        self._leave_holder()
+        return super().apply(fn)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._leave_holder()
+        return super()._apply(fn, recurse)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._leave_holder()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._leave_holder()
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        self._leave_holder()
+        return super().extra_repr()
 
     @property
     def terms(self) -> Terms | None:

@@ -113,6 +113,39 @@ def test_bound_methods_of_one_module_are_its_parameters_once(net):
     assert not net.training
 
 
+class Holder(AutoEncoder):
+    """A module that keeps the loss of its own model and guide."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.loss = WAELoss(MMD(Gaussian()), penalty_weight=10.0)(self.model, self.guide)
+
+
+@pytest.mark.parametrize(
+    "use", ["train", "eval", "double", "apply", "state_dict", "load_state_dict", "repr", "deepcopy"]
+)
+def test_a_module_may_keep_the_loss_of_its_own_methods(use):
+    x, holder = torch.randn(20, 4), Holder()
+    calls = {
+        "apply": lambda: holder.apply(lambda module: None),
+        "load_state_dict": lambda: holder.load_state_dict(Holder().state_dict(), strict=False),
+        "repr": lambda: repr(holder),
+        "deepcopy": lambda: copy.deepcopy(holder),
+    }
+    (calls.get(use) or getattr(holder, use))()
+    x = x.double() if use == "double" else x
+    optimiser = torch.optim.Adam(holder.parameters(), lr=0.1)
+    before = [value.clone() for value in holder.parameters()]
+    holder.loss(x).backward()
+    optimiser.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, holder.parameters(), strict=True))
+    # Twice, because the first step fits what is saved.
+    other = Holder().to(x)
+    other.loss(x)
+    other.load_state_dict(holder.state_dict())
+    torch.testing.assert_close(other.encoder.weight, holder.encoder.weight)
+
+
 def test_penalties_by_site_own_their_state_under_the_sites_name(net):
     wae = WAELoss({"z": MMD(Gaussian())})(net.model, net.guide)
     wae(data())
