@@ -422,3 +422,20 @@ def test_an_interpolation_takes_one_subsample_at_both_ends():
     x = torch.arange(20.0)[:, None]
     start, end = interpolate(model, guide, x, x + 1000, 2)["x"]
     assert torch.equal(end - start, torch.full((5, 1), 1000.0))
+
+
+def test_the_ends_of_an_interpolation_have_one_condition():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(nn.functional.dropout(z + y[:, None], 0.5), 1).to_event(1), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x - y[:, None]).to_event(1))
+
+    x, y = torch.randn(6, 2), torch.arange(6.0)
+    assert interpolate(model, guide, (x, y), (-x, y.clone()), 3)["x"].shape == (3, 6, 2)
+    assert interpolate(model, guide, (x, y), (-x, y), 3, random=True)["x"].shape == (3, 6, 2)
+    with pytest.raises(ValueError, match=r"site 'x' differs .* x_a=\(x, y\), x_b=\(other, y\)"):
+        interpolate(model, guide, (x, y), (-x, y + 1), 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.random_state import restored_random_state
 from pyro_wae.predict.runs import encoded_run, output_nodes, run_model, site_values
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import ReplaySubsamples
@@ -128,8 +129,9 @@ def interpolate(
     Args:
         model: The Pyro model.
         guide: Its guide.
-        x_a: The data at the start, or a tuple of all arguments of model and guide.
-        x_b: The data at the end, likewise; as many as at the start.
+        x_a: The data at the start, or a tuple of all arguments of model and guide. All points are decoded with these.
+        x_b: The data at the end, likewise; as many as at the start. What the decoder is conditional on must be that of
+            the start.
         steps: Number of points on the path, both ends included, >= 2.
         path: ``"linear"`` or ``"spherical"``.
         return_sites: Names of the sites to return; None returns the observed ones. Latent sites, the codes on the
@@ -142,8 +144,8 @@ def interpolate(
         For each observed site the decoded points, of shape ``(steps, *shape of the site's data)``.
 
     Raises:
-        ValueError: If ``steps`` is below 2, the path is unknown, the codes of the two batches differ in shape, or
-            model and guide do not fit a WAE.
+        ValueError: If ``steps`` is below 2, the path is unknown, the codes of the two batches differ in shape, the
+            decoder is conditional on arguments that differ between the ends, or model and guide do not fit a WAE.
 
     Source: for the spherical path Shoemake, "Animating Rotation with Quaternion Curves", 1985,
     doi:10.1145/325165.325242; White, "Sampling Generative Networks", 2016, arXiv:1609.04468.
@@ -179,14 +181,32 @@ def interpolate(
                 f"{tuple(b.shape)}. Take as many data in both."
             )
         ends[name] = a, b, site.value_dim
-    outputs = []
-    for step in range(steps):
-        codes = {name: _PATHS[path](a, b, step / (steps - 1), dim) for name, (a, b, dim) in ends.items()}
+
+    def decoded(t: float, args: tuple[Any, ...]) -> dict[str, Tensor]:
+        codes = {name: _PATHS[path](a, b, t, dim) for name, (a, b, dim) in ends.items()}
         with ReplaySubsamples(start.model):
-            trace = run_model(poutine.condition(model, data=codes), args_a, kwargs)
-        sites = output_nodes(trace, return_sites, codes=codes)
-        outputs.append(site_values(sites, codes, random))
+            trace = run_model(poutine.condition(model, data=codes), args, kwargs)
+        return site_values(output_nodes(trace, return_sites, codes=codes), codes, random)
+
+    if len(args_b) > 1:
+        _check_alike(lambda args: decoded(1.0, args), args_a, args_b)
+    outputs = [decoded(step / (steps - 1), args_a) for step in range(steps)]
     return {name: torch.stack([output[name] for output in outputs]) for name in outputs[0]}
+
+
+def _check_alike(decoded: Callable[[Any], dict[str, Tensor]], args_a: tuple[Any, ...], args_b: tuple[Any, ...]) -> None:
+    """Raises ValueError if a code is decoded otherwise with the arguments of the end than with those of the start."""
+    found = []
+    for args in (args_a, args_b):
+        with restored_random_state():
+            found.append(decoded(args))
+    for name, value in found[0].items():
+        other = found[1][name]
+        if value.shape != other.shape or not torch.allclose(value, other, equal_nan=True):
+            raise ValueError(
+                f"The output at site '{name}' differs between the arguments of x_a and of x_b, on which the decoder is "
+                "conditional, and one path has one condition. Give both ends the same: x_a=(x, y), x_b=(other, y)."
+            )
 
 
 def _straight(a: Tensor, b: Tensor, t: float, dim: int) -> Tensor:
