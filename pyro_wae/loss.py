@@ -298,10 +298,10 @@ class WAELoss(CallRepr, ELBO):
         """Tells Pyro of the parameters of penalties, costs and the weight."""
         for name, module in self.named_children():
             parameters = dict(module.named_parameters())
-            # A discriminator of a site that has had no codes yet has no parameters yet; later it trains its own.
-            if any(map(nn.parameter.is_lazy, parameters.values())):
-                continue
             learnt = {key: value for key, value in parameters.items() if value.requires_grad}
+            # A discriminator of a site that has had no codes yet has no parameters yet.
+            if not learnt or any(map(nn.parameter.is_lazy, parameters.values())):
+                continue
             for key, value in _in_store(f"wae_{name}", learnt).items():
                 pyro.param(key, value)
 

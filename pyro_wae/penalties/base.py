@@ -294,12 +294,9 @@ class FunctionPenalty(Penalty):
 
 
 def share_out(prior: Tensor, codes: Tensor, context: PenaltyContext) -> Tensor:
-    """The prior samples (m, d) that each of K particles (K, n, d) is compared with: a K-th, or where that fails all.
+    """The prior samples (m, d) that each of K particles (K, n, d) is compared with, shape (K, m / K, d) or (K, m, d).
 
-    A share has 2 rows or more, and where rows come from data one of each datum.
-
-    Returns:
-        Shape (K, m / K, d), or (K, m, d).
+    A share has 2 rows or more, and where rows come from data one of each datum; where it cannot, each has all.
     """
     particles, n, d = codes.shape
     unit = particles * (n if context.shared_data else 1)

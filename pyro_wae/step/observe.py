@@ -241,19 +241,17 @@ def trace_pair(
             drawn = guide_trace.copy()
             for name in guide_trace.observation_nodes:
                 drawn.remove_node(name)  # for which replay would raise an error of its own
-            codes = {name: node["value"] for name, node in drawn.nodes.items() if is_random(node)}
-            versions = {name: z._version for name, z in codes.items() if isinstance(z, Tensor) and not z.is_inference()}
+            values = [(name, node["value"]) for name, node in drawn.nodes.items() if node["type"] == "sample"]
+            # How often each has been changed in place.
+            before = [(name, z, z._version) for name, z in values if isinstance(z, Tensor) and not z.is_inference()]
             model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-            changed = [name for name, version in versions.items() if codes[name]._version != version]
+            changed = [name for name, z, version in before if z._version != version]
             if changed:
                 raise ValueError(refusals.changed_in_place(changed[0]))
     except Exception as error:
         add_note(error, args, kwargs, model, guide)
         raise
     for trace in (model_trace, guide_trace):
-        for name, node in trace.nodes.items():
-            if is_random(node) and not hasattr(node["fn"], "batch_shape"):
-                raise ValueError(refusals.no_distribution(name))
         unwrap_factors(trace)
     for name in guide_trace.observation_nodes:
         if name in model_trace and is_random(model_trace.nodes[name]):

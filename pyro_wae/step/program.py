@@ -36,8 +36,10 @@ class Sample:
 
     def __init__(self, node: Node) -> None:
         self.node, self.fn, self.value = node, node["fn"], node["value"]
+        if not hasattr(self.fn, "batch_shape"):
+            raise ValueError(refusals.no_distribution(node["name"]))
         *wrappers, self.innermost = layers(self.fn)
-        found = [(node["mask"], getattr(self.fn, "event_dim", 0))]
+        found = [(node["mask"], self.fn.event_dim)]
         found += [(fn._mask, fn.event_dim) for fn in wrappers if isinstance(fn, dist.MaskedDistribution)]
         self.masks = [(mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True]
         self.is_masked_out = any(mask is False for mask, _ in found)
