@@ -130,7 +130,7 @@ class JensenShannon(FittedBuffers, Penalty):
         self._taken = 0  # steps of the discriminator
         self._size: int | None = None
         self._own: torch.optim.Optimizer | None = None
-        self._places: list[tuple[torch.device, torch.dtype]] = []  # of the parameters that the own optimiser was made of
+        self._places: list[tuple[torch.device, torch.dtype]] = []  # of what the own optimiser trains
         self._state: dict[str, Any] | None = None
         self._learning = [name for name, value in self.discriminator.named_parameters() if value.requires_grad]
         if optimizer is not None:
