@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -31,6 +32,7 @@ from pyro_wae.step.observe import Observer, trace_pair
 from pyro_wae.step.options import PenaltyLike, as_option, each_penalty, site_label
 from pyro_wae.step.records import Step, Terms
 from pyro_wae.weights import Constant, Constraint, Weight, as_weight
+from pyro_wae.weights.base import weight_of_step
 
 CostLike = Cost | Callable[[Tensor, Tensor], Tensor]
 Program = Callable[..., Any]
@@ -287,7 +289,8 @@ class WAELoss(CallRepr, ELBO):
                 if found := what_is_not_finite_before(step):
                     raise ValueError(found) from error
                 raise
-        step = step.add(penalties, self.penalty_weight, per_datum=self.reduction == "mean")
+        weight = functools.partial(weight_of_step, self.penalty_weight)
+        step = step.add(penalties, weight, per_datum=self.reduction == "mean")
         assert step.loss is not None  # it has been added up
         if self.process_group is not None:
             self._runner.agree(step.loss.detach())

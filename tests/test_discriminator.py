@@ -268,6 +268,18 @@ def test_a_state_loads_into_a_discriminator_that_is_built_and_into_one_that_is_n
         assert other(q, p) == expected
 
 
+def test_its_own_optimiser_goes_on_in_another_precision_with_what_it_keeps():
+    """Against a training in float64 throughout; a new Adam would take a step of its whole rate, 1e-2."""
+    q, p, found = rows(N, D).float(), rows(M, D).float(), []
+    for first in (torch.float32, torch.float64):
+        pyro.set_rng_seed(1)
+        penalty = JensenShannon(plane(), optimizer=adam).to(first)
+        for dtype in [first] * 3 + [torch.float64] * 3:
+            penalty.to(dtype)(q.to(dtype), p.to(dtype))
+        found.append(state(penalty.discriminator))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("options", [{}, {"optimizer": sgd, "steps": 2}], ids=["no optimiser", "its own"])
 def test_copies_give_the_same_value_and_go_on_by_themselves(copied, options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pyro
@@ -16,6 +17,7 @@ from pyro_wae.costs import AbsoluteError, ExpectedSquaredError, FunctionCost, Ne
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import (
     MMD,
+    CramerWold,
     JensenShannon,
     LogVarianceL1,
     MaxSlicedWasserstein,
@@ -235,6 +237,59 @@ def test_a_condition_of_half_precision_is_compared_as_the_same_numbers_in_float3
         pyro.set_rng_seed(0)
         found.append(WAELoss(penalty(), penalty_weight=1.0, condition="y").loss(model, guide, x, condition))
     assert found[0] == found[1]
+
+
+# A precision that is changed between steps
+
+
+LOSSES = {
+    "default": lambda: WAELoss(),
+    "max-sliced": lambda: WAELoss(MaxSlicedWasserstein()),
+    "default adversary": lambda: WAELoss(JensenShannon()),
+    "default adversary of the caller": lambda: WAELoss(JensenShannon(optimizer=None)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
+def test_a_training_goes_on_in_another_precision(make, dtype):
+    net, x = Net(), data()
+    wae = make()(net.model, net.guide)
+    for kind in (torch.float32, dtype, torch.float32):
+        wae.to(kind)
+        for _ in range(2):
+            value = wae(x.to(kind))
+            value.backward()
+            assert value.isfinite()
+
+
+@pytest.mark.parametrize("make", [MMD, lambda: MMD(standardize=True), MaxSlicedWasserstein, CramerWold])
+def test_a_penalty_in_another_precision_has_the_value_it_had(make):
+    """The squared length of codes this wide is infinite in float16."""
+    penalty, codes, prior = make(), 600 * torch.randn(50, 8), 300 * torch.randn(50, 8)
+    penalty(codes, prior)
+    before = copy.deepcopy(penalty.state_dict())
+    values = []
+    for move in (lambda: penalty, penalty.half, penalty.double):
+        pyro.set_rng_seed(0)
+        with torch.no_grad():
+            values.append(move()(codes, prior))
+    assert values[0] > 0
+    assert values[1] == values[2] == values[0]
+    after = {name: value for name, value in penalty.state_dict().items() if isinstance(value, torch.Tensor)}
+    assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_what_a_constraint_has_measured_follows_a_device_and_no_precision():
+    net, x = Net(), data()
+    wae = WAELoss()(net.model, net.guide)
+    for _ in range(2):
+        wae(x)
+    before = dict(wae.weight.named_buffers())
+    after = dict(copy.deepcopy(wae).bfloat16().weight.named_buffers())
+    assert all(torch.equal(value, after[name]) and value.dtype == after[name].dtype for name, value in before.items())
+    away = dict(copy.deepcopy(wae).to("meta", torch.bfloat16).weight.named_buffers())
+    assert all(value.is_meta and value.dtype == before[name].dtype for name, value in away.items())
 
 
 # bfloat16 against float32

@@ -21,6 +21,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from references import Seen, program
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyro_wae import WAELoss, weights
 from pyro_wae.costs import AbsoluteError, Cost, SquaredError
@@ -312,7 +313,7 @@ def functions_of(net):
 
 @pytest.mark.parametrize(
     "twin",
-    [copy.deepcopy, torch.optim.swa_utils.AveragedModel, lambda wae: copy.deepcopy({"wae": wae})["wae"]],
+    [copy.deepcopy, AveragedModel, lambda wae: copy.deepcopy({"wae": wae})["wae"]],
     ids=["copy", "average", "inside"],
 )
 @pytest.mark.parametrize("bind", ["functions", "partials", "methods", "module"])
@@ -335,6 +336,28 @@ def test_a_copy_that_would_run_the_nets_of_the_original_says_so(bind, twin):
         is_own = other(x).item() == pytest.approx(3 * (0.5 if bind == "module" else 1))  # nets of zeros reconstruct 0
     assert is_own == (bind in ("methods", "module"))
     assert [str(w.message)[:33] for w in found] == ([] if is_own else ["This copy of a bound module has c"])
+
+
+@pytest.mark.parametrize("make", [WAELoss, lambda: WAELoss(JensenShannon()), lambda: WAELoss(MaxSlicedWasserstein())])
+@pytest.mark.parametrize("of_nets", [True, False], ids=["nets", "bound module"])
+def test_torch_averages_nets_from_the_start_and_a_bound_module_from_its_first_step(make, of_nets):
+    """The lines of docs/training.md; of two updates at a decay of 0.5 the average is the mean of both."""
+    net, x = AutoEncoder(3, 2), torch.randn(16, 3)
+    wae = make()(net.model, net.guide)
+    if not of_nets:
+        wae(x).backward()
+    averaged = net if of_nets else wae
+    average = AveragedModel(averaged, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimiser, seen = torch.optim.SGD(net.parameters(), lr=0.01), []
+    for _ in range(2):
+        optimiser.zero_grad()
+        wae(x).backward()
+        optimiser.step()
+        average.update_parameters(averaged)
+        seen.append(net.encoder.weight.detach().clone())
+    own = average.module if of_nets else average.module.model.__self__
+    torch.testing.assert_close(own.encoder.weight.detach(), (seen[0] + seen[1]) / 2)
+    assert math.isfinite(WAELoss().loss(own.model, own.guide, x))
 
 
 @pytest.mark.parametrize(

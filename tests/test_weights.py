@@ -16,7 +16,8 @@ from pyro_wae import WAELoss
 from pyro_wae.kernels import InverseMultiquadratic, Laplace
 from pyro_wae.penalties import MMD, KernelStein
 from pyro_wae.penalties.null_variance import centred_square, pair_variance
-from pyro_wae.weights import Constant, Constraint, LinearSchedule, Schedule, as_weight
+from pyro_wae.weights import Constant, Constraint, LinearSchedule, Schedule, Weight, as_weight
+from pyro_wae.weights.base import weight_of_step
 from pyro_wae.weights.constraint import FACTORS, LENGTHS, WARM_UP, RandomFeatures, trace_of_squared_covariance
 
 D = 3
@@ -92,6 +93,52 @@ def test_a_weight_shows_the_call_that_makes_it(weight):
 def test_the_default_is_a_constraint_unless_no_penalty_draws_from_the_prior():
     assert isinstance(WAELoss().penalty_weight, Constraint)
     assert WAELoss(KernelStein()).penalty_weight(torch.tensor(7.0)) == 100.0
+
+
+class Own(Weight):
+    """A weight of the user's own."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, cost=None):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        *[(value, ValueError) for value in (-1.0, math.nan, math.inf, torch.tensor(-1.0), torch.tensor(math.nan))],
+        *[(value, TypeError) for value in (None, "1", True, torch.ones(1), torch.ones(1, device="meta"))],
+    ],
+    ids=str,
+)
+def test_a_weight_of_the_users_own_that_returns_no_weight_is_refused_by_its_name(value, error):
+    with pytest.raises(error, match=r"^Own's weight must be a finite number >= 0, found .* Write def forward\(self, "):
+        step(WAELoss(penalty_weight=Own(value)))
+
+
+def test_a_weight_of_the_users_own_may_be_a_parameter():
+    weight = Own(torch.nn.Parameter(torch.tensor(2.0)))
+    terms = step(WAELoss(penalty_weight=weight))
+    assert terms.weight == 2.0
+    torch.testing.assert_close(weight.value.grad, terms.penalty)
+
+
+def test_a_weight_on_an_accelerator_is_not_read():
+    value = torch.tensor(-1.0, device="meta")
+    assert weight_of_step(Own(value), torch.tensor(1.0)) is value
+
+
+def test_a_cost_that_is_not_finite_is_the_costs_error_and_not_that_of_a_weight_that_starts_from_it():
+    class OfCost(Weight):
+        def forward(self, cost=None):
+            return 0.1 * cost
+
+    loss = WAELoss(cost=lambda x, g: (x - g).sum(1) * math.nan, penalty_weight=OfCost())
+    with pytest.raises(ValueError, match=r"^(?!OfCost).*cost.*NaN"):
+        step(loss)
 
 
 # Random features
@@ -208,6 +255,12 @@ def test_the_first_weight_is_a_tenth_of_the_first_cost():
     terms = step(loss, net)
     assert terms.weight == pytest.approx(terms.cost.item() / 10)
     assert loss.penalty_weight.largest == pytest.approx(30 * terms.cost.item(), rel=1e-5)
+
+
+def test_no_weight_is_above_the_maximum_that_was_given():
+    loss, net = WAELoss(penalty_weight=Constraint(maximum=0.01)), make_net()
+    found = [float(step(loss, net).weight) for _ in range(3)]
+    assert found == pytest.approx([0.01] * 3)
 
 
 def test_after_the_warm_up_the_weight_moves_on_every_eighth_step_by_as_much_and_resumes():

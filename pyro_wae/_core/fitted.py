@@ -16,7 +16,8 @@ class FittedBuffers(nn.Module):
 
     A saved value is assigned and not copied: precision and shape of an unset buffer are no decision, and a float64
     length would be rounded to a float32 placeholder. Whether a buffer is set is kept as a plain bool, because reading a
-    tensor on an accelerator waits for it.
+    tensor on an accelerator waits for it. ``module.to(dtype)`` leaves these buffers in their precision: they are no
+    weights, and a squared length may be infinite in half precision.
     """
 
     counts: tuple[str, ...] = ()
@@ -49,6 +50,17 @@ class FittedBuffers(nn.Module):
         with torch.inference_mode(False):  # what is first needed there could otherwise never be trained with
             setattr(self, name, value.detach().clone())
         self._is_fitted[name] = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedBuffers:
+        before = {name: getattr(self, name) for name in self._is_fitted}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                # MPS has no float64.
+                dtype = torch.float32 if moved.device.type == "mps" else value.dtype
+                self._buffers[name] = value.to(moved.device, dtype)
+        return self
 
     def _snapshot(self) -> dict[str, Any]:
         # Buffers are replaced and never written into, so the dicts are all that has to be copied.

@@ -15,7 +15,6 @@ from torch.nn.functional import softplus
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae._core.rows import at_least_float32
 from pyro_wae.penalties.base import Penalty, PenaltyContext
 
 LogProb = Callable[[Tensor], Tensor]
@@ -118,6 +117,7 @@ class JensenShannon(FittedBuffers, Penalty):
                 "caller's. Write JensenShannon(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3), "
                 f"steps={steps}), or leave steps out."
             )
+        self._is_default = discriminator is None
         self.discriminator = _default_discriminator() if discriminator is None else discriminator
         self.prior_log_prob = checks.flag("JensenShannon's prior_log_prob", prior_log_prob, write="prior_log_prob=True")
         self.saturating = checks.flag("JensenShannon's saturating", saturating, write="saturating=True")
@@ -130,6 +130,7 @@ class JensenShannon(FittedBuffers, Penalty):
         self._taken = 0  # steps of the discriminator
         self._size: int | None = None
         self._own: torch.optim.Optimizer | None = None
+        self._places: list[tuple[torch.device, torch.dtype]] = []  # of what the own optimiser trains
         self._state: dict[str, Any] | None = None
         self._learning = [name for name, value in self.discriminator.named_parameters() if value.requires_grad]
         if optimizer is not None:
@@ -145,12 +146,14 @@ class JensenShannon(FittedBuffers, Penalty):
                 "own: WAELoss({'z': JensenShannon(), 'y': JensenShannon()})."
             )
         self._size = size
+        dtype = torch.float64 if codes.dtype == torch.float64 else torch.float32
         if self._is_lazy():
-            self.discriminator.to(codes.device, codes.dtype if codes.dtype == torch.float64 else torch.float32)
+            self.discriminator.to(codes.device, dtype)
             with torch.no_grad():
-                self.discriminator(codes.detach().reshape(-1, codes.shape[-1])[:2].to(at_least_float32(codes).dtype))
-        elif any(parameter.device != codes.device for parameter in self.discriminator.parameters()):
-            self.discriminator.to(codes.device)  # SVI moves no loss: a checkpoint may come from another device
+                self.discriminator(codes.detach().reshape(-1, codes.shape[-1])[:2].to(dtype))
+        elif any(device != codes.device or (self._is_default and kind != dtype) for device, kind in self._placed()):
+            # SVI moves no loss, and a checkpoint may come from another device; `penalty.half()` may have been called.
+            self.discriminator.to(codes.device, dtype if self._is_default else None)
         if self.optimizer is not None:
             self._learn(False)
 
@@ -228,14 +231,20 @@ class JensenShannon(FittedBuffers, Penalty):
     def _is_lazy(self) -> bool:
         return any(nn.parameter.is_lazy(parameter) for parameter in self.discriminator.parameters())
 
+    def _placed(self) -> list[tuple[torch.device, torch.dtype]]:
+        return [(parameter.device, parameter.dtype) for parameter in self.discriminator.parameters()]
+
     def _train(self, q: Tensor, p: Tensor, log_prob: LogProb | None, optimizer: Optimizer) -> None:
         are_finite = q.isfinite().all() & p.isfinite().all()
+        if self._own is not None and self._places != self._placed():
+            self._state, self._own = self._own.state_dict(), None  # what it keeps has not followed its parameters
         if self._own is None:
             made, what = optimizer(self.discriminator.parameters()), "a torch.optim.Optimizer"
             write = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
             self._own = checks.instance("What optimizer returns", made, torch.optim.Optimizer, what, write=write)
             if self._state is not None:
                 self._own.load_state_dict(self._state)
+            self._places = self._placed()
         self._learn(True)
         try:
             for _ in range(DEFAULT_STEPS if self.steps is None else self.steps):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pyro_wae._core.checks import number, whole
 from pyro_wae._core.distributions import distribution_of, distribution_tensors
 from pyro_wae.predict import code_rows
-from pyro_wae.priors.mixtures import MixturePrior
+from pyro_wae.priors.mixtures import MixturePrior, VampPrior, least_scales
 
 Prior = TypeVar("Prior")
 
@@ -40,8 +41,10 @@ def fit(
         args: Arguments of both, the data among them.
         prior: Fitted in place: a module whose call returns the distribution of one code, such as
             :class:`MixturePrior` or a flow of zuko, or a distribution whose parameters require a gradient or are
-            those of its transforms, such as a Pyro flow. A :class:`MixturePrior` starts at the codes, and takes their
-            mean and scale: ``standardized`` is set to False.
+            those of its transforms, such as a Pyro flow. A :class:`MixturePrior` starts at the codes. It and a
+            :class:`VampPrior` take the codes' mean and scale: ``standardized`` is set to False. Their components'
+            scales stay above a thousandth of the codes' standard deviation, because the likelihood of codes that
+            repeat grows without bound as a scale goes to 0.
         steps: Steps of Adam, whose learning rate is lowered to 0 along a cosine.
         batch_size: Codes in a step.
         learning_rate: The first learning rate.
@@ -52,8 +55,8 @@ def fit(
         The fitted prior.
 
     Raises:
-        ValueError: If an argument is out of range, the prior has no learnable parameter, or its draws have another
-            size than codes.
+        ValueError: If an argument is out of range, the prior has no learnable parameter, its draws have another size
+            than codes, or the fit diverges. The prior is then as it was.
         TypeError: If the prior is neither a module nor a distribution.
 
     Source: Ghosh, Sajjadi, Vergari, Black, Schoelkopf, "From Variational to Deterministic Autoencoders", 2020,
@@ -83,12 +86,25 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad():
         codes = code_rows(model, guide, *args, data_plate=data_plate, **kwargs)[0].clone()
         if isinstance(prior, MixturePrior):
-            prior.to(codes).initialise(codes)
-            prior.standardized = False
-        _check_size(distribution_of(prior, write=WRITE), codes.shape[1])
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        order = codes.new_empty(0, dtype=torch.long)
+            prior.to(codes)
+        with _as_it_was_if_it_fails(prior, parameters, learning_rate):
+            if isinstance(prior, MixturePrior):
+                prior.initialise(codes)
+            if isinstance(prior, MixturePrior | VampPrior):
+                prior.standardized = False
+            _check_size(distribution_of(prior, write=WRITE), codes.shape[1])
+            _maximise(prior, parameters, codes, steps, batch_size, learning_rate)
+    return prior
+
+
+def _maximise(
+    prior: Any, parameters: list[Tensor], codes: Tensor, steps: int, batch_size: int, learning_rate: float
+) -> None:
+    """Maximises the likelihood of codes (n, d)."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    least, order = _least_log_scales(prior, codes), codes.new_empty(0, dtype=torch.long)
+    try:
         for _ in range(steps):
             if len(order) < min(batch_size, len(codes)):
                 order = torch.randperm(len(codes), device=codes.device)
@@ -98,8 +114,53 @@ def fit(
             loss.backward(inputs=parameters)  # those of an encoder in the prior are not its own
             optimizer.step()
             scheduler.step()
+            if least is not None:
+                with torch.no_grad():
+                    prior.log_scales.clamp_(min=least)
+    finally:
         optimizer.zero_grad()
-    return prior
+
+
+def _least_log_scales(prior: Any, codes: Tensor) -> Tensor | None:
+    """The bound of the scales that a mixture learns; None for another prior."""
+    if not isinstance(prior, MixturePrior | VampPrior) or not prior.log_scales.requires_grad:
+        return None
+    least = least_scales(codes).log().to(prior.log_scales)
+    # A VampPrior has one scale for all dimensions.
+    return least if isinstance(prior, MixturePrior) else least.amin()
+
+
+@contextmanager
+def _as_it_was_if_it_fails(prior: Any, parameters: list[Tensor], learning_rate: float) -> Iterator[None]:
+    """Restores a prior whose fit raises.
+
+    Raises:
+        ValueError: If its parameters are not finite at the end.
+    """
+    tensors = [*prior.parameters(), *prior.buffers()] if isinstance(prior, nn.Module) else parameters
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors if not nn.parameter.is_lazy(tensor)]
+    standardized = prior.standardized if isinstance(prior, MixturePrior | VampPrior) else False
+    try:
+        yield
+        if not _are_finite(parameters):
+            raise FloatingPointError
+    except Exception as error:
+        has_diverged = not _are_finite(parameters)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        if isinstance(prior, MixturePrior | VampPrior):
+            prior.standardized = standardized
+        if not has_diverged:
+            raise
+        raise ValueError(
+            "prior has parameters that are not finite after its fit, which has diverged; it is as it was. Write "
+            f"priors.fit(model, guide, x, prior=prior, learning_rate={learning_rate / 10:g})."
+        ) from error
+
+
+def _are_finite(parameters: list[Tensor]) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in parameters if not nn.parameter.is_lazy(parameter))
 
 
 def _check_size(distribution: Any, d: int) -> None:

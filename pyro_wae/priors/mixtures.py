@@ -14,6 +14,10 @@ from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.checks import accepted, flag, function, number, tensor, whole
 from pyro_wae._core.distributions import innermost
 
+LEAST_SCALE = 1e-3
+"""The least scale of a component that is fitted to codes, in the codes' standard deviation. The likelihood of codes
+that repeat grows without bound as a scale goes to 0."""
+
 
 class NormalMixture(dist.MixtureSameFamily):
     r"""A mixture of Normals whose draws have a gradient for the weights, too.
@@ -194,8 +198,8 @@ class MixturePrior(nn.Module):
             squares = torch.minimum(squares, (codes - codes[index]).square().sum(1))
         self.logits.zero_()
         self.locs.copy_(centres)
-        scale = (squares.mean() / d).sqrt().clamp(min=1e-3)
-        self.log_scales.copy_(scale.log().expand_as(self.log_scales))
+        scales = (squares.mean() / d).sqrt().clamp(min=least_scales(codes))
+        self.log_scales.copy_(scales.log().expand_as(self.log_scales))
         if self.lower is not None:
             self.lower.zero_()
 
@@ -271,6 +275,18 @@ class VampPrior(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pseudo_inputs={tuple(self.pseudo_inputs.shape)}, standardized={self.standardized}"
+
+
+def least_scales(codes: Tensor) -> Tensor:
+    """The scales (d,) of components below which codes (n, d) are points: a share of the codes' standard deviation.
+
+    A dimension without spread has the root mean square of all of them, and codes that coincide have 1 in its place.
+    """
+    variances = codes.var(0, correction=0)
+    # The mean of equal numbers may be off by their last digit.
+    variances = variances.where(variances > (8 * torch.finfo(codes.dtype).eps * codes.abs().amax(0)).square(), 0.0)
+    mean = variances.mean()
+    return LEAST_SCALE * variances.where(variances > 0, mean.where(mean > 0, 1.0)).sqrt()
 
 
 def _mixture(logits: Tensor, locs: Tensor, tril: Tensor, standardized: bool) -> NormalMixture:

@@ -21,7 +21,7 @@ class Weight(CallRepr, nn.Module):
     """Whether :meth:`observe` reads the prior samples."""
 
     def forward(self, cost: Tensor | None = None) -> float | Tensor:
-        """The weight of this step, in units of cost per unit of penalty.
+        """The weight of this step, in units of cost per unit of penalty: a finite number >= 0, or such a scalar tensor.
 
         Args:
             cost: The mean cost of the step, a detached scalar, for weights that start from it.
@@ -141,6 +141,30 @@ def as_weight(weight: float | Weight) -> Weight:
         ValueError: If the number is negative or not finite.
     """
     return weight if isinstance(weight, Weight) else Constant(weight)
+
+
+def weight_of_step(weight: Weight, cost: Tensor) -> float | Tensor:
+    """The value of a weight in a step, checked; that of a tensor on an accelerator is not read, which would wait.
+
+    Args:
+        weight: The weight.
+        cost: The mean cost of the step. Where it is not finite, a weight that starts from it need not be finite.
+
+    Raises:
+        TypeError: If the value is no number.
+        ValueError: If it is negative or not finite, and the cost is finite.
+    """
+    value = weight(cost)
+    if isinstance(value, Tensor) and value.ndim == 0 and value.device.type != "cpu":
+        return value
+    number = value.detach() if isinstance(value, Tensor) else value
+    write = "def forward(self, cost=None): return 100.0"
+    try:
+        checks.number(f"{type(weight).__name__}'s weight", number, least=0, write=write)
+    except ValueError:
+        if bool(cost.isfinite()):
+            raise
+    return value
 
 
 def _checked(name: str, weight: Any) -> float:

@@ -61,8 +61,9 @@ class Constraint(FittedBuffers, SteppedWeight):
     Args:
         codes: Number of codes with which a test could just distinguish them from prior samples; more is stricter. It
             should not exceed the number of data.
-        initial: The first weight; None takes a tenth of the first step's cost. With a penalty that is near 1 for codes
-            far from the prior, as :class:`~pyro_wae.penalties.MMD` is, the auto-encoder then learns first.
+        initial: The first weight; None takes a tenth of the first step's cost, ``maximum`` at most. With a penalty that
+            is near 1 for codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is, the auto-encoder then learns
+            first.
         maximum: The largest weight; None takes 300 times the first. A weight that stays there is reported by a
             warning, because the training as it is cannot reach the slack.
         rate: The largest change of log lambda in a step.
@@ -159,8 +160,9 @@ class Constraint(FittedBuffers, SteppedWeight):
         weight = self.weight.to(cost)
         if self.step:
             return weight
-        # A likelihood's cost may be negative.
-        return torch.where(weight.isnan(), FIRST_SHARE * cost.abs().clamp(min=LEAST_COST), weight)
+        # A likelihood's cost may be negative. The largest weight is NaN where none was given.
+        first = torch.fmin(FIRST_SHARE * cost.abs().clamp(min=LEAST_COST), self.largest.to(cost))
+        return torch.where(weight.isnan(), first, weight)
 
     @torch.no_grad()
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
