@@ -91,6 +91,13 @@ def test_a_hole_is_found_though_mean_and_covariance_match():
     assert found.joint.moments.spread == pytest.approx([1, 1], abs=0.1)
 
 
+def test_a_hole_is_found_at_any_number_of_test_codes():
+    # About 7 percent of the prior's mass lies farther than the radius from all codes.
+    x = data(3000, 2)
+    x = x[x[:, 0] < 1.25][:2000]
+    assert "hole" in kinds(report(*pair(lambda x: x), x, test_codes=40, permutations=99))
+
+
 def test_an_outlier_is_named_by_its_place_in_the_data():
     x = data(600)
     x[123] = 40.0

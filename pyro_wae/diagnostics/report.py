@@ -201,7 +201,7 @@ def report(
         comparisons=comparisons,
         costs=gathered.costs,
         batch_norm=gathered.batch_norm,
-        alarms=tuple(find_alarms(comparisons, gathered.batch_norm)),
+        alarms=tuple(find_alarms(comparisons, gathered.batch_norm, codes=len(gathered.codes))),
         codes=gathered.codes,
         prior=gathered.prior,
         in_hole=in_hole,
