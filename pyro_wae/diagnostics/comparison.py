@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.random_state import isolated_seed
-from pyro_wae._core.rows import squared_distances
 from pyro_wae.diagnostics.classifier import ClassifierTest, classifier_test
 from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.diagnostics.hypothesis_test import new_generator
@@ -286,7 +285,9 @@ def coverage(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick)
 
 def _nearest(rows: Tensor, others: Tensor) -> Tensor:
     """The distance from each row to the nearest of the others."""
-    return torch.cat([squared_distances(block, others).amin(1).sqrt() for block in rows.split(BLOCK_ROWS)])
+    # By a product of matrices equal rows would have a distance of rounding, and the radius may be 0 where rows repeat.
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(block, others, compute_mode=exact).amin(1) for block in rows.split(BLOCK_ROWS)])
 
 
 def _covariance(rows: Tensor) -> Tensor:
