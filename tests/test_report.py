@@ -246,6 +246,24 @@ def test_batch_norm_is_compared_in_both_modes():
     assert not module.encoder.training
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_of_one_datum_are_left_out_of_the_comparison_of_modes(masked):
+    module, x = normalised().eval(), data(301)
+    batches = [(batch,) for batch in x.split(100)]
+    model, guide = module.model, module.guide
+    if masked:  # a last batch of two data of which one counts
+        batches = [*batches[:3], (torch.cat([x[300:], x[:1]]),)]
+
+        def model(x):
+            with poutine.mask(mask=torch.arange(len(x)) != (1 if len(x) == 2 else -1)):
+                module.model(x)
+
+    found, whole = (report(model, guide, batches=given, **FAST) for given in (batches, batches[:3]))
+    assert (len(found.codes), len(whole.codes)) == (301, 300)
+    assert found.batch_norm == whole.batch_norm
+    assert report(module.model, module.guide, batches=data(20).split(1), **FAST).batch_norm is None
+
+
 def test_batch_norm_that_agrees_in_both_modes_raises_no_alarm():
     module = normalised()
     for _ in range(50):
