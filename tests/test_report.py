@@ -98,6 +98,16 @@ def test_a_hole_is_found_at_any_number_of_test_codes():
     assert "hole" in kinds(report(*pair(lambda x: x), x, test_codes=40, permutations=99))
 
 
+def test_a_constant_prior_has_a_report():
+    model, guide = program(delta, lambda x: delta(x.new_full((len(x), 3), 0.1)))
+    found = report(model, guide, data(300), **FAST)
+    assert {"mismatch", "hole", "stray"} <= kinds(found)
+    assert (found.joint.moments.narrowest, found.joint.moments.widest) == (None, None)
+    json.dumps(found.to_dict(), allow_nan=False)
+    equal = report(model, guide, torch.full((300, 3), 0.1), **FAST)
+    assert equal.alarms == ()
+
+
 def test_an_outlier_is_named_by_its_place_in_the_data():
     x = data(600)
     x[123] = 40.0

@@ -62,7 +62,7 @@ class Moments:
         prior_mean: The prior's mean.
         prior_spread: The prior's standard deviation.
         narrowest: Variance of the codes over the prior's along the line where that is smallest; None with fewer than
-            two codes for each coordinate.
+            two codes for each coordinate, or under a constant prior.
         narrowest_null: The same of a second set of prior samples.
         widest: The same where it is largest.
         widest_null: The same of a second set of prior samples.
@@ -220,7 +220,7 @@ def moments(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick) 
     n, d = codes.shape
     x, y, null = (yardstick.measure(rows).double() for rows in (codes, prior, second))
     narrowest = widest = narrowest_null = widest_null = None
-    if n > 2 * d:
+    if n > 2 * d and bool((prior != prior[0]).any()):
         values, vectors = torch.linalg.eigh(_covariance(y))
         wide = values > NEGLIGIBLE * values[-1]
         whiten = vectors[:, wide] / values[wide].sqrt()
