@@ -89,8 +89,13 @@ def test_the_p_value_is_that_of_all_held_out_codes(tmp_path, factor, is_prior):
 
 @pytest.mark.parametrize(
     ("size", "options", "tested"),
-    [(1, {}, True), (1, {"fast_dev_run": True}, False), (3, {"fast_dev_run": True}, False)]
-    + [(4, {"fast_dev_run": True}, True), (2, {"fast_dev_run": 2}, True)],
+    [
+        (1, {}, True),
+        (1, {"fast_dev_run": True}, False),
+        (3, {"fast_dev_run": True}, False),
+        (4, {"fast_dev_run": True}, True),
+        (2, {"fast_dev_run": 2}, True),
+    ],
 )
 def test_a_trial_run_with_too_few_codes_to_test_is_no_error(tmp_path, size, options, tested):
     run, module = trainer(tmp_path, epochs=1, **options), WAE(Net())

@@ -171,7 +171,7 @@ def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
     # A distance by a product of matrices loses the digits by which rows far from 0 differ.
     centre = manifold.mean(0, dtype=working_precision(manifold).dtype)
     points, manifold = (working_precision(rows) - centre for rows in (points, manifold))
-    # Each pair of different rows is measured once: by rounding, equal rows would lie inside of a ball and outside of it.
+    # Each pair of different rows is measured once: rounding could put one of two equal rows inside and one outside.
     rows, places = torch.cat([points, manifold]).unique(dim=0, return_inverse=True)
     of_points, of_manifold = places.split([len(points), len(manifold)])
     inside = torch.zeros_like(of_points, dtype=torch.bool)
