@@ -24,15 +24,18 @@ except ImportError as error:
 
 __all__ = ["WAE"]
 
+TESTABLE = 4
+"""Fewest codes with which the two-sample test can reject at its level."""
+
 
 class WAE(LightningModule):
     """A Pyro model and guide with their loss, for a ``lightning.Trainer``.
 
     A training step logs ``cost``, ``penalty`` and ``weight``. Validation logs ``val_cost``, the mean cost of held-out
     data, and ``val_p``, the p-value of :func:`~pyro_wae.diagnostics.two_sample_test` on their codes against prior
-    samples, taken over all batches and processes. Checkpoints and early stopping may monitor either. In several
-    processes each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of
-    all.
+    samples, taken over all batches and processes. Lightning's sanity check leaves the test out, and ``fast_dev_run``
+    where it has too few codes. Checkpoints and early stopping may monitor either. In several processes each draws from
+    a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of all.
 
     Args:
         model: The Pyro model, or a module that has ``.model`` and ``.guide``.
@@ -116,6 +119,8 @@ class WAE(LightningModule):
     def on_validation_epoch_end(self) -> None:
         rows = self._rows.compute()  # those of all processes
         self._rows.reset()
+        if self.trainer.sanity_checking or (self.trainer.fast_dev_run and len(rows) < TESTABLE):
+            return  # batches of a trial run may hold too few codes to test
         order = torch.randperm(len(rows), generator=new_generator(0)[0], device="cpu")
         chosen = order[: self.test_codes].to(rows.device)
         self.log("val_p", two_sample_test(*rows[chosen].chunk(2, 1)).p_value, batch_size=1, sync_dist=True)

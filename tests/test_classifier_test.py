@@ -133,6 +133,18 @@ def test_another_default_device_changes_nothing():
         assert classifier_test(*rows, width=4, steps=2) == expected
 
 
+def test_another_default_dtype_changes_nothing():
+    rows, default = torch.randn(2, 200, 2, dtype=torch.float32), torch.get_default_dtype()
+    found = []
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            found.append(classifier_test(*rows, width=16, steps=10))
+    finally:
+        torch.set_default_dtype(default)
+    assert found[0] == found[1]
+
+
 def test_too_few_rows_are_named():
     rows = torch.zeros(20, 3)
     with pytest.raises(ValueError, match=r"leave 4 held-out rows.*Give 6 of each"):

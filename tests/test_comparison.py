@@ -83,6 +83,14 @@ def test_outliers_are_named():
     assert found.outliers == (17, 400)
 
 
+def test_repeated_rows_leave_no_holes_and_no_strays():
+    # Codes and both sets of prior samples are the same 50 rows, so that the radius is 0.
+    book, generator = data(50, 16), torch.Generator().manual_seed(2)
+    codes, prior, second = (book[torch.randint(50, (1500,), generator=generator)] for _ in range(3))
+    found, _ = coverage(codes, prior, second, Yardstick.of_draws(second))
+    assert (found.radius, found.holes, found.stray) == (0, 0, 0)
+
+
 def test_a_prior_of_float64_far_from_0_has_its_own_unit():
     prior = 1.7e9 + 1000 * torch.randn(2000, 2, dtype=torch.float64)
     measured = Yardstick.of_draws(prior).measure(prior)

@@ -10,6 +10,7 @@ from pyro_wae.demo import __main__ as demo
 from pyro_wae.demo import digits
 from pyro_wae.demo.digits import load_digits
 from pyro_wae.demo.judge import frechet_distance
+from pyro_wae.demo.nets import DigitWAE
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,13 @@ def test_demo_says_what_it_reached_and_where_it_is(smoke):
     ("argument", "found"),
     [
         ("--epochs=0", "argument --epochs: must be >= 1, found 0"),
-        ("--batch-size=0", "argument --batch-size: must be >= 1, found 0"),
+        ("--batch-size=1", "argument --batch-size: must be >= 2, found 1"),
         ("--zdim=1", "argument --zdim: must be >= 2, found 1"),  # pictures show a plane
         ("--seed=-1", "argument --seed: must be >= 0, found -1"),
         ("--penalty-weight=-1", "argument --penalty-weight: must be >= 0, found -1.0"),
+        ("--penalty-weight=nan", "argument --penalty-weight: must be a finite number, found nan"),
+        ("--learning-rate=nan", "argument --learning-rate: must be a finite number, found nan"),
+        ("--prior-rate=inf", "argument --prior-rate: must be a finite number, found inf"),
         ("--learning-rate=0", "--learning-rate and --prior-rate: must be > 0"),
         ("--device=gpu", "argument --device: 'gpu' cannot be used here"),
         ("--device=meta", "argument --device: 'meta' cannot be used here"),
@@ -74,6 +78,12 @@ def test_an_argument_out_of_range_is_named_before_the_training(argument, found, 
 def test_a_penalty_weight_of_0_is_one():
     assert demo.make_loss(demo.parse_args(["--penalty-weight=0"])).penalty_weight.weight == 0
     assert demo.make_loss(demo.parse_args([])).penalty_weight.weight == 100
+
+
+def test_a_last_batch_of_one_digit_is_left_out():
+    args = demo.parse_args(["--prior=normal", "--epochs=1", "--batch-size=4"])
+    history = demo.train(DigitWAE(2), torch.rand(9, 1, 28, 28), args)
+    assert np.isfinite(history["cost"]).all()
 
 
 def test_missing_matplotlib_is_named_before_the_training(monkeypatch):

@@ -52,7 +52,7 @@ class Data(lightning.LightningDataModule):
         return torch.utils.data.DataLoader(torch.randn(90, 5, generator=torch.Generator().manual_seed(1)), 60)
 
 
-def trainer(folder, *callbacks, epochs=2, logger=False):
+def trainer(folder, *callbacks, epochs=2, logger=False, **options):
     return lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -63,6 +63,7 @@ def trainer(folder, *callbacks, epochs=2, logger=False):
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        **options,
     )
 
 
@@ -84,6 +85,23 @@ def test_the_p_value_is_that_of_all_held_out_codes(tmp_path, factor, is_prior):
     run = trainer(tmp_path)
     (found,) = run.validate(WAE(Net(factor)), Data(), verbose=False)
     assert (found["val_p"] > 0.05) == is_prior
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "tested"),
+    [
+        (1, {}, True),
+        (1, {"fast_dev_run": True}, False),
+        (3, {"fast_dev_run": True}, False),
+        (4, {"fast_dev_run": True}, True),
+        (2, {"fast_dev_run": 2}, True),
+    ],
+)
+def test_a_trial_run_with_too_few_codes_to_test_is_no_error(tmp_path, size, options, tested):
+    run, module = trainer(tmp_path, epochs=1, **options), WAE(Net())
+    run.fit(module, Data().train_dataloader(), torch.utils.data.DataLoader(torch.randn(20, 5), size))
+    assert "val_cost" in run.callback_metrics
+    assert ("val_p" in run.callback_metrics) == tested
 
 
 def test_a_code_and_a_prior_draw_of_one_datum_are_not_compared(tmp_path):

@@ -101,13 +101,21 @@ def test_codes_and_prior_shows_the_chosen_coordinates_or_both(d, plane, shown):
     assert figure.axes[0].get_xlabel() == f"coordinate {shown[0]}"
 
 
-def test_classes_have_colours_and_a_legend():
-    labels = torch.arange(10).repeat(5)
-    figure = codes_and_prior(torch.randn(50, 3), torch.randn(50, 3), labels)
+@pytest.mark.parametrize("number", [1, 10, 11, 20])
+def test_classes_have_colours_and_a_legend(number):
+    labels = torch.arange(number).repeat(5)
+    codes = torch.randn(len(labels), 3)
+    figure = codes_and_prior(codes, codes, labels)
     left = figure.axes[0]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [str(label) for label in range(10)]
-    assert len(np.unique(left.collections[0].get_facecolors(), axis=0)) == 10
+    assert [text.get_text() for text in legend.get_texts()] == [str(label) for label in range(number)]
+    assert len(np.unique(left.collections[0].get_facecolors(), axis=0)) == number
+    assert len({str(dot.get_color()) for dot in legend.legend_handles}) == number
+
+
+def test_more_classes_than_colours_are_refused():
+    with pytest.raises(ValueError, match=r"labels must be of at most 20 classes.* found 21\. Write labels=None"):
+        codes_and_prior(torch.randn(42, 3), torch.randn(42, 3), torch.arange(42) % 21)
 
 
 def test_loss_curves_have_a_panel_each_against_the_unit():

@@ -91,6 +91,23 @@ def test_a_hole_is_found_though_mean_and_covariance_match():
     assert found.joint.moments.spread == pytest.approx([1, 1], abs=0.1)
 
 
+def test_a_hole_is_found_at_any_number_of_test_codes():
+    # About 7 percent of the prior's mass lies farther than the radius from all codes.
+    x = data(3000, 2)
+    x = x[x[:, 0] < 1.25][:2000]
+    assert "hole" in kinds(report(*pair(lambda x: x), x, test_codes=40, permutations=99))
+
+
+def test_a_constant_prior_has_a_report():
+    model, guide = program(delta, lambda x: delta(x.new_full((len(x), 3), 0.1)))
+    found = report(model, guide, data(300), **FAST)
+    assert {"mismatch", "hole", "stray"} <= kinds(found)
+    assert (found.joint.moments.narrowest, found.joint.moments.widest) == (None, None)
+    json.dumps(found.to_dict(), allow_nan=False)
+    equal = report(model, guide, torch.full((300, 3), 0.1), **FAST)
+    assert equal.alarms == ()
+
+
 def test_an_outlier_is_named_by_its_place_in_the_data():
     x = data(600)
     x[123] = 40.0
@@ -237,6 +254,24 @@ def test_batch_norm_is_compared_in_both_modes():
     for name, value in module.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     assert not module.encoder.training
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_of_one_datum_are_left_out_of_the_comparison_of_modes(masked):
+    module, x = normalised().eval(), data(301)
+    batches = [(batch,) for batch in x.split(100)]
+    model, guide = module.model, module.guide
+    if masked:  # a last batch of two data of which one counts
+        batches = [*batches[:3], (torch.cat([x[300:], x[:1]]),)]
+
+        def model(x):
+            with poutine.mask(mask=torch.arange(len(x)) != (1 if len(x) == 2 else -1)):
+                module.model(x)
+
+    found, whole = (report(model, guide, batches=given, **FAST) for given in (batches, batches[:3]))
+    assert (len(found.codes), len(whole.codes)) == (301, 300)
+    assert found.batch_norm == whole.batch_norm
+    assert report(module.model, module.guide, batches=data(20).split(1), **FAST).batch_norm is None
 
 
 def test_batch_norm_that_agrees_in_both_modes_raises_no_alarm():

@@ -17,7 +17,8 @@ def imaging(shape, scale=1.0):
         pixels = torch.sigmoid(z.mean(-1)).reshape(-1, *[1] * len(shape)) * scale * z.new_ones(shape)
         return dist.Normal(pixels, 1).to_event(len(shape))
 
-    return program(lambda x: delta(x.flatten(1)[:, :3]), lambda x: normal(x, 3), output)
+    # Data may be truth values, in which no code is drawn.
+    return program(lambda x: delta(1.0 * x.flatten(1)[:, :3]), lambda x: normal(1.0 * x, 3), output)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,19 @@ def test_images_of_any_scale_are_shown_on_theirs():
     x[0, 0, 0], x[0, 0, 1] = 0, 255
     pictures = report(*imaging((8, 8), 255.0), x / 1, **FAST).pictures["x"]
     torch.testing.assert_close(pictures.inputs, x[:10] / 255)
+
+
+def test_images_of_truth_values_are_shown_as_0_and_1():
+    x = torch.rand(40, 8, 8) < 0.5
+    pictures = report(*imaging((8, 8)), x, **FAST).pictures["x"]
+    assert torch.equal(pictures.inputs, x[:10].to(pictures.inputs))
+    assert torch.isfinite(pictures.outputs).all()
+
+
+def test_constant_images_are_numbers_from_0_to_1():
+    pictures = report(*imaging((8, 8)), torch.full((40, 8, 8), 5.0), **FAST).pictures["x"]
+    for images in (pictures.samples, pictures.inputs, pictures.outputs, pictures.paths):
+        assert ((images >= 0) & (images <= 1)).all()
 
 
 @pytest.mark.parametrize("event", [(64,), (30, 8), (7, 7)], ids=str)

@@ -134,6 +134,16 @@ def test_precision_and_recall_are_the_fractions_inside_balls():
     assert 0 < found.precision < found.recall
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_repeated_rows_are_inside_of_each_other(seed):
+    """Every row of each set is in the other; by the formula both fractions are 1."""
+    torch.manual_seed(seed)
+    book = torch.randn(50, 16)
+    rows, drawn = book[torch.randint(50, (701 + seed,))], book[torch.randint(50, (460 + seed,))]
+    assert len(rows.unique(dim=0)) == len(drawn.unique(dim=0)) == 50
+    assert precision_recall(rows, drawn) == (1, 1)
+
+
 def test_rows_of_two_precisions_are_compared_in_the_higher_one():
     rows, drawn = torch.randn(2, 12, 2)
     assert precision_recall(rows.double(), drawn) == precision_recall(rows, drawn)

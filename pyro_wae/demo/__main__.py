@@ -11,6 +11,7 @@ a decoded prior sample. Pictures and figures are written to results/demo/.
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from statistics import fmean
@@ -66,6 +67,8 @@ def train(wae: DigitWAE, images: Tensor, args: argparse.Namespace) -> dict[str, 
     for _ in progress:
         steps = []
         for batch in torch.randperm(len(images), device=images.device).split(args.batch_size):
+            if len(batch) < 2:
+                continue  # one datum has no distribution that a penalty could compare
             svi.step(images[batch])
             if loss.terms:
                 steps.append(loss.terms.as_dict())
@@ -144,7 +147,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
     args = parser.parse_args(argv)
-    for name, least in {"epochs": 1, "batch-size": 1, "zdim": 2, "seed": 0, "penalty-weight": 0}.items():
+    for name in ("learning-rate", "prior-rate", "penalty-weight"):
+        found = getattr(args, name.replace("-", "_"))
+        if found is not None and not math.isfinite(found):
+            parser.error(f"argument --{name}: must be a finite number, found {found}")
+    for name, least in {"epochs": 1, "batch-size": 2, "zdim": 2, "seed": 0, "penalty-weight": 0}.items():
         found = getattr(args, name.replace("-", "_"))
         if found is not None and found < least:
             parser.error(f"argument --{name}: must be >= {least}, found {found}")

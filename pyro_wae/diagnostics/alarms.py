@@ -41,17 +41,19 @@ class Alarm:
     message: str
 
 
-def find_alarms(comparisons: Mapping[str, Comparison], batch_norm: BatchNormComparison | None) -> Iterator[Alarm]:
-    """The alarms of each comparison, and then those of BatchNorm."""
+def find_alarms(
+    comparisons: Mapping[str, Comparison], batch_norm: BatchNormComparison | None, *, codes: int
+) -> Iterator[Alarm]:
+    """The alarms of each comparison of so many codes, and then those of BatchNorm."""
     for name, found in comparisons.items():
-        for kind, message in _alarms_of(found):
+        for kind, message in _alarms_of(found, codes):
             yield Alarm(kind=kind, site=name, message=message)
     if batch_norm is not None:
         for message in _batch_norm_alarms(batch_norm):
             yield Alarm(kind="batch_norm", site=None, message=message)
 
 
-def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
+def _alarms_of(found: Comparison, codes: int) -> Iterator[tuple[str, str]]:
     rejecting = ["the two-sample test"] * found.two_sample.rejected + ["the classifier"] * found.classifier.rejected
     if rejecting:
         yield (
@@ -66,8 +68,7 @@ def _alarms_of(found: Comparison) -> Iterator[tuple[str, str]]:
             yield "narrow", f"along some line the codes have {shape.narrowest:.2g} of the prior's variance"
         if shape.widest_null is not None and shape.widest > shape.widest_null / NARROW:
             yield "wide", f"along some line the codes have {shape.widest:.2g} times the prior's variance"
-    n = found.two_sample.n
-    allowed = max(CROWDED, 0.01 + 4 * math.sqrt(0.02 / n))
+    allowed = max(CROWDED, 0.01 + 4 * math.sqrt(0.02 / codes))
     if found.coverage.holes > allowed:
         yield "hole", f"{found.coverage.holes:.1%} of prior samples have no code nearby, where 1% are expected"
     if found.coverage.stray > allowed:

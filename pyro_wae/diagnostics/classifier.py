@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -126,11 +127,11 @@ def _trained(codes: Tensor, draws: Tensor, *, width: int, steps: int) -> nn.Modu
     with torch.inference_mode(False), torch.enable_grad():
         rows = torch.cat([codes, draws])
         labels = torch.cat([rows.new_ones(len(codes)), rows.new_zeros(len(draws))])
-        with torch.device("cpu"):  # another default device might hold no values
-            net = nn.Sequential(
-                nn.Linear(rows.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1),
-                nn.Flatten(0),
-            ).to(rows)  # fmt: skip
+        # Another default device might hold no values, and another default dtype draws other ones.
+        linear = partial(nn.Linear, device="cpu", dtype=rows.dtype)
+        net = nn.Sequential(
+            linear(rows.shape[1], width), nn.ReLU(), linear(width, width), nn.ReLU(), linear(width, 1), nn.Flatten(0)
+        ).to(rows.device)
         optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
         for _ in range(steps):
             optimizer.zero_grad()

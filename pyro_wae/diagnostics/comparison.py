@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core.random_state import isolated_seed
-from pyro_wae._core.rows import squared_distances
 from pyro_wae.diagnostics.classifier import ClassifierTest, classifier_test
 from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.diagnostics.hypothesis_test import new_generator
@@ -63,7 +62,7 @@ class Moments:
         prior_mean: The prior's mean.
         prior_spread: The prior's standard deviation.
         narrowest: Variance of the codes over the prior's along the line where that is smallest; None with fewer than
-            two codes for each coordinate.
+            two codes for each coordinate, or under a constant prior.
         narrowest_null: The same of a second set of prior samples.
         widest: The same where it is largest.
         widest_null: The same of a second set of prior samples.
@@ -221,7 +220,7 @@ def moments(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick) 
     n, d = codes.shape
     x, y, null = (yardstick.measure(rows).double() for rows in (codes, prior, second))
     narrowest = widest = narrowest_null = widest_null = None
-    if n > 2 * d:
+    if n > 2 * d and bool((prior != prior[0]).any()):
         values, vectors = torch.linalg.eigh(_covariance(y))
         wide = values > NEGLIGIBLE * values[-1]
         whiten = vectors[:, wide] / values[wide].sqrt()
@@ -286,7 +285,9 @@ def coverage(codes: Tensor, prior: Tensor, second: Tensor, yardstick: Yardstick)
 
 def _nearest(rows: Tensor, others: Tensor) -> Tensor:
     """The distance from each row to the nearest of the others."""
-    return torch.cat([squared_distances(block, others).amin(1).sqrt() for block in rows.split(BLOCK_ROWS)])
+    # By a product of matrices equal rows would have a distance of rounding, and the radius may be 0 where rows repeat.
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(block, others, compute_mode=exact).amin(1) for block in rows.split(BLOCK_ROWS)])
 
 
 def _covariance(rows: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def collect_pictures(
     found: dict[str, Pictures] = {}
     for name, site in run.observed.items():
         inputs = site.value_rows()[0]
+        inputs = inputs if inputs.is_floating_point() else inputs.float()  # truth values cannot be subtracted
         size = shapes[name] if name in shapes else _image_shape(tuple(inputs.shape[1:]))
         if size is None:
             continue
@@ -83,8 +84,9 @@ def collect_pictures(
         low, high = inputs.min(), inputs.max()
         if low >= -0.05 and high <= 1.05:
             low, high = low.new_zeros(()), high.new_ones(())
+        span = (high - low).where(high > low, 1.0)
         images = [
-            ((x.reshape(len(x), *size) - low) / (high - low)).clamp(0, 1)
+            ((x.reshape(len(x), *size) - low) / span).clamp(0, 1)
             for x in (samples, inputs[:INPUTS], outputs[0, :INPUTS].detach(), paths)
         ]
         found[name] = Pictures(samples=images[0], inputs=images[1], outputs=images[2], paths=images[3], steps=STEPS)

@@ -50,7 +50,7 @@ class BatchNormComparison:
         penalty_error: Standard error of the mean difference of the two; None of fewer than three batches.
         cost_train: Mean cost per datum, all observed sites together, in train mode.
         cost_eval: The same in eval mode.
-        batch_sizes: Smallest and largest number of data in a batch.
+        batch_sizes: Smallest and largest number of data in a batch; single data are left out of the comparison.
     """
 
     layers: int
@@ -77,7 +77,7 @@ class Gathered:
         noise: Variance that the guide's noise gives each coordinate, shape (d,).
         paired: Whether a code and the prior sample in its row may depend on the same datum.
         costs: By observed site.
-        batch_norm: None without such layers.
+        batch_norm: None without such layers, or without a batch of at least 2 data.
         first: The first batch's arguments, and its run.
     """
 
@@ -129,7 +129,7 @@ def gather(
         first = first or (args, step.first)
         with torch.no_grad():
             noise.append((step.rows()[0] - again.rows()[0])[0].square() / 2)
-        if layers:
+        if layers and len(noise[-1]) >= 2:  # a single datum has no variance, and no penalty
             for training, found in ((True, in_train), (False, in_eval)):
                 # One seed for both modes, or the guide's noise would be a difference between them.
                 with _mode(layers, training), isolated_seed(seed + 2 * index + 1, device):
@@ -164,7 +164,7 @@ def gather(
         noise=torch.cat(noise)[chosen].mean(0),
         paired=any(step.prior_varies or step.kept is not None for step in seen),
         costs={name: _summary(_costs(seen, name)) for name in seen[0].costs},
-        batch_norm=_compare_modes(layers, in_train, in_eval) if layers else None,
+        batch_norm=_compare_modes(layers, in_train, in_eval) if in_train else None,
         first=first,
     )
 

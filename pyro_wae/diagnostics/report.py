@@ -35,7 +35,8 @@ class Report:
     Args:
         comparisons: One for each latent site, and with several one more, ``"joint"``, for all joined.
         costs: The cost of each observed site, per datum.
-        batch_norm: The codes in the two modes of BatchNorm layers; None without such layers.
+        batch_norm: The codes in the two modes of BatchNorm layers; None without such layers, or without a batch of at
+            least 2 data.
         alarms: Problems that were found; empty if there are none.
         codes: Codes of all sites joined, shape (n, d).
         prior: Prior samples, shape (n, d).
@@ -201,7 +202,7 @@ def report(
         comparisons=comparisons,
         costs=gathered.costs,
         batch_norm=gathered.batch_norm,
-        alarms=tuple(find_alarms(comparisons, gathered.batch_norm)),
+        alarms=tuple(find_alarms(comparisons, gathered.batch_norm, codes=len(gathered.codes))),
         codes=gathered.codes,
         prior=gathered.prior,
         in_hole=in_hole,

@@ -16,6 +16,8 @@ from pyro_wae.diagnostics.hypothesis_test import as_rows, new_generator
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
 from pyro_wae.step.program import Program, Sample, mask_of
 
+BLOCK_ROWS = 500
+
 
 class PrecisionRecall(NamedTuple):
     """The result of :func:`precision_recall`.
@@ -165,11 +167,17 @@ def _pair(model: Program, args: Sequence[Any], site: str | None, random: bool) -
 
 
 def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
-    """The fraction of points inside one of the balls of a manifold, in blocks of rows."""
+    """The fraction of points inside one of the balls of a manifold, in blocks of balls."""
     # A distance by a product of matrices loses the digits by which rows far from 0 differ.
     centre = manifold.mean(0, dtype=working_precision(manifold).dtype)
     points, manifold = (working_precision(rows) - centre for rows in (points, manifold))
-    # The 1-st smallest distance is that of a row to itself.
-    radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(1000)])
-    inside = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(1000)]
-    return torch.cat(inside).double().mean().item()
+    # Each pair of different rows is measured once: rounding could put one of two equal rows inside and one outside.
+    rows, places = torch.cat([points, manifold]).unique(dim=0, return_inverse=True)
+    of_points, of_manifold = places.split([len(points), len(manifold)])
+    inside = torch.zeros_like(of_points, dtype=torch.bool)
+    for centres in of_manifold.unique().split(BLOCK_ROWS):
+        distances = torch.cdist(rows[centres], rows).scatter_(1, centres[:, None], 0.0)
+        # The smallest distance is that of a row to itself.
+        radius = distances.index_select(1, of_manifold).topk(k + 1, dim=1, largest=False).values[:, -1:]
+        inside |= (distances.index_select(1, of_points) <= radius).any(0)
+    return inside.double().mean().item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 AXIS_NAMES = ("largest discrepancy", "second largest")
+
+MOST_CLASSES = 20
+"""Classes that have distinguishable colours."""
 
 
 def codes_and_prior(
@@ -38,7 +42,7 @@ def codes_and_prior(
     Args:
         codes: Codes of data, shape ``(n, d)`` with ``d >= 2``.
         prior: Prior samples, shape ``(m, d)``. With ``m`` near ``n`` the clouds look equally dense.
-        labels: Class of each code, shape ``(n,)``: classes get colours and a legend.
+        labels: Class of each code, shape ``(n,)``: up to 20 classes get colours and a legend.
         plane: Two coordinates to show instead, for example ``(0, 1)``.
         title: A line above both panels.
 
@@ -46,8 +50,8 @@ def codes_and_prior(
         A figure with two axes: codes, then prior samples.
 
     Raises:
-        ValueError: If the shapes do not fit together, ``d`` is less than 2, a value is not finite, or
-            ``plane`` is not two different coordinates.
+        ValueError: If the shapes do not fit together, ``d`` is less than 2, a value is not finite, there are more than
+            20 classes, or ``plane`` is not two different coordinates.
         TypeError: If an argument is of another kind.
         ImportError: If matplotlib is not installed.
 
@@ -56,16 +60,12 @@ def codes_and_prior(
         >>> figure = codes_and_prior(torch.randn(500, 8), torch.randn(500, 8))
     """
     points, draws = _as_pair(codes, prior, least=2)
-    classes = None if labels is None else as_array(labels, "labels", kinds="biufUS")
-    if classes is not None and classes.shape != (len(points),):
-        raise ValueError(
-            f"labels must have shape ({len(points)},), one a code, found shape {classes.shape}. "
-            f"Write labels=y[:{len(points)}]."
-        )
+    classes = None if labels is None else _as_classes(labels, len(points))
     basis, names = _plane(points, draws, plane)
     points, draws = points @ basis, draws @ basis
 
-    height = 3.5 + (0.4 if title else 0) + (0.4 if classes is not None else 0)
+    number = 0 if classes is None else len(np.unique(classes))
+    height = 3.5 + (0.4 if title else 0) + 0.4 * math.ceil(number / _legend_columns(number))
     with styled_figure((WIDTH, height), title) as figure:
         draw_clouds(figure, points, draws, names, classes=classes)
     return figure
@@ -189,10 +189,11 @@ def _plane(points: np.ndarray, draws: np.ndarray, plane: tuple[int, int] | None)
 
 def _scatter_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, size: float) -> None:
     """Scatters points in their classes' colours, with a legend below the whole figure."""
+    from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
     names, indices = np.unique(classes, return_inverse=True)
-    colours = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
+    colours = PALETTE[: len(names)] if len(names) <= len(PALETTE) else colormaps["tab20"](range(len(names)))
     # All classes in one call and in the data's order: else the last class would cover the others.
     axes.scatter(points[:, 0], points[:, 1], s=size, c=np.array(colours)[indices], alpha=0.8, linewidths=0)
     dots = [Line2D([], [], color=colour, marker="o", markersize=8, linestyle="none") for colour in colours]
@@ -200,11 +201,32 @@ def _scatter_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, size: 
         dots,
         [str(name) for name in names],
         loc="outside lower center",
-        ncols=min(10, len(names)),
+        ncols=min(_legend_columns(len(names)), len(names)),
         frameon=False,
         handletextpad=-0.3,
         columnspacing=0.6,
     )
+
+
+def _legend_columns(number: int) -> int:
+    """Entries in a line of the legend: ten of one digit fit into the figure, and seven of two."""
+    return 10 if number <= 10 else 7
+
+
+def _as_classes(labels: Rows, count: int) -> np.ndarray:
+    """The class of each of so many codes."""
+    classes = as_array(labels, "labels", kinds="biufUS")
+    if classes.shape != (count,):
+        raise ValueError(
+            f"labels must have shape ({count},), one a code, found shape {classes.shape}. Write labels=y[:{count}]."
+        )
+    number = len(np.unique(classes))
+    if number > MOST_CLASSES:
+        raise ValueError(
+            f"labels must be of at most {MOST_CLASSES} classes, which have distinguishable colours, found {number}. "
+            "Write labels=None, or join classes."
+        )
+    return classes
 
 
 def _as_pair(codes: Rows, prior: Rows, *, least: int) -> tuple[np.ndarray, np.ndarray]:
