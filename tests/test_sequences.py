@@ -250,7 +250,7 @@ def test_no_unmasked_code_is_left_unseen():
     ids=lambda penalty: type(penalty).__name__,
 )
 def test_the_number_of_steps_may_change_from_batch_to_batch(penalty):
-    loss, steps = WAELoss(Chain(penalty)), Steps()
+    loss, steps = WAELoss(Chain(penalty), prior_draws=2), Steps()
     svi = SVI(steps.model, steps.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
     for length in (1, 4, 2, 6):
         svi.step(rows(12, length).float())
