@@ -161,6 +161,8 @@ def normal_table() -> Iterator[Setting]:
     for codes in (4000, 16_000):
         name = f"... with JensenShannon, {codes:,} codes"
         yield dataclasses.replace(both, name=name, weight=f"Constraint(codes={codes})")
+    longer = "... with JensenShannon, weight 300, 30 epochs"
+    yield dataclasses.replace(both, name=longer, weight="300.0", epochs=30, fitted=100)
     all_of_it = "deeper, with JensenShannon, 4,000 codes"
     yield dataclasses.replace(both, name=all_of_it, nets="deeper", weight="Constraint(codes=4000)", fitted=100)
 
