@@ -341,3 +341,21 @@ def test_in_a_plate_without_a_size_other_numbers_of_data_are_refused_by_name(sit
     found = 1 if site == "regulariser" else 10
     with pytest.raises(ValueError, match=f"Site 'y' has {found} data in plate 'data', and the codes have 40"):
         WAELoss().loss(model, guide, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:Found plate statements in guide but not model")
+def test_a_subsample_that_both_are_given_may_have_two_names():
+    x, index = torch.randn(20, 2), torch.randperm(20)[:6]
+
+    def model(x, index):
+        with pyro.plate("data", 20, subsample=index):
+            z = pyro.sample("z", standard(2))
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x[index])
+
+    def guide(x, index, taken=None):
+        with pyro.plate("cells", 20, subsample=taken if index is None else index) as cells:
+            pyro.sample("z", delta(x[cells], 1))
+
+    assert rows(model, guide, x, index)[2]["cost"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="draws 6 of 20 in plate 'cells'"):
+        WAELoss().loss(model, lambda x, index: guide(x, None, index.flip(0)), x, index)

@@ -357,14 +357,21 @@ def _check_subsample(found: Run) -> None:
     for name in found.latents:
         in_model = {frame.name for frame in found.model.nodes[name]["cond_indep_stack"]}
         for frame in found.guide.nodes[name]["cond_indep_stack"]:
-            drawn = found.guide.nodes.get(frame.name)
-            if frame.name not in in_model and drawn is not None and drawn["fn"].subsample_size < drawn["fn"].size:
+            own = found.guide.nodes.get(frame.name)
+            if frame.name in in_model or own is None or frame.full_size == frame.size:
+                continue
+            # Both may have been given the same one.
+            if not any(_is_same_subsample(own, found.model.nodes[other]) for other in in_model & set(found.model)):
                 raise ValueError(
                     f"The guide draws {frame.size} of {frame.full_size} in plate '{frame.name}' around latent site "
                     f"'{name}', and the model has no such plate there: its data are others. Give the plates one "
                     f"name: write pyro.plate('{found.plate}', {frame.full_size}, subsample_size={frame.size}) in "
                     "model and guide."
                 )
+
+
+def _is_same_subsample(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return torch.equal(*(torch.as_tensor(node["value"], device="cpu") for node in (own, other)))
 
 
 def _check_data(found: Run, site: Site, n: int) -> None:
