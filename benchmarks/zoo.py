@@ -334,7 +334,7 @@ BENCH = Benchmark(
 )
 BENCH.option("--priors", nargs="+", choices=list(PRIORS), default=list(PRIORS), metavar="PRIOR")
 BENCH.option("--seeds", type=int, nargs="+", default=[0, 1, 2])
-BENCH.option("--steps", type=int, default=4000)
+BENCH.option("--steps", type=int, default=2000)
 BENCH.option("--batch-size", type=int, default=256)
 BENCH.option("--learning-rate", type=float, default=3e-3)
 BENCH.option("--penalty-weight", type=float, default=3000.0)
