@@ -97,7 +97,7 @@ class WAEModule(ELBOModule):
             del self._modules[name]
         return found
 
-    # What torch does with a module and all that it holds, it does again with each that these hold.
+    # torch does these to a module and to all modules inside: a circle would have no end.
 
     def train(self, mode: bool = True) -> Self:
         self._leave_holder()

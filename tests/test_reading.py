@@ -154,7 +154,7 @@ def test_instance_norm_between_two_latents_counts_one_step():
 @pytest.mark.parametrize("how", ["mask", "obs_mask"])
 @pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
 def test_a_masked_datum_has_no_cost_of_a_function(how):
-    """Another site has no mask, so that the datum counts; the function's value at x = g is not 0."""
+    """The datum counts, because another site has no mask; the function's value at x = g is not 0."""
     x, y = torch.randn(N, 2), torch.ones(N)
     seen = torch.arange(N) < 2
 
@@ -216,7 +216,7 @@ def test_the_condition_of_all_data_in_a_plate_made_elsewhere_is_refused_by_name(
         WAELoss(condition="y").loss(conditional, encoder, x, y, lambda: made)
 
 
-def test_a_guide_without_a_density_at_its_site_is_told_which_has_one():
+def test_a_guide_without_a_density_at_its_site_is_an_error_that_names_one_with_it():
     guide = pyro.infer.autoguide.AutoDiagonalNormal(program()[0])
     with pytest.raises(ValueError, match=r"write .*AutoNormal\(model\)"):
         WAELoss(MMD() + PosteriorKL()).loss(program()[0], guide, torch.randn(N, 2))

@@ -100,7 +100,7 @@ def test_null_of_a_mixture_takes_its_means_in_closed_form_and_its_unit_from_draw
 def test_null_of_data_that_differ_has_mean_0_and_deviation_1(kind, repeats):
     """Null: each code has the law of its own datum's prior samples; n = 40, 500 batches, seed 0.
 
-    In the unit of rows that are all alike the deviation is 0.5 to 0.8, and 1.4 with labels.
+    In the unit of prior samples that are pooled over the data it is not 1.
     """
     n, d = 40, 4
     centres, keep = 3 * rows(n, d), torch.ones(n, d).double()

@@ -12,12 +12,12 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import distribution_of, drawn, with_own_total
 from pyro_wae._core.rows import Site
+from pyro_wae.predict.dependence import latent_among
 from pyro_wae.predict.runs import (
     Node,
     check_return_sites,
     computed_nodes,
     encoded_run,
-    latent_among,
     output_nodes,
     run_model,
     site_output,

@@ -158,8 +158,8 @@ def changed_in_place(name: str) -> str:
 def no_distribution(name: str) -> str:
     """Of a site that is drawn by a function."""
     return (
-        f"Site '{name}' is drawn by a function, which does not say what its data and its events are. Write a subclass "
-        "of dist.TorchDistribution with batch_shape, event_shape and sample."
+        f"Site '{name}' is drawn by a function, whose batch shape and event shape are not known. Write a subclass of "
+        "dist.TorchDistribution with batch_shape, event_shape and sample."
     )
 
 
