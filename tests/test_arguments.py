@@ -236,6 +236,7 @@ def test_a_wrong_value_is_an_error_that_names_the_argument_and_what_to_write(nam
             lambda: JensenShannon(optimizer=pyro.optim.Adam({}))(LEARNT, CODES),
             ["What optimizer returns must be", "Adam("],
         ),
+        (lambda: JensenShannon(optimizer=torch.optim.LBFGS)(LEARNT, CODES), ["found LBFGS", "closure", "Adam("]),
         (lambda: penalties.as_penalty(MMD), ["penalty must be a pyro_wae.penalties.Penalty", "WAELoss(MMD())"]),
         (lambda: weights.Schedule(lambda step: -1.0)(), ["Schedule's weight of step 0", "-1.0"]),
         (lambda: weights.Schedule(lambda step: None)(), ["Schedule's weight of step 0", "NoneType"]),

@@ -241,7 +241,13 @@ class JensenShannon(FittedBuffers, Penalty):
         if self._own is None:
             made, what = optimizer(self.discriminator.parameters()), "a torch.optim.Optimizer"
             write = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
-            self._own = checks.instance("What optimizer returns", made, torch.optim.Optimizer, what, write=write)
+            checks.instance("What optimizer returns", made, torch.optim.Optimizer, what, write=write)
+            if isinstance(made, torch.optim.LBFGS):
+                raise ValueError(
+                    "What optimizer returns must take one gradient a step, found LBFGS, whose step asks for a closure "
+                    f"and evaluates the loss several times. Write {write}."
+                )
+            self._own = made
             if self._state is not None:
                 self._own.load_state_dict(self._state)
             self._places = self._placed()
