@@ -259,15 +259,16 @@ LEGEND = {
   maximum.""",
     "test cost": "squared error of a test datum.",
     "reconstructions": """Frechet distance of the reconstructions of held-out data from these data, in the features of a
-  small classifier (of what are no digits, in the data themselves).""",
+  small classifier (for data other than digits, in the space of the data).""",
     "of training data": """the same of the reconstructions of the training data. Samples are to be compared with these:
-  reconstructions of held-out data are nearer, because they are of the very data that they are compared with.""",
-    "samples": "the same of 10,000 samples, or of as many as there are training data if these are more.",
+  reconstructions of held-out data have a smaller distance, because they are compared with the data of which they are
+  reconstructions.""",
+    "samples": "the same for samples: 10,000, or as many as there are training data, whichever is more.",
     "fitted afterwards": """the same of samples of Gaussians fitted to the codes, as many as the row's mixture has, else
   100.""",
     "p fitted": f"of a test of {TESTED} held-out codes against these.",
     "spread": "standard deviation of the held-out codes.",
-    "p for choosing": "of a test of other held-out codes, by which settings may be chosen.",
+    "p for choosing": "p-value of a test on a separate set of held-out codes, reserved for choosing between settings.",
     "p": f"of two-sample tests of {TESTED} held-out codes, those of each seed together; 0.003 is the least possible.",
     "ms/step": "wall time, which other work on the machine lengthens.",
 }

@@ -232,8 +232,8 @@ class FunctionCost(OutputCost):
         ValueError: When used, if the function returns another shape.
 
     Warns:
-        UserWarning: If the function is a module with parameters to be learned, as of a perceptual loss: they are
-            trained, too, and a feature that vanishes has no cost.
+        UserWarning: If the function is a module with trainable parameters, such as a perceptual loss: they are trained
+            as well, and can lower the cost by making the features constant. Call its ``requires_grad_(False)`` first.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *, decode: Decode | None = None) -> None:
@@ -387,5 +387,5 @@ def _checked(distribution: Any, value: Any) -> Tensor:
     value = checks.tensor("value", value, write="cost(dist.Normal(g, 1).to_event(1), x)")
     if value.ndim < distribution.event_dim:
         shapes = f"{tuple(value.shape)}, and an event of the distribution {tuple(distribution.event_shape)}"
-        raise ValueError(f"value has shape {shapes}. Give the data in their own shape.")
+        raise ValueError(f"value has shape {shapes}: take value.reshape(len(value), *distribution.event_shape).")
     return _as_float(value)

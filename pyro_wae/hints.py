@@ -115,8 +115,9 @@ class Hints:
                 self._say(
                     f"gradient {name}",
                     f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but "
-                    "cannot be reparameterised: prior samples give them no gradient. Take a prior with rsample, or "
-                    "detach them.",
+                    "cannot be reparameterised: prior samples give them no gradient. Write "
+                    "WAELoss(MMD() + PriorLikelihood()), which trains them by the prior's density, take a prior with "
+                    "rsample, such as NormalMixture, or detach them if they are not to be learned.",
                 )
 
     def _without_gradient(self, step: Step) -> None:
@@ -126,7 +127,7 @@ class Hints:
                 self._say(
                     f"cost {name}",
                     f"The cost of observed site '{name}' has no gradient: the decoder does not learn from it. Write "
-                    "a cost without .detach(), comparisons and rounding: "
+                    "a differentiable cost, without .detach(), comparisons or rounding: "
                     "lambda x, g: (x - g).square().flatten(1).sum(1).",
                 )
 
@@ -148,8 +149,9 @@ class Hints:
         if self.has_state and len(youngest) == MADE_ANEW and are_gone:
             self._say(
                 "anew",
-                "A WAELoss has been made anew for each step of one model. Trace_ELBO has no state, and a WAELoss has: "
-                "the penalty weight that it finds while it trains, kernel lengths. Make one before the loop.",
+                "A new WAELoss has been created in each step for the same model. Unlike Trace_ELBO, a WAELoss has a "
+                "state, such as the penalty weight that it finds during training. Write loss = WAELoss() once, before "
+                "the loop.",
             )
 
     def _say(self, key: str, message: str) -> None:
@@ -209,7 +211,7 @@ def what_is_not_finite_before(step: Step) -> str | None:
     codes, prior = step.rows()
     for site, columns in step.columns.items():
         if found := _not_finite(codes[..., columns]):
-            return f"The codes of latent site '{site}' hold {found}: look at the guide's output or lower the rate."
+            return f"The codes of latent site '{site}' hold {found}: look at the guide or lower the learning rate."
         if prior is not None and (found := _not_finite(prior[..., columns])):
             return f"The prior samples of latent site '{site}' hold {found}: look at the model's prior."
     if step.condition is not None and (found := _not_finite(step.condition)):
@@ -217,8 +219,8 @@ def what_is_not_finite_before(step: Step) -> str | None:
     for site, columns in step.columns.items() if step.codes.requires_grad else ():
         if found := _not_finite(step.codes[..., columns]):
             return (
-                f"The masked codes of latent site '{site}' hold {found}, from which the gradient of all parameters "
-                "is NaN. Write into the guide: x = x.nan_to_num()."
+                f"The masked codes of latent site '{site}' hold {found}, which makes the gradient of all parameters "
+                "NaN. Write in the guide: x = x.nan_to_num()."
             )
     return None
 

@@ -66,9 +66,9 @@ class WAELoss(CallRepr, ELBO):
         prior_draws: Prior samples for each code; more of them lower the penalty's variance. They are not decoded.
         condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, one of
             its arguments, or a key of an argument that is a dict. The penalty then compares the joint of (z, y) with
-            that of (z', y), z' ~ p(z | y), and not only the marginals. Whole numbers are labels, one for each datum;
-            floats of any shape have a distance. An observed site that is a condition has no cost, unless ``cost`` names
-            it.
+            that of (z', y), z' ~ p(z | y), and not only the marginals. Whole numbers are labels, one for each datum,
+            and compared by equality; floats of any shape are compared by distance. An observed site that is a condition
+            has no cost, unless ``cost`` names it.
         micro_batch: The most data that model and guide run on at once. A larger batch is split: the gradient is that of
             the whole batch, the memory that of one micro-batch, and the nets run twice. Split are the tensor arguments,
             and those in dicts, whose length is that of the first; others are passed whole.
@@ -185,7 +185,7 @@ class WAELoss(CallRepr, ELBO):
         """Estimates the loss.
 
         Returns:
-            The loss per datum.
+            The loss: per datum, or summed over the data set with ``reduction="sum"``.
 
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite.
@@ -220,7 +220,7 @@ class WAELoss(CallRepr, ELBO):
         """Estimates the loss and adds its gradients to the parameters'.
 
         Returns:
-            The loss per datum.
+            The loss, which ``svi.step`` returns: per datum, or summed over the data set with ``reduction="sum"``.
 
         Raises:
             ValueError: If model and guide do not fit a WAE, or a part of the loss is not finite; no gradient is then

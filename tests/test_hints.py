@@ -69,7 +69,7 @@ def test_losses_made_anew_in_each_step_are_said(route, options):
     assert not any(found[:4])
     texts = [text for texts in found for text in texts]
     assert bool(texts) == (not options)
-    assert all("made anew for each step of one model" in text for text in texts)
+    assert all("created in each step for the same model" in text for text in texts)
 
 
 def test_losses_that_train_on_are_not_made_anew_for_each_step():

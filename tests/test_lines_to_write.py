@@ -264,7 +264,7 @@ CASES = {
         lambda: unvalidated(go(pair(observed=labels, output=one_of_three))),
         go(pair(observed=lambda x: torch.nn.functional.one_hot(labels(x), 3), output=one_of_three)),
     ),
-    "Write into the guide: x = x.nan_to_num()": (
+    "Write in the guide: x = x.nan_to_num()": (
         lambda: unvalidated(go(pair(code=lambda loc: delta(with_nan(loc)), seen_alone=True))),
         go(pair(code=lambda loc: delta(with_nan(loc).nan_to_num()), seen_alone=True)),
     ),

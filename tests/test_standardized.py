@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pyro.distributions as dist
 import pytest
@@ -293,7 +294,8 @@ def test_the_loss_of_matching_codes_has_mean_0_and_deviation_1(d):
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_fewer_than_four_draws_are_refused_unless_the_prior_is_known(m):
-    with pytest.raises(ValueError, match=rf"at least 4 prior samples, found {m}\. Raise the batch"):
+    line = re.escape("WAELoss(MMD(standardize=True), prior_draws=4)")
+    with pytest.raises(ValueError, match=rf"at least 4 prior samples, found {m}\. .* or write {line}"):
         MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2))
     assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(m, 2), standard_normal(2)).isfinite()
     assert MMD(Gaussian(1.0), standardize=True)(rows(8, 2), rows(4, 2)).isfinite()

@@ -60,6 +60,7 @@ CASES = {
     "cannot be reparameterised in the guide": "no gradient",
     "Model and guide shapes disagree at site": "one code for all",
     "has size ... where its plates give": "dimension without a plate",
+    "Shape mismatch inside plate": lambda: step(pair(output=lambda z: dist.Normal(z, 1))),
     "has no finite mean to compare the data with": "no mean",
     "the cost ... returned": lambda: step(cost=lambda x, g: (x - g).square().sum()),
     "The penalty ... must return a scalar tensor": lambda: step(penalty=lambda codes, prior: codes.sum(1)),

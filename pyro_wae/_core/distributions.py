@@ -59,8 +59,8 @@ def own_variance(distribution: Any, value: Tensor) -> Tensor:
         return variance * ratio
     if bool(((ratio - 1).abs() > 1e-4).any()):
         raise ValueError(
-            f"The data have other totals than the total_count of {family(distribution)}, for which alone its variance "
-            "is known. Write cost=SquaredError() or cost=NegativeLogLikelihood()."
+            f"The totals of the data differ from the total_count of {family(distribution)}, and its variance is known "
+            "only for that total. Write cost=SquaredError() or cost=NegativeLogLikelihood()."
         )
     return variance
 

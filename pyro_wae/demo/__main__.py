@@ -135,16 +135,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", default="./mnist", help="folder of the full MNIST")
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for what is made")
     parser.add_argument("--prior", choices=("mixture", "normal"), default="mixture", help="learnt, or N(0, I)")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--prior-rate", type=float, default=3e-2, help="learning rate of the prior's parameters")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of training")
+    parser.add_argument("--batch-size", type=int, default=100, help="digits in a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="that of the networks")
+    parser.add_argument("--prior-rate", type=float, default=3e-2, help="learning rate of the mixture prior")
     parser.add_argument("--zdim", type=int, default=8, help="the latent dimension")
     parser.add_argument(
         "--penalty-weight", type=float, help="a constant; by default 100, or with N(0, I) found while training"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the networks and the batches")
+    parser.add_argument("--device", default="cpu", help="as torch names it, such as cuda")
     parser.add_argument("--smoke", action="store_true", help="run in seconds, to see that everything works")
     args = parser.parse_args(argv)
     for name in ("learning-rate", "prior-rate", "penalty-weight"):

@@ -100,7 +100,7 @@ def classifier_test(
     if 0.5**held_out > level:
         raise ValueError(
             f"{len(rows)} codes and {len(draws)} prior samples leave {held_out} held-out rows, too few to reject at "
-            f"level={level:g}. Give {2 * math.ceil(-math.log2(level) / 2)} of each at the least, and better hundreds."
+            f"level={level:g}. Give {2 * math.ceil(-math.log2(level) / 2)} of each at least; hundreds are better."
         )
     halves = []
     for sample in (rows, draws):

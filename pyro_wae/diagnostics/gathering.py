@@ -174,7 +174,10 @@ def _observe(observer: Observer, args: tuple[Any, ...], kwargs: Mapping[str, Any
         step = observer.observe(args, kwargs, subsample_of=subsample_of)
     for name, columns in step.columns.items():
         if not step.rows()[0][..., columns].isfinite().all():
-            raise ValueError(f"The codes of latent site '{name}' are not all finite: look at the guide's output.")
+            raise ValueError(
+                f"The codes of latent site '{name}' are not all finite. If the data hold NaN, write in the guide: "
+                "x = x.nan_to_num(). If an output of the guide overflows, bound it."
+            )
     return step
 
 

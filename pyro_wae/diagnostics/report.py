@@ -225,9 +225,9 @@ def _comparison_lines(name: str, found: Comparison) -> Iterator[str]:
     yield f"  {'':22s}accuracy {classifier.accuracy:.1%} ({classifier.low:.1%} to {classifier.high:.1%})"
     yield f"  {'':50s}{'codes':>9s}{'prior':>9s}"
     rows = [
-        ("largest discrepancy on a line, in prior deviations", found.direction.distance, found.direction.distance_null),
-        ("least variance on a line over the prior's", shape.narrowest, shape.narrowest_null),
-        ("largest variance on a line over the prior's", shape.widest, shape.widest_null),
+        ("W_2 along the direction of largest discrepancy", found.direction.distance, found.direction.distance_null),
+        ("smallest variance along a direction / prior's", shape.narrowest, shape.narrowest_null),
+        ("largest variance along a direction / prior's", shape.widest, shape.widest_null),
         ("largest over smallest eigenvalue of covariance", shape.eigenvalue_ratio, shape.prior_eigenvalue_ratio),
         ("prior samples with no code nearby", found.coverage.holes, 0.01),
         ("codes with no prior sample nearby", found.coverage.stray, 0.01),

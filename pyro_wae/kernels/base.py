@@ -180,7 +180,10 @@ class Kernel(CallRepr, nn.Module):
         if not unset:
             return
         if len(prior) < 2:
-            raise ValueError(f"A kernel's length needs at least 2 prior samples, found {len(prior)}.")
+            raise ValueError(
+                f"A kernel's bandwidth is computed from at least 2 prior samples, found {len(prior)}. Write it, as in "
+                "Gaussian(bandwidth=1.0)."
+            )
         half_mean_square = working_precision(prior.detach()).var(0).sum()
         if not (torch.isfinite(half_mean_square) and half_mean_square > 0):
             raise ValueError(

@@ -91,7 +91,8 @@ class MultiScale(Kernel):
 
     Args:
         kernel: A kernel with a length.
-        factors: Positive factors of its squared length.
+        factors: Positive factors of its *squared* length: 0.25 is half the length. (:meth:`Laplace.multiscale` takes
+            lengths.)
 
     Raises:
         TypeError: If the kernel has no length.

@@ -59,7 +59,7 @@ class JensenShannon(FittedBuffers, Penalty):
             -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
         gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior samples, half each, in the
             discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
-        gradient_penalty_every: The slope penalty is taken in one of so many steps of the discriminator, with as many
+        gradient_penalty_every: The gradient penalty is computed in every k-th step of the discriminator only, with k
             times its weight ("lazy regularisation"): it costs more than the rest of the step and changes slowly.
             Default: 4, or 1 without an optimizer of its own.
         optimizer: Makes the discriminator's own optimiser of its parameters. Default:

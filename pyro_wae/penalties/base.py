@@ -380,7 +380,8 @@ def check_codes(codes: Tensor, prior: Tensor) -> None:
     if codes.ndim not in (2, 3) or prior.ndim != 2 or codes.shape[-1] != prior.shape[-1] or is_empty:
         raise ValueError(
             f"A penalty takes codes of shape (n, d), or (K, n, d) for K particles, and prior samples of shape (m, d); "
-            f"found {tuple(codes.shape)} and {tuple(prior.shape)}. Write codes.flatten(1) to make rows."
+            f"found {tuple(codes.shape)} and {tuple(prior.shape)}. Write codes.flatten(1) to make rows, and take "
+            "both of the same latent dimension d."
         )
     if codes.shape[-2] < 2 or len(prior) < 2:
         raise ValueError(

@@ -89,7 +89,7 @@ class Chain(Penalty):
         if not runs:
             raise ValueError(
                 f"No step is reached by 2 data of this batch of {codes.shape[1]}, and {self!r} has nothing to "
-                "compare. Look at the mask, or raise the batch."
+                "compare. Look at the mask, or use a larger batch."
             )
         if self.needs_prior_draws:
             # Lengths that are still unset are taken from all runs together, each about its own mean.

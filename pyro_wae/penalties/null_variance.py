@@ -131,7 +131,8 @@ def _square_between_data(kernel: Kernel, first: Tensor, second: Tensor) -> Tenso
 def _check_draws(m: int) -> None:
     if m < 4:
         raise ValueError(
-            f"standardize=True estimates a variance from at least 4 prior samples, found {m}. Raise the batch."
+            f"standardize=True estimates a variance from at least 4 prior samples, found {m}. Use a "
+            "larger batch, or write WAELoss(MMD(standardize=True), prior_draws=4)."
         )
 
 

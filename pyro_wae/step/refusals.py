@@ -113,8 +113,8 @@ def density_without_a_cost(name: str) -> str:
 def masked_by_guide(name: str) -> str:
     """Of a latent site whose mask in the guide leaves out what the model keeps."""
     return (
-        f"Latent site '{name}' has a mask in the guide that leaves out what the model keeps: codes that the guide "
-        "selects would be compared with prior samples that nothing selects. Write poutine.mask(mask=...) with a mask "
+        f"Latent site '{name}' has a mask in the guide that leaves out what the model keeps: the codes that "
+        "remain would be compared with prior samples of all data. Write poutine.mask(mask=...) with a mask "
         f"that is computed from the data, around site '{name}' in model and guide."
     )
 
@@ -134,8 +134,8 @@ def all_data_one_event(name: str, shape: tuple[int, ...], count: int, event_dim:
     if event_dim == 1:
         write = "Write obs=x.unsqueeze(-1), or for labels obs=torch.nn.functional.one_hot(x, classes)."
     return (
-        f"Observed site '{name}' has data of shape {shape}, all of them one event: the whole batch "
-        f"would be the datum of each of {count} data. {write}"
+        f"Observed site '{name}' has one event of shape {shape}, which contains the whole batch: each of the {count} "
+        f"data would be compared with all of them. {write}"
     )
 
 

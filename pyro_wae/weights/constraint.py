@@ -41,7 +41,7 @@ LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
 
 
 class Constraint(FittedBuffers, SteppedWeight):
-    """A penalty weight that is found while training: it rises until a test on so many codes could not reject the prior.
+    """A penalty weight found during training: it rises until a test on ``codes`` codes could not reject the match.
 
     It is the Lagrange multiplier lambda of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum
     mean discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
@@ -120,7 +120,7 @@ class Constraint(FittedBuffers, SteppedWeight):
             maximum = checks.number("Constraint's maximum", maximum, above=0, write="maximum=3000.0")
         if initial is not None and maximum is not None and maximum < initial:
             raise ValueError(
-                f"Constraint takes 0 < initial <= maximum, found {initial:g} and {maximum:g}. Write initial=100.0."
+                f"Constraint takes initial <= maximum, found {initial:g} and {maximum:g}. Write initial={maximum:g}."
             )
         self.initial = initial
         self.maximum = maximum
@@ -241,8 +241,8 @@ class Constraint(FittedBuffers, SteppedWeight):
             return
         self._has_warned = True
         warnings.warn(
-            f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, with the codes' "
-            f"discrepancy still at {self.discrepancy.item():.2g} of what {self.codes} codes are allowed. A larger "
+            f"Constraint: the weight has reached its maximum, {self.largest.item():.4g}, and the "
+            f"discrepancy is still {self.discrepancy.item():.2g} times the slack of {self.codes} codes. A larger "
             "weight would only drown the cost. Take larger batches, more steps or a lower learning rate, or ask "
             f"for less: Constraint(codes={self.codes // 2}).",
             UserWarning,
