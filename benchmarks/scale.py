@@ -111,7 +111,7 @@ def page(report: Report) -> str:
         ])  # fmt: skip
     paper = [
         [
-            ranks, *(f"{c / pairs:,.0f}" if pairs else "-" for pairs in (b * ranks**2, b * ranks)),
+            ranks, *(f"{c / pairs:,.1f}" if pairs else "-" for pairs in (b * ranks**2, b * ranks)),
             f"{bytes_received(ranks, 1024, d) / 2**20:.1f}",
         ]
         for ranks in PAPER_RANKS

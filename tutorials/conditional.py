@@ -1,13 +1,13 @@
-"""Digits to order: a decoder that is told the label, with and without a penalty that is told it too.
+"""A decoder that is conditional on the label, with and without a penalty that compares codes label by label.
 
     python tutorials/conditional.py
 
-The decoder makes a digit of a code and a label: the code is to hold the handwriting, and the label what is written. The
-penalty of a plain Wasserstein auto-encoder sees to it that the codes of all digits together are distributed as the
-prior. It does not notice when those of the sevens lie in a corner of their own, and then a code drawn from the prior is
-mostly one that the decoder never saw beside a seven. ``condition="label"`` compares codes and labels jointly. Both are
-trained here, one after the other, and a small classifier counts how many of the digits made to order are what was
-ordered. Pictures and figures are written to results/conditional/.
+The decoder maps a code and a label to a digit: the code should hold the style of the handwriting, the label the class.
+Without a condition the penalty compares the codes of all digits together with the prior. They can match although the
+sevens occupy a region of their own, and the decoder has then not been trained on most prior samples with the label 7.
+``condition="label"`` compares the joint distribution of code and label. Both are trained here, one after the other, and
+a small classifier counts how many samples of each label it recognises as that label. Figures and numbers are written to
+results/conditional/.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def train(wae: ConditionalWAE, condition: str | None, images: Tensor, labels: Te
 
 
 def train_classifier(images: Tensor, labels: Tensor, args: argparse.Namespace) -> nn.Module:
-    """A small network that reads digits, by which those made to order are counted."""
+    """A small classifier of digits, which judges the samples."""
     classifier = nn.Sequential(
         nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 5, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * 4 * 4, LABELS),
@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains both, and says how many digits are what was ordered."""
+    """Trains both, and prints how many samples are recognised as their label."""
     args = parse_args(argv)
     pyro.set_rng_seed(args.seed)
     images, labels, test_images, test_labels = load_digits()

@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
     train(wae, train_images.to(args.device), args)
 
     wae.eval()
-    # In batches of the training's size, for the sake of BatchNorm, and shuffled: the digits come writer by writer.
+    # In batches of the training's size, because the report compares BatchNorm's train and eval mode; and shuffled,
+    # because the digits come writer by writer.
     shuffled = heldout[torch.randperm(len(heldout))][:CODES].to(args.device)
     found = report(wae.model, wae.guide, batches=shuffled.split(args.batch_size))
     print(found)

@@ -93,13 +93,13 @@ def main() -> None:
     ]
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
-    figure, axes = new_figure(3.6)
-    axes.axhline(mean, color=GREY, linestyle="--")
-    axes.text(WEIGHTS[0], mean * 1.04, "exact $W_c(P_X, P_G)$", color="#555555")
-    axes.semilogx(WEIGHTS, [cost for _, cost, _ in rows], "o-", color=BLUE, label="cost of the encoder")
-    axes.semilogx(WEIGHTS, [mmd for *_, mmd in rows], "s-", color=ORANGE, label="MMD$^2$ of its codes")
-    axes.set(xlabel=r"penalty weight $\lambda$", ylim=(-0.02, 1.25 * max(mean, *(cost for _, cost, _ in rows))))
-    axes.legend(loc="center left")
+    figure, (above, below) = new_figure(5.0, nrows=2, sharex=True)
+    above.axhline(mean, color=GREY, linestyle="--")
+    above.text(WEIGHTS[0], mean * 1.06, "exact $W_c(P_X, P_G)$", color="#555555")
+    above.semilogx(WEIGHTS, [cost for _, cost, _ in rows], "o-", color=BLUE)
+    above.set(ylabel="cost", ylim=(0, 1.3 * max(mean, *(cost for _, cost, _ in rows))))
+    below.loglog(WEIGHTS, [mmd for *_, mmd in rows], "s-", color=ORANGE)
+    below.set(xlabel=r"penalty weight $\lambda$", ylabel="MMD$^2$ of codes")
     save(figure, "bound")
 
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 Rows = Tensor | np.ndarray
 
-# Okabe & Ito's palette, in which no two colours look alike to the colour-blind, without its black, and with a
-# wine red and a grey more, for ten colours of ten classes.
+# Okabe & Ito's palette, in which no two colours look alike to the colour-blind, with a wine red and a violet more, for
+# ten colours of ten classes. Grey is left for prior samples.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-PALETTE = (*OKABE_ITO, "#882255", "#999999", "#000000")
+PALETTE = (*OKABE_ITO, "#882255", "#5511BB", "#000000")
 BLUE, ORANGE, GREY = PALETTE[0], PALETTE[4], "#8C8C8C"
 
 # A picture six inches wide is shown at about 360 pixels on a phone: 15 points come out there at 12 pixels.

@@ -20,13 +20,13 @@ from pyro_wae.penalties import MMD
 
 
 def main() -> None:
-    """Trains, and lets the first process say what was reached."""
+    """Trains; the first process prints cost and penalty."""
     args = parse_args("ddp")
     device = device_of(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
 
-    pyro.set_rng_seed(args.seed + rank)  # so that the ranks draw different prior codes; DDP gives them one start
+    pyro.set_rng_seed(args.seed + rank)  # other prior samples on each rank; DDP broadcasts the parameters of rank 0
     net = DigitWAE().to(device)
     wae = WAELoss(MMD(), penalty_weight=100.0, process_group="world")(net.model, net.guide)
     replica = DistributedDataParallel(wae, device_ids=[device] if device.type == "cuda" else None)

@@ -22,14 +22,14 @@ from pyro_wae.penalties import MMD
 
 
 def main() -> None:
-    """Trains, and lets the first process say what was reached."""
+    """Trains; the first process prints cost and penalty."""
     args = parse_args("fsdp")
     device = device_of(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     mesh = init_device_mesh(device.type, (ranks,))
 
-    pyro.set_rng_seed(args.seed)  # one start: each rank keeps its share of its own parameters
+    pyro.set_rng_seed(args.seed)  # the same parameters on all ranks: fully_shard broadcasts none
     net = DigitWAE().to(device)
     wae = WAELoss(MMD(), penalty_weight=100.0, process_group="world")(net.model, net.guide)
     for module in (net.encoder, net.decoder, wae):

@@ -25,11 +25,11 @@ except ImportError as error:
 
 
 def main() -> None:
-    """Trains, and lets the first process say what was reached."""
+    """Trains; the first process prints cost and penalty."""
     args = parse_args("horovod")
     hvd.init()
     device = device_of(hvd.local_rank())
-    pyro.set_rng_seed(args.seed)  # one start
+    pyro.set_rng_seed(args.seed)  # the same parameters on all ranks
     net = DigitWAE().to(device)
 
     def model(x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Training on more data than fit into memory, which worker processes read from the disk in the order they lie there.
+"""Training on more data than fit into memory, which worker processes read from the disk chunk by chunk.
 
     python tutorials/scale/streaming.py
 
@@ -39,7 +39,7 @@ class StreamedDigits(IterableDataset[Tensor]):
         rows = np.memmap(self.path, dtype=np.uint8, mode="r", shape=(self.size, PIXELS))
         order = torch.Generator().manual_seed(self.seed + self.epoch)
         starts = (torch.randperm(-(-self.size // CHUNK), generator=order) * CHUNK).tolist()
-        # Each worker runs this method, and would give all of the data if it did not take its own part of them.
+        # Each worker runs this method, and would yield all of the data if it did not take its own part.
         worker = get_worker_info()
         for start in starts if worker is None else starts[worker.id :: worker.num_workers]:
             chunk = torch.from_numpy(rows[start : start + CHUNK].copy()).float() / 255
