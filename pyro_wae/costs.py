@@ -387,5 +387,5 @@ def _checked(distribution: Any, value: Any) -> Tensor:
     value = checks.tensor("value", value, write="cost(dist.Normal(g, 1).to_event(1), x)")
     if value.ndim < distribution.event_dim:
         shapes = f"{tuple(value.shape)}, and an event of the distribution {tuple(distribution.event_shape)}"
-        raise ValueError(f"value has shape {shapes}: take value.reshape(len(value), *distribution.event_shape).")
+        raise ValueError(f"value has shape {shapes}. Give value.reshape(len(value), *distribution.event_shape).")
     return _as_float(value)

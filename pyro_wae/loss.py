@@ -7,6 +7,7 @@ import inspect
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -307,6 +308,7 @@ class WAELoss(CallRepr, ELBO):
                 continue
             for key, value in _in_store(f"wae_{name}", learnt).items():
                 pyro.param(key, value)
+                _REGISTERED[id(value)] = value
 
     def _value(self, step: Step) -> float:
         """The loss as a number.
@@ -339,13 +341,26 @@ def _nesting(given: float) -> float:
     return math.inf if is_open else checks.whole("max_plate_nesting", given, least=0, write="max_plate_nesting=1")
 
 
+_REGISTERED: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""What losses of this process have put into Pyro's store."""
+
+
 def _in_store(name: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Parameters by their names in Pyro's store; with a number where another loss has its own under these names."""
     store = dict(pyro.get_param_store().named_parameters())
     for prefix in itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2))):
         named = {param_with_module_name(prefix, key): value for key, value in parameters.items()}
-        if all(store.get(key, value) is value for key, value in named.items()):
+        others = [store[key] for key, value in named.items() if store.get(key, value) is not value]
+        if not others:
             break
+        if any(_REGISTERED.get(id(other)) is not other for other in others):
+            warnings.warn(
+                f"Pyro's parameter store has a loaded '{prefix}' of a saved WAELoss, and this WAELoss has parameters "
+                "of its own, which are trained under another name. To restore them, use "
+                "pyro_wae's save_checkpoint(path, svi=svi) and load_checkpoint(path, svi=svi).",
+                UserWarning,
+                stacklevel=5,
+            )
     return named
 
 

@@ -63,13 +63,17 @@ class WAEModule(ELBOModule):
             if isinstance(program, nn.Module):
                 continue
             bound = getattr(program, "__self__", None)
-            if isinstance(bound, nn.Module):
-                self.add_module(f"{role}_owner", bound)
-                continue
-            for number, owner in enumerate(owners(program)):
-                self.add_module(f"{role}_owner" + (f"_{number}" if number else ""), owner)
+            for number, owner in enumerate([bound] if isinstance(bound, nn.Module) else owners(program)):
+                if (
+                    owner not in self.children()
+                ):  # torch.func.functional_call leaves a module that is held twice changed
+                    self.add_module(f"{role}_owner" + (f"_{number}" if number else ""), owner)
         for name, module in loss.named_children():
             self.add_module(name, module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy or a file, without the last batch."""
+        return {**super().__getstate__(), "_last_call": None}
 
     def __setstate__(self, state: Any) -> None:
         """Takes the state of a copy, which for plain functions has other nets than they run."""
@@ -115,9 +119,12 @@ class WAEModule(ELBOModule):
         self._leave_holder()
         return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._leave_holder()
-        super()._load_from_state_dict(*args)
+        for key in [key for key in state_dict if key.startswith(f"{prefix}guide_owner")]:
+            if key[len(prefix) :].partition(".")[0] not in self._modules:
+                del state_dict[key]  # of a version that held the module of model and guide twice
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         self._leave_holder()

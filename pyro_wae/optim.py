@@ -256,8 +256,9 @@ class SharedOptim(CallRepr, PyroOptim):
     def _fused(self, param: Tensor, args: Mapping[str, Any]) -> dict[str, bool]:
         if any(args.get(key) is not None for key in ("fused", "foreach", "differentiable")):
             return {}
-        # The fused SGD cannot take parameters that have a velocity together with some that have none yet.
-        if args.get("momentum"):
+        # The fused SGD cannot take parameters that have a velocity together with some that have none yet, and a
+        # scheduler such as OneCycleLR sets a momentum later.
+        if args.get("momentum") or (self.optim_constructor is torch.optim.SGD and self.scheduler is not None):
             return {}
         devices = _FUSED_ON.get(self.optim_constructor, ())
         fits = type(param) in (Tensor, nn.Parameter) and param.is_floating_point() and param.device.type in devices

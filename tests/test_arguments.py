@@ -207,7 +207,7 @@ def test_a_wrong_value_is_an_error_that_names_the_argument_and_what_to_write(nam
         (lambda: MMD(standardize=1), ["standardize must be True or False, found 1"]),
         (lambda: PenaltyContext(data_size=-1), ["data_size must be a whole number >= 1, found -1"]),
         (lambda: weights.Constraint(maximum=0), ["maximum must be a finite number > 0, found 0"]),
-        (lambda: weights.Constraint(initial=5.0, maximum=1.0), ["initial <= maximum", "5 and 1", "initial=100.0"]),
+        (lambda: weights.Constraint(initial=5.0, maximum=1.0), ["initial <= maximum", "5 and 1", "initial=1."]),
         (lambda: JensenShannon(optimizer="adam"), ["optimizer must be a function", "'adam'", "torch.optim.Adam("]),
         (
             lambda: JensenShannon(optimizer=None, steps=3),

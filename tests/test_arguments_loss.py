@@ -293,3 +293,12 @@ def test_every_public_name_and_every_argument_is_swept():
     methods = {name for name, value in vars(WAEModule).items() if inspect.isfunction(value) and name[0] != "_"}
     methods -= {"train", "apply", "state_dict", "extra_repr"}  # as torch's
     assert methods == {"forward", "encode", "decode", "reconstruct", "sample", "interpolate"}
+
+
+def test_a_keyword_that_comes_first_is_not_taken_for_the_data():
+    def broken(y, x):
+        raise RuntimeError("this model's own")
+
+    with pytest.raises(RuntimeError) as caught:
+        WAELoss().loss(broken, broken, y=torch.arange(4), x=X)
+    assert not hasattr(caught.value, "__notes__")

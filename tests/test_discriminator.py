@@ -17,7 +17,7 @@ from references import rows
 from torch import nn
 
 from pyro_wae import WAELoss
-from pyro_wae.penalties import MMD, JensenShannon, Penalty
+from pyro_wae.penalties import MMD, Chain, JensenShannon, Penalty
 
 N, M, D = 20, 30, 2
 
@@ -34,6 +34,43 @@ def x():
 
 
 # The discriminator's own optimiser
+
+
+def test_it_takes_its_steps_for_two_losses_before_one_backward_pass(auto, x):
+    """The gradient of each loss is that of the discriminator as it was in it."""
+    discriminator, gradients = plane(), []
+    for at_once in (True, False):
+        loss = WAELoss(JensenShannon(copy.deepcopy(discriminator), optimizer=sgd), penalty_weight=1.0)
+        wae = loss(auto.model, auto.guide)
+        pyro.set_rng_seed(0)
+        auto.zero_grad()
+        if at_once:
+            (wae(x[:10]) + wae(x[10:])).backward()
+        else:
+            wae(x[:10]).backward()
+            wae(x[10:]).backward()
+        gradients.append(auto.encoder.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_one_discriminator_compares_all_steps_of_a_chain():
+    def model(x):
+        z = x.new_zeros(2)
+        with pyro.plate("data", len(x)):
+            for t in pyro.markov(range(3)):
+                z = pyro.sample(f"z_{t}", around(0.5 * z))
+                pyro.sample(f"x_{t}", around(z), obs=x[:, t])
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            for t in range(3):
+                pyro.sample(f"z_{t}", delta(encoder(x[:, t])))
+
+    encoder = nn.Linear(2, 2).double()
+    loss = WAELoss(Chain(JensenShannon(net(4))), penalty_weight=1.0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+    assert math.isfinite(svi.step(rows(N, 6).reshape(N, 3, 2)))
 
 
 @pytest.mark.parametrize("make", [sgd, adam])
@@ -196,6 +233,18 @@ def test_discriminators_of_two_losses_have_names_of_their_own_in_the_store(auto,
         loss = WAELoss(shared(discriminator))
         SVI(auto.model, auto.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss).step(x)
         assert pyro.get_param_store()[f"{name}$$$discriminator.0.weight"] is discriminator[0].weight
+
+
+def test_a_store_that_was_loaded_does_not_restore_a_discriminator_and_says_so(auto, x, tmp_path):
+    def step():
+        SVI(auto.model, auto.guide, pyro.optim.Adam({"lr": 1e-3}), loss=WAELoss(shared(net()))).step(x)
+
+    step()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    with pytest.warns(UserWarning, match=r"a loaded 'wae_penalty'.*load_checkpoint\(path, svi=svi\)"):
+        step()
 
 
 class Shifted(Penalty):

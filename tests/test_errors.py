@@ -240,6 +240,9 @@ def test_a_prior_that_cannot_be_drawn(further):
     [
         (x_of(), torch.zeros(N, 3), ("data of shape (6, 2)", "(Normal) is of shape (6, 3)", "the shape of the data")),
         (x_of(5), torch.zeros(N, 2), ("data of shape (5, 2)", "(Normal) is of shape (6, 2)", "the shape of the data")),
+        (x_of()[:, :1], torch.zeros(N, 3), ("data of shape (6, 1)", "(Normal) is of shape (6, 3)")),
+        (x_of()[:, :1], torch.zeros(N), ("data of shape (6, 1)", "(Normal) is of shape (6, 6)")),
+        (x_of(), torch.zeros(N, 1), ("data of shape (6, 2)", "(Normal) is of shape (6, 1)")),
         (x_of().tolist(), torch.zeros(N, 2), ("are list", "obs=torch.as_tensor(x)")),
         (x_of().numpy(), torch.zeros(N, 2), ("are ndarray", "obs=torch.as_tensor(x)")),
         (x_of().cfloat(), torch.zeros(N, 2), ("a tensor (torch.complex64, ", "dense tensors of real numbers")),

@@ -227,3 +227,19 @@ def test_functions_need_names(argument):
 def test_step_needs_a_scheduler():
     with pytest.raises(ValueError, match="there is none"):
         Adam({"lr": 0.1}).step()
+
+
+def test_a_parameter_may_join_sgd_whose_scheduler_sets_a_momentum():
+    def train(optim):
+        pyro.clear_param_store()
+        for names in ("a", "ab", "ab"):
+            parts = [pyro.param(name, torch.ones(3)) for name in names]
+            sum((part - 3).square().sum() for part in parts).backward()
+            optim([part.unconstrained() for part in parts])
+            optim.step()
+        return {name: value.detach() for name, value in pyro.get_param_store().items()}
+
+    cycle = {"max_lr": 0.1, "total_steps": 20}
+    pyros = pyro.optim.OneCycleLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.01}, **cycle})
+    ours = SGD({"lr": 0.01}, scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, **cycle))
+    assert_same([train(ours)], [train(pyros)])

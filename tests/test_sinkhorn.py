@@ -173,3 +173,12 @@ def test_without_geomloss_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'Run: pip install "pyro-wae\[sinkhorn\]"'):
         Sinkhorn()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_second_derivative_which_geomloss_has_not_is_refused(p):
+    codes, prior = codes_and_prior(20, 20, 2)
+    value = Sinkhorn(p)(codes.requires_grad_(), prior)
+    torch.autograd.grad(value, codes, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*MMD"):
+        torch.autograd.grad(value, codes, create_graph=True)

@@ -120,7 +120,12 @@ def test_a_star_stands_for_all_sites_of_that_name():
     with pytest.raises(ValueError, match="no entry for the latent site 'style'"):
         WAELoss({"z_*": steps}).loss(*programs, x)
     with pytest.raises(ValueError, match=r"names 'y_\*', which is no latent site"):
-        WAELoss({"z_*": steps, "style": style, "y_*": steps}).loss(*programs, x)
+        WAELoss({"z_*": steps, "style": style, "y_*": Seen(1.0)}).loss(*programs, x)
+
+
+def test_one_penalty_for_two_sites_is_refused():
+    with pytest.raises(ValueError, match=r"'a' and 'c' one MMD, .* WAELoss\(\{'a': MMD\(\), 'c': MMD\(\)\}\)"):
+        WAELoss({"b": None, **dict.fromkeys("ac", MMD())})
 
 
 def test_only_a_star_is_special_in_a_name():

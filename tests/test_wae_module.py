@@ -114,6 +114,46 @@ def test_bound_methods_of_one_module_are_its_parameters_once(net):
     assert not net.training
 
 
+class Unregistered(nn.Module):
+    """Methods of one module without pyro.module, as torch.func needs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([Part("decoder"), Part("encoder")])
+
+    def model(self, x):
+        self.parts[0](x)
+
+    def guide(self, x):
+        self.parts[1](x)
+
+
+def test_a_functional_call_leaves_the_parameters_as_they_were():
+    net = Unregistered()
+    wae, before = WAELoss(penalty_weight=1.0)(net.model, net.guide), dict(net.named_parameters())
+    given = {name: 2 * value.detach() for name, value in wae.named_parameters()}
+    torch.func.grad(lambda given: torch.func.functional_call(wae, given, (data(),)))(given)
+    assert all(value is before[name] for name, value in net.named_parameters())
+
+
+def test_a_state_of_a_version_that_held_the_module_twice_is_loaded(net):
+    wae, twin = (WAELoss(penalty_weight=1.0)(owner.model, owner.guide) for owner in (net, copy.deepcopy(net)))
+    former = wae.state_dict()
+    former |= {key.replace("model_owner", "guide_owner"): value for key, value in former.items()}
+    with torch.no_grad():
+        twin.model_owner.decoder.weight.zero_()
+    twin.load_state_dict(former)
+    assert torch.equal(twin.model_owner.decoder.weight, net.decoder.weight)
+
+
+def test_a_file_of_a_bound_module_is_as_large_after_a_batch_as_before():
+    wae = WAELoss(MMD(Gaussian(1.0)), penalty_weight=1.0)(Part("decoder"), Part("encoder"))
+    wae.encode(data())
+    before = len(pickle.dumps(wae))
+    wae.encode(data(1000))
+    assert len(pickle.dumps(wae)) == before
+
+
 class Holder(AutoEncoder):
     """A module that keeps the loss of its own model and guide."""
 

@@ -165,7 +165,8 @@ def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any], *
         if isinstance(value, Mapping):  # a batch, of which any item may be the data
             notes += [(f"{name}[{key!r}]", _what_is_wrong(own, dtypes, is_first=False)) for key, own in value.items()]
         else:
-            notes.append((name, _what_is_wrong(value, dtypes, is_first=not place)))
+            is_first = not place and (bool(args) or len(named) == 1)  # keywords are in any order
+            notes.append((name, _what_is_wrong(value, dtypes, is_first=is_first)))
     if found := next(((name, note) for name, note in notes if note), None):
         error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
 

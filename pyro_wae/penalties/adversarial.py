@@ -163,7 +163,8 @@ class JensenShannon(FittedBuffers, Penalty):
         training = torch.is_grad_enabled()
         if training and self.optimizer is not None and self._learning:
             self._train(q, p, log_prob, self.optimizer)
-        parameters = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        # Copies: before the backward pass another call may train the discriminator, in place.
+        parameters = {name: value.detach().clone() for name, value in self.discriminator.named_parameters()}
         adversary = functools.partial(torch.func.functional_call, self.discriminator, parameters)
         logits_q, logits_p = self._logits(adversary, q, log_prob), self._logits(adversary, p, log_prob)
         # A negative logit says "code": the encoder lowers the odds of being found out, and so does a prior that learns.

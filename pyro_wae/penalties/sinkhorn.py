@@ -41,6 +41,7 @@ class Sinkhorn(FittedBuffers, Penalty):
 
     Each of K particles is compared with a K-th of the prior samples, or with all where K does not divide their
     number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+    It has no second derivative, because geomloss holds the dual potentials fixed in its gradient.
     Memory holds several (n, m), (n, n) and (m, m) matrices for each particle: some thousand rows are the limit. Time
     is that of about 2 + log(4 spreads / blur) / log(1 / scaling) passes over each.
 
@@ -56,6 +57,7 @@ class Sinkhorn(FittedBuffers, Penalty):
         ImportError: If geomloss is not installed.
         ValueError: If p is not 1 or 2, blur is not positive, or scaling lies outside (0, 1). In a call, if the prior
             samples have no finite, positive spread to take the blur from.
+        RuntimeError: If its gradient is to be differentiated again, by ``create_graph=True``.
         TypeError: If p, blur or scaling is not a number, or debias neither True nor False.
 
     Source: Genevay, Peyre, Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018, arXiv:1706.00292;
@@ -132,9 +134,28 @@ class Sinkhorn(FittedBuffers, Penalty):
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             # Given weights, geomloss makes none on the CPU to copy to the device, which would wait for it.
             weights = [rows.new_full(rows.shape[:2], 1 / rows.shape[1]) for rows in (codes, draws)]
-            smoothed = loss(weights[0], codes - centres[0], weights[1], draws - centres[1])
+            smoothed = loss(weights[0], _Once.apply(codes - centres[0]), weights[1], _Once.apply(draws - centres[1]))
         # Its cost is |z - z'|^p / p.
         return (shifted + self.p * smoothed).mean()
+
+
+class _Once(torch.autograd.Function):
+    """Rows that have a gradient, of which there is none: geomloss's leaves out how the potentials change with them."""
+
+    @staticmethod
+    def forward(_: Any, rows: Tensor) -> Tensor:
+        """The rows themselves."""
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        """Their gradient, unless it is to be differentiated again."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Sinkhorn has no second derivative: geomloss holds the dual potentials fixed in its gradient. Leave "
+                "out create_graph=True, or take a penalty that has one, such as MMD()."
+            )
+        return grad
 
 
 def _import_samples_loss() -> Any:

@@ -34,6 +34,13 @@ def as_option(given: PenaltyLike | Mapping[Any, PenaltyLike | None] | None) -> P
             f"penalty leaves every latent site free ({', '.join(map(repr, sites))}). Give one of them a penalty, "
             f"as in WAELoss({{{sites[0]!r}: MMD(), ...}}), or train without: WAELoss(penalty_weight=0.0)."
         )
+    for site, one in options.items():
+        first = next(other for other, penalty in options.items() if penalty is one)
+        if one is not None and first is not site:
+            raise ValueError(
+                f"penalty gives {first!r} and {site!r} one {type(one).__name__}, whose bandwidth or discriminator is "
+                f"for one of them. Give each its own: WAELoss({{{first!r}: MMD(), {site!r}: MMD()}})."
+            )
     return options
 
 

@@ -298,8 +298,8 @@ def observed_site(name: str, sample: Sample, plate: str) -> Site:
         raise ValueError(refusals.all_data_one_event(name, tuple(value.shape), shape[data_dim], fn.event_dim))
     if value.shape != fn.shape():
         try:
-            value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-            fits = value.shape[: value.ndim - fn.event_dim] == fn.batch_shape
+            value = value.expand(fn.shape())
+            fits = sample.value.shape[-fn.event_dim or value.ndim :] == fn.event_shape  # Pyro would expand it, too
         except RuntimeError:
             fits = False
         if not fits:
