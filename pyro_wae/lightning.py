@@ -33,16 +33,16 @@ class WAE(LightningModule):
 
     A training step logs ``cost``, ``penalty`` and ``weight``. Validation logs ``val_cost``, the mean cost of held-out
     data, and ``val_p``, the p-value of :func:`~pyro_wae.diagnostics.two_sample_test` on their codes against prior
-    samples, taken over all batches and processes. Lightning's sanity check leaves the test out, and ``fast_dev_run``
-    where it has too few codes. Checkpoints and early stopping may monitor either. In several processes each draws from
-    a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of all.
+    samples, taken over all batches and processes. The test is skipped in Lightning's sanity check, and under
+    ``fast_dev_run`` if there are too few codes. Checkpoints and early stopping may monitor either. In several processes
+    each draws from a random state of its own; ``loss=WAELoss(process_group="world")`` compares the codes of all.
 
     Args:
         model: The Pyro model, or a module that has ``.model`` and ``.guide``.
         guide: Its guide; None where the module has it.
         loss: The loss. Default: :class:`~pyro_wae.WAELoss` with its own defaults.
         learning_rate: That of Adam. Override ``configure_optimizers`` for another optimiser.
-        test_codes: Most held-out codes in the test, whose time grows with their square, >= 2.
+        test_codes: Maximum number of held-out codes in the test, whose time grows with its square, >= 2.
 
     Attributes:
         wae: The :class:`~pyro_wae.WAEModule`, whose parameters are trained.

@@ -45,8 +45,8 @@ class WAELoss(CallRepr, ELBO):
     The guide is the encoder Q(z|x), deterministic (``Delta``) or stochastic. The model holds the prior P_Z, which needs
     only to be sampled, and the decoder G. The cost c compares a datum with its reconstruction, and the penalty D
     compares the codes of all data in a batch *together*, draws of the aggregated posterior Q_Z, with prior samples. The
-    loss is a mean per datum; it does not depend on the size of batch or data set, and may be negative, because the
-    default penalty is unbiased. Make it once, before the training loop: it keeps the penalty weight that it finds.
+    loss is a mean per datum: its scale does not depend on the size of batch or data set. It may be negative, because
+    the default penalty is unbiased. Make it once, before the training loop: it keeps the penalty weight that it finds.
 
     Args:
         penalty: A :class:`~pyro_wae.penalties.Penalty`, a function f(codes, prior), or a dict with one of them for
@@ -64,24 +64,25 @@ class WAELoss(CallRepr, ELBO):
         max_plate_nesting: Bound on nested plates, needed with ``vectorize_particles``; guessed by one more run
             of model and guide at the first step if not given.
         retain_graph: Passed to ``backward``.
-        prior_draws: Prior samples for each code; more of them lower the penalty's variance. They are not decoded.
+        prior_draws: Number of prior samples for each code; more of them lower the penalty's variance. They are not
+            decoded.
         condition: Name of what the prior or the decoder is conditional on, y: an observed site of the model, one of
             its arguments, or a key of an argument that is a dict. The penalty then compares the joint of (z, y) with
             that of (z', y), z' ~ p(z | y), and not only the marginals. Whole numbers are labels, one for each datum,
             and compared by equality; floats of any shape are compared by distance. An observed site that is a condition
             has no cost, unless ``cost`` names it.
-        micro_batch: The most data that model and guide run on at once. A larger batch is split: the gradient is that of
-            the whole batch, the memory that of one micro-batch, and the nets run twice. Split are the tensor arguments,
-            and those in dicts, whose length is that of the first; others are passed whole.
+        micro_batch: The largest number of data that model and guide run on at once. A larger batch is split: the
+            gradient is that of the whole batch, the memory that of one micro-batch, and the nets run twice. Split are
+            the tensor arguments, and those in dicts, whose length is that of the first; others are passed whole.
         process_group: The processes of ``torch.distributed`` whose batches are compared as one: "world" for all of
             them, or a process group. Loss and terms are then those of all data on every rank, and the mean over ranks
             of the gradients, which DDP takes, is that of one process with all data. Default: each rank compares its
             own codes.
         reduction: ``"mean"``: the loss per datum. ``"sum"``: that times the number of data, N where the data plate
-            takes a part of N. It is the unit of Pyro's own losses; ``weight_decay``, ``clip_norm`` and the rate of SGD
-            then mean what they mean there. ``terms`` are per datum in both.
-        others: ``strict_enumeration_warning`` and ``ignore_jit_warnings``, truth values that ``Trace_ELBO`` takes. They
-            have no effect, because nothing here is enumerated or traced by ``torch.jit`` that could be warned of.
+            takes a part of N. This is the scale of Pyro's own losses: ``weight_decay``, ``clip_norm`` and the learning
+            rate of SGD keep their values. ``terms`` are per datum in both cases.
+        others: ``strict_enumeration_warning`` and ``ignore_jit_warnings``, booleans that ``Trace_ELBO`` takes. They are
+            accepted and have no effect: a WAELoss neither enumerates nor uses ``torch.jit``.
 
     Attributes:
         terms: The :class:`~pyro_wae.Terms` of the last step, or None before the first.

@@ -22,8 +22,9 @@ class WAEModule(ELBOModule):
     """A WAE loss bound to its model and guide, for plain torch optimisers and everything that takes a module.
 
     ``parameters()`` and ``state_dict()`` hold the model, the guide and what the penalty and cost own: a discriminator,
-    a bandwidth. Model and guide may be modules or methods of one; kept as an attribute of that module itself,
-    ``self.loss = WAELoss()(self.model, self.guide)``, it leaves the nets to it. A call returns the differentiable loss.
+    a bandwidth. Model and guide may be modules or methods of one. If that module keeps the loss as an attribute,
+    ``self.loss = WAELoss()(self.model, self.guide)``, its nets stay with it and are not registered here a second time.
+    A call returns the differentiable loss.
 
     Args:
         model: A Pyro model: a module, a module's method, or a function.
@@ -171,7 +172,15 @@ class WAEModule(ELBOModule):
         return predict.reconstruct(self.model, self.guide, *args, data_plate=self.elbo.data_plate, **kwargs)
 
     def sample(self, num_samples: int, *args: Any, prior: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples of the model; see :func:`pyro_wae.predict.sample`, and :meth:`decode` for the arguments."""
+        """Samples of the model; see :func:`pyro_wae.predict.sample`.
+
+        Args:
+            num_samples: Number of samples.
+            args: Arguments of the model; as for :meth:`decode`.
+            prior: Replaces the model's own prior.
+            kwargs: Keyword arguments of the model, and ``random`` and ``return_sites`` of
+                :func:`pyro_wae.predict.sample`.
+        """
         args, kwargs = self._call(args, kwargs, f"sample({num_samples}, x)")
         options = {"num_samples": num_samples, "prior": prior, "data_plate": self.elbo.data_plate}
         return predict.sample(self.model, *args, **options, **kwargs)

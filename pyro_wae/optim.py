@@ -45,9 +45,9 @@ class SharedOptim(CallRepr, PyroOptim):
     where there is one that serves (Adam, AdamW, and SGD without momentum, for CPU and CUDA, Adagrad for CPU), else in
     torch's own default way.
 
-    The numbers are Pyro's, to rounding. Parameters may appear at any step, and only those that a step's model and guide
-    used are moved in it. A new parameter starts as it does in Pyro, at its own first learning rate, and joins those
-    whose options and scheduler are at that moment equal to its own.
+    The updates equal Pyro's up to rounding. Parameters may appear at any step, and only those that a step's model and
+    guide used are moved in it. A new parameter starts as it does in Pyro, at its own first learning rate, and joins
+    those whose options and scheduler are at that moment equal to its own.
 
     States are saved by the parameters' names, in the form in which Pyro saves them: a checkpoint of
     ``pyro.optim.Adam`` can be loaded here, and the other way round. Unlike Pyro's, :meth:`set_state` also reaches
@@ -57,8 +57,8 @@ class SharedOptim(CallRepr, PyroOptim):
         optim_constructor: A class of torch optimisers, such as :class:`torch.optim.Adam`. Others may be given if they
             read ``param_groups`` again at each step and treat each parameter for itself.
         optim_args: The optimiser's arguments, or a function that returns them for the name of a parameter, as it stands
-            in Pyro's store with a dot for every ``$$$``: ``"decoder.weight"``. A ``"fused"`` or ``"foreach"`` in
-            them is obeyed; ``{"fused": False}`` serves sparse gradients.
+            in Pyro's store with a dot for every ``$$$``: ``"decoder.weight"``. A ``"fused"`` or ``"foreach"`` in them
+            takes precedence; ``{"fused": False}`` serves sparse gradients.
         clip_args: ``{"clip_norm": ...}`` or ``{"clip_value": ...}`` or both, applied to each parameter's gradient by
             itself; or a function that returns them for two names, that of the module and that of its parameter.
         scheduler: A function that makes a learning rate scheduler for a torch optimiser. :meth:`step` advances it.

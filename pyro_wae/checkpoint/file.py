@@ -44,7 +44,7 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
 
     Args:
         path: The file; one that exists is replaced. Of a symbolic link, the file that it points to.
-        extra: Returned by :func:`load_checkpoint`: numbers, texts, tensors, and lists and dicts of them.
+        extra: Returned by :func:`load_checkpoint`: numbers, strings, tensors, and lists and dicts of them.
         **parts: The objects to save, under names of your choice: SVIs, modules, optimisers, schedulers, generators,
             and whatever has ``state_dict`` and ``load_state_dict``, such as a ``GradScaler``.
 
@@ -102,8 +102,8 @@ def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, 
 
     Raises:
         ValueError: If the file is damaged, no checkpoint, of another format, or that of another training; in this case
-            the message says what is missing, what is too much, what has another shape, class or argument, or which
-            part did not take its state.
+            the message lists what is missing, unexpected, or of another shape, class or argument, or the part that
+            rejected its state.
         TypeError: If a part has no state.
         OSError: If the file cannot be read.
 

@@ -23,9 +23,9 @@ class ClassifierTest(HypothesisTest):
     """The result of :func:`classifier_test`; ``str(result)`` is a line of text.
 
     Args:
-        p_value: The probability of so high an accuracy, or a higher one, of guesses.
+        p_value: The probability, under random guessing, of an accuracy at least as high as the observed one.
         level: Level at which the test was to reject.
-        accuracy: Share of held-out rows that were classified right: 1/2 in the mean where codes are samples of the
+        accuracy: Fraction of held-out rows that were classified correctly; 1/2 on average if codes are samples of the
             prior.
         low: Lower end of the accuracy's confidence interval at 1 - ``level``.
         high: Upper end.
@@ -68,8 +68,8 @@ def classifier_test(
             which n draws are taken. Of n != m rows only the smaller number of each is used: a guess is right half of
             the time.
         width: Width of the hidden layers.
-        steps: Steps of Adam, each on all rows of the training half. More overfit, unless codes are many and
-            their difference is intricate.
+        steps: Number of Adam steps, each on all rows of the training half. More steps overfit, unless there are many
+            codes and their difference is intricate.
         level: The probability of rejecting codes that are samples of the prior, at most.
         seed: Seed of halves, net and draws. The global random state is restored.
 
@@ -77,7 +77,8 @@ def classifier_test(
         The result. The p-value is binomial and one-sided; the interval is Wilson's.
 
     Raises:
-        TypeError: If codes are no tensor, the prior is neither tensor nor distribution, or an option is no number.
+        TypeError: If codes are not a tensor, the prior is neither tensor nor distribution, or an option is not a
+            number.
         ValueError: If shape, dtype, device or a value of codes and prior does not fit, an option is out of range, or
             rows are too few to reject at the level at all.
 

@@ -142,7 +142,7 @@ class Comparison:
         direction: The direction of largest discrepancy.
         coverage: Holes and strays.
         noise: The encoder's.
-        coordinates: What each number of a code is called: ``"z[0]"``, its site and its place there.
+        coordinates: The name of each coordinate of a code: its site and index, as ``"z[0]"``.
     """
 
     site: str

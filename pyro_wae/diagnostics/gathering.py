@@ -30,7 +30,7 @@ class CostSummary:
 
     Args:
         mean: Mean per datum.
-        standard_error: Of that mean; None of a single datum.
+        standard_error: Standard error of the mean; None for a single datum.
     """
 
     mean: float
@@ -47,7 +47,7 @@ class BatchNormComparison:
         code_shift: Root mean square of the difference between the two codes of a datum, in prior standard deviations.
         penalty_train: Mean over batches of the unbiased squared MMD, in train mode.
         penalty_eval: The same in eval mode, against the same prior samples.
-        penalty_error: Standard error of the mean difference of the two; None of fewer than three batches.
+        penalty_error: Standard error of the mean difference between the two; None with fewer than three batches.
         cost_train: Mean cost per datum, all observed sites together, in train mode.
         cost_eval: The same in eval mode.
         batch_sizes: Smallest and largest number of data in a batch; single data are left out of the comparison.

@@ -19,7 +19,7 @@ class HypothesisTest:
     """The result of a test of the null hypothesis that codes are samples of the prior.
 
     Args:
-        p_value: The probability of so large a difference, or a larger one, under the null.
+        p_value: The probability, under the null, of a statistic at least as extreme as the observed one.
         level: Level at which the test was to reject.
     """
 

@@ -133,8 +133,8 @@ def report(
             arguments; anything else is the only one. It is read until there are ``max_codes`` codes. With
             BatchNorm, take the batch size of the training.
         cost: A cost, a function f(x, g), or a dict of them, as in :class:`~pyro_wae.WAELoss`. Default: squared error.
-        max_codes: Most codes to compare, drawn at random if a batch holds more, >= 2.
-        test_codes: Most codes in a kernel two-sample test, whose time grows with their square, >= 2.
+        max_codes: Maximum number of codes to compare, drawn at random if there are more, >= 2.
+        test_codes: Maximum number of codes in a kernel two-sample test, whose time grows with its square, >= 2.
         permutations: Permutations of that test.
         level: Level of each test.
         data_plate: Name of the plate that holds the data; found if not given.

@@ -42,9 +42,9 @@ def sample_quality(
     random: bool = False,
     seed: int = 0,
 ) -> Any:
-    """Compares samples of the model with data, as many as there are, by a metric of samples.
+    """Compares held-out data with as many samples of the model, by a metric such as the Frechet inception distance.
 
-    The model runs on batches of the data, without its guide: each run shows data of an observed site, and as many
+    The model runs on batches of the data, without its guide: each run yields the data of an observed site and as many
     decoded prior samples. A model that is conditional on an argument therefore samples for the same conditions. The
     random state is left as it was.
 
@@ -118,9 +118,9 @@ def precision_recall(data: Tensor, samples: Tensor, *, neighbours: int = 3) -> P
     """Precision and recall of samples, by neighbourhoods of features.
 
     The manifold of a set of rows is the union of balls around each of them, whose radius is the distance to its k-th
-    nearest neighbour among the others. Precision is the fraction of samples inside the manifold of the data, recall
-    the fraction of data inside the manifold of the samples. Of two sets with one law neither is 1: compare with two
-    halves of the data.
+    nearest neighbour among the others. Precision is the fraction of samples inside the manifold of the data, recall the
+    fraction of data inside the manifold of the samples. For two sets from the same distribution neither is 1: compare
+    with two halves of the data.
 
     Args:
         data: Features of data, shape (n, d).
@@ -128,8 +128,8 @@ def precision_recall(data: Tensor, samples: Tensor, *, neighbours: int = 3) -> P
         neighbours: k.
 
     Raises:
-        TypeError: If data or samples are no tensors, or ``neighbours`` is no whole number.
-        ValueError: If they are no rows of finite floats of one length, or fewer than k + 1.
+        TypeError: If data or samples are not tensors, or ``neighbours`` is not an integer.
+        ValueError: If they are not rows of finite floats of equal length, or fewer than k + 1.
 
     Source: Kynkaanniemi, Karras, Laine, Lehtinen, Aila, "Improved Precision and Recall Metric for Assessing Generative
     Models", NeurIPS 2019, arXiv:1904.06991.
@@ -140,7 +140,8 @@ def precision_recall(data: Tensor, samples: Tensor, *, neighbours: int = 3) -> P
         PrecisionRecall(precision=0.75, recall=0.75)
     """
     rows, drawn = as_rows(data, "data"), as_rows(samples, "samples")
-    k = checks.whole("neighbours", neighbours, most=min(len(rows), len(drawn)) - 1, write="neighbours=3")
+    most = min(len(rows), len(drawn)) - 1
+    k = checks.whole("neighbours", neighbours, most=most, write=f"neighbours={min(3, most)}")
     if rows.shape[1] != drawn.shape[1]:
         raise ValueError(
             f"data and samples must have rows of one length, found shapes {tuple(rows.shape)} and "

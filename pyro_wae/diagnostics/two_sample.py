@@ -35,7 +35,8 @@ class TwoSampleTest(HypothesisTest):
     """The result of :func:`two_sample_test`; ``str(result)`` is a line of text.
 
     Args:
-        p_value: The probability of so large a statistic, or a larger one, if codes are samples of the prior.
+        p_value: The probability, if codes are samples of the prior, of a statistic at least as large as the observed
+            one.
         level: Level at which the test was to reject.
         statistic: The unbiased estimate of the squared maximum mean discrepancy; it may be negative.
         standardized: The statistic in standard deviations under the null: those over all permutations, where its mean
@@ -108,7 +109,8 @@ def two_sample_test(
         draws 1.5 seconds on one core for all twenty kernels.
 
     Raises:
-        TypeError: If codes are no tensor, the prior is neither tensor nor distribution, or a kernel cannot be called.
+        TypeError: If codes are not a tensor, the prior is neither tensor nor distribution, or a kernel cannot be
+            called.
         ValueError: If shape, dtype, device or a value of codes and prior does not fit, a kernel returns NaN, or rows or
             permutations are too few to reject at the level at all.
 

@@ -1,13 +1,13 @@
 """Kernels k(x, y) on codes, as modules without trainable parameters.
 
-A length that is left as ``None`` is taken from the prior samples when a penalty first sees them; see
+A bandwidth that is left as ``None`` is computed from the prior samples of the first call of a penalty; see
 :meth:`Kernel.fit`. Kernels add and multiply: ``Gaussian() + 0.5 * Laplace()``.
 """
 
 from pyro_wae.kernels.base import Kernel, Product, Scaled, Sum
 from pyro_wae.kernels.conditional import Conditional, SameLabel, UnitMean
 from pyro_wae.kernels.energy import Energy
-from pyro_wae.kernels.function import FunctionKernel
+from pyro_wae.kernels.function import FunctionKernel, ModuleKernel, as_kernel
 from pyro_wae.kernels.radial import (
     Gaussian,
     InverseMultiquadratic,
@@ -27,6 +27,7 @@ __all__ = [
     "Kernel",
     "Laplace",
     "Matern",
+    "ModuleKernel",
     "MultiScale",
     "Product",
     "RadialKernel",
@@ -35,4 +36,5 @@ __all__ = [
     "Scaled",
     "Sum",
     "UnitMean",
+    "as_kernel",
 ]

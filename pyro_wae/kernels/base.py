@@ -1,4 +1,4 @@
-"""What a kernel is, and sums, products and multiples of kernels."""
+"""The base class of kernels, and sums, products and multiples of kernels."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Kernel(CallRepr, nn.Module):
             Shape (n, m), in the precision of ``x`` (float32 at least).
 
         Raises:
-            ValueError: If a shape is not (rows, d) with one d, a dtype is no float, or a length has not been set.
+            ValueError: If a shape is not (rows, d) with one d, a dtype is not floating, or a bandwidth has not been
+                set.
         """
         if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
             raise ValueError(
@@ -222,7 +223,7 @@ class Composite(Kernel):
     """Several kernels as one; subclasses say how their values combine.
 
     Raises:
-        TypeError: If one of them is no kernel.
+        TypeError: If one of them is not a kernel.
         ValueError: If there is none.
     """
 
@@ -328,6 +329,10 @@ class Product(Composite):
 
 class Scaled(Kernel):
     """A kernel times a positive number; usually written ``2.0 * k``.
+
+    Args:
+        kernel: The kernel.
+        factor: The number, > 0.
 
     Raises:
         TypeError: If one of them is of another kind.

@@ -41,7 +41,7 @@ class SameLabel(Kernel):
 
 
 class UnitMean(FittedBuffers, Kernel):
-    """A kernel divided by its mean, :math:`(k(x, y) / E k + a) / (1 + a)`; a product with it keeps the other's size.
+    """A kernel divided by its mean, :math:`(k(x, y) / E k + a) / (1 + a)`; a product with it keeps the other's scale.
 
     Args:
         kernel: Any kernel with a positive mean.
@@ -93,8 +93,8 @@ class UnitMean(FittedBuffers, Kernel):
 class Conditional(Kernel):
     r"""The product :math:`k_z(z, z')\, k_y(y, y')`, for codes z beside what they are conditional on, y.
 
-    Both sides must have the same y: an :class:`Energy` kernel on the codes then serves too, which in a plain
-    :class:`Product` it does not.
+    Codes and prior samples must have the same conditions y. The kernel on the codes may then be an :class:`Energy`
+    kernel, which a plain :class:`Product` does not accept.
 
     Args:
         kernel: On the codes.

@@ -27,7 +27,7 @@ class RadialKernel(FittedBuffers, Kernel):
         name: What the subclass calls its length: the attribute that keeps it, and the word in messages.
 
     Raises:
-        TypeError: If the length is no number.
+        TypeError: If the length is not a number.
         ValueError: If it is not positive and finite.
     """
 
@@ -152,7 +152,7 @@ class Gaussian(RadialKernel):
             prior samples (d sigma^2 for N(0, sigma^2 I)).
 
     Raises:
-        TypeError: If the bandwidth is no number.
+        TypeError: If the bandwidth is not a number.
         ValueError: If it is not positive and finite.
 
     Example:
@@ -223,7 +223,12 @@ class InverseMultiquadratic(RadialKernel):
 
     @classmethod
     def multiscale(cls, bandwidth: float | None = None, factors: Sequence[float] = AUTHORS_FACTORS) -> MultiScale:
-        """The sum of seven kernels with c^2 times 0.1 to 10 that the authors' code uses."""
+        """The sum of seven kernels with c^2 times 0.1 to 10 that the authors' code uses.
+
+        Args:
+            bandwidth: c, as for the class.
+            factors: Factors of the *squared* bandwidth c^2, one for each kernel.
+        """
         return MultiScale(cls(bandwidth), factors)
 
 
@@ -276,6 +281,11 @@ class Laplace(RadialKernel):
         The short ones detect gaps between codes that are much smaller than the prior, which smooth kernels do not, and
         which decode into samples unlike the data. The long one is near the negative distance, a small part of the sum
         where codes match, and the part that has a gradient at codes far from the prior.
+
+        Args:
+            bandwidth: s, as for the class.
+            lengths: Length scales in units of s, one for each kernel. (``InverseMultiquadratic.multiscale`` takes
+                factors of the squared one.)
         """
         return MultiScale(cls(bandwidth), [round(length**2, 12) for length in lengths])
 

@@ -35,18 +35,21 @@ class JensenShannon(FittedBuffers, Penalty):
 
     The discriminator's logit T distinguishes prior samples from codes by minimising :math:`E\,\mathrm{softplus}(-T(p))
     + E\,\mathrm{softplus}(T(q))`. At its optimum :math:`T = \log p/q`, and log 2 minus half of the minimum is the
-    divergence. The value is a bound from below: a discriminator that lags behind underestimates the divergence.
+    divergence. On points that the discriminator has not been trained on, the mean value is a lower bound: a
+    discriminator that lags behind underestimates the divergence. In training its own optimiser has just taken its steps
+    on the same batch, and the value may be too large: without a gradient penalty and with many steps, by tenths of a
+    nat.
 
-    The encoder's term has the discriminator's parameters detached, the discriminator's term has the codes detached.
-    By default the discriminator has an optimiser of its own and takes two steps for each of the encoder's. No other
-    optimiser, checkpoint hook or gradient reducer then receives a gradient of it. With ``optimizer=None`` one
-    backward pass serves both players, and whatever optimiser is given the discriminator's parameters trains it: SVI's
-    own does, with a learning rate of its own through a callable ``optim_args``, and so does a plain torch optimiser of
+    The encoder's term has the discriminator's parameters detached, the discriminator's term has the codes detached. By
+    default the discriminator has an optimiser of its own and takes two steps for each of the encoder's. No other
+    optimiser, checkpoint hook or gradient reducer then receives its gradients. With ``optimizer=None`` one backward
+    pass serves both players, and whatever optimiser is given the discriminator's parameters trains it: SVI's own does,
+    with a learning rate of its own through a callable ``optim_args``, and so does a plain torch optimiser of
     ``WAELoss(...)(model, guide).parameters()``. A ``penalty_weight`` of 0 then trains no discriminator.
 
-    The penalty on the discriminator's slope is what keeps codes apart. While they still lie in a small cluster, an
-    unbounded discriminator is steep there and moves all of them the same way, more strongly than the cost can pull them
-    apart, until they are one point that moves away from the discriminator.
+    The gradient penalty is what keeps codes apart. While they still lie in a small cluster, a discriminator without it
+    is steep there and moves all of them the same way, more strongly than the cost can pull them apart, until they are
+    one point that moves away from the discriminator.
 
     The discriminator's own optimiser leaves out steps that are not finite. On an accelerator, where finding out would
     wait for it, such a step has a gradient of zeros.
@@ -55,8 +58,8 @@ class JensenShannon(FittedBuffers, Penalty):
         discriminator: A module that maps codes (n, d) to logits (n,) or (n, 1). Default: three hidden layers of 256
             with LeakyReLU, whose first layer takes the latent dimension d of the first codes.
         prior_log_prob: Whether log p(z) is added to the logit; the module then learns only -log q(z).
-        saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of
-            -E log D(q), which has the same direction but does not vanish where the discriminator is sure.
+        saturating: Whether the encoder descends E log(1 - D(q)), the gradient of the value, in place of -E log D(q),
+            which has the same direction at each code but does not vanish where the discriminator is confident.
         gradient_penalty: Weight of the mean of ``|dT/dz|^2`` over codes and prior samples, half each, in the
             discriminator's loss; 0 leaves it out, and only then is the optimum's value the whole divergence.
         gradient_penalty_every: The gradient penalty is computed in every k-th step of the discriminator only, with k

@@ -1,4 +1,4 @@
-"""What a penalty is, what it is told beside codes and prior samples, and how a plain function becomes one."""
+"""The base class of penalties, the context of an estimate, sums and multiples, and plain functions as penalties."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
 class PenaltyContext:
     """What is known of the codes and the prior beyond their draws. Everything has a default.
 
-    What takes time to find out is a function, called only by a penalty that needs it.
+    What takes time to compute is a function, called only by a penalty that needs it.
 
     Args:
         data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
@@ -37,10 +37,10 @@ class PenaltyContext:
         prior: Returns the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
             where it is not one distribution.
         prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
-        encoder_variance: Returns the variance of each number of a code given its datum, shape (K, n, d).
+        encoder_variance: Returns the variance of each coordinate of a code given its datum, shape (K, n, d).
         encoder_kl: Returns the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
         sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
-        kept: Returns which numbers of the codes are not masked, shape (K, n, d), or None if all are.
+        kept: Returns where codes are not masked, booleans of shape (K, n, d), or None without a mask.
         condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
             that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior samples then come
             in multiples of the data, as with ``shared_data``.
@@ -48,7 +48,7 @@ class PenaltyContext:
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If ``data_size`` is no whole number >= 1.
+        ValueError: If ``data_size`` is not an integer >= 1.
     """
 
     data_size: int | None = None
@@ -130,7 +130,8 @@ class Penalty(CallRepr, nn.Module):
             A scalar, in the precision of the codes (float32 at least).
 
         Raises:
-            ValueError: If a shape, dtype or device does not fit, or there are fewer than 2 rows.
+            TypeError: If codes or prior are not tensors, or the context is not a :class:`PenaltyContext`.
+            ValueError: If a shape, dtype or device does not fit, or rows are missing or fewer than 2.
         """
         if not (isinstance(codes, Tensor) and isinstance(prior, Tensor | None)):
             raise TypeError(
@@ -194,7 +195,7 @@ class SumPenalty(Penalty):
     """The sum of penalties, usually written with ``+``: ``MMD() + 0.1 * SlicedWasserstein()``.
 
     Raises:
-        TypeError: If one of them is no penalty.
+        TypeError: If one of them is not a penalty.
         ValueError: If there is none.
     """
 
@@ -380,8 +381,7 @@ def check_codes(codes: Tensor, prior: Tensor) -> None:
     if codes.ndim not in (2, 3) or prior.ndim != 2 or codes.shape[-1] != prior.shape[-1] or is_empty:
         raise ValueError(
             f"A penalty takes codes of shape (n, d), or (K, n, d) for K particles, and prior samples of shape (m, d); "
-            f"found {tuple(codes.shape)} and {tuple(prior.shape)}. Write codes.flatten(1) to make rows, and take "
-            "both of the same latent dimension d."
+            f"found {tuple(codes.shape)} and {tuple(prior.shape)}. Write codes.flatten(1) to make rows of one d."
         )
     if codes.shape[-2] < 2 or len(prior) < 2:
         raise ValueError(

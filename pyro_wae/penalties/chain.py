@@ -22,9 +22,9 @@ class Chain(Penalty):
     .. math:: \sum_t n_t\, D(Q(z_{t-1}, z_t), P(z_{t-1}, z_t)) \,/\, \sum_t n_t
 
     with the number n_t of data that reach step t. The law of a Markov chain is that of its pairs: if both sides are
-    Markov chains, the value is 0 only where the whole sequences have one law. Each comparison stays one of 2 d
-    numbers, where the joint code of T steps has T d: pairs detect more in long chains that forget fast, the joint code
-    in short or slow ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
+    Markov chains, the value is 0 only where the whole sequences have one law. Each comparison is in 2 d dimensions,
+    where the joint code of T steps has T d: pairs detect more in long chains with short memory, the joint code in short
+    or slowly mixing ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
     samples within a pair, in the mean over pairs.
 
     Steps are the latent sites in the model's order, as a loop in ``pyro.markov`` makes them; their number may change
@@ -37,11 +37,11 @@ class Chain(Penalty):
             :class:`~pyro_wae.penalties.MMD`.
         order: Number of consecutive steps in a run: 1 compares each step alone, 2 pairs, as many as there are steps the
             joint code. Take 1 + k where a step of the prior depends on the k before it.
-        step_size: How many numbers of a code make a step. None: each latent site is a step.
+        step_size: Number of coordinates of a code in a step. None: each latent site is a step.
         runs: How many runs to compare in a call, drawn at random. None: all, in a time that grows with their number.
 
     Raises:
-        TypeError: If the penalty cannot be called, or a count is no whole number.
+        TypeError: If the penalty cannot be called, or a count is not an integer.
         ValueError: If a count is below 1; when called, if the code has no steps of one size, or no step
             is reached by two data.
 

@@ -83,7 +83,8 @@ class CramerWold(Penalty):
         if d == 1:
             raise ValueError(
                 "CramerWold averages over the directions of d >= 2 numbers, found codes of d = 1. Write "
-                "MMD(Gaussian(bandwidth=...)), which in one dimension is the same at bandwidth sqrt(2 gamma)."
+                "MMD(Gaussian(bandwidth=...)), which in one dimension, at bandwidth "
+                "sqrt(2 gamma), is 2 sqrt(pi gamma) times as large."
             )
         normal = None if context.prior is None or context.shared_data else _isotropic_normal(context.prior())
         if not self.kernel.is_set:
@@ -133,7 +134,7 @@ def projected_gaussian(s: Tensor, dimension: int) -> Tensor:
         The shape of ``s``, from 1 at s = 0 down; differentiable any number of times.
 
     Raises:
-        TypeError: If the dimension is no whole number.
+        TypeError: If the dimension is not an integer.
         ValueError: If it is below 2.
 
     Source: NIST Digital Library of Mathematical Functions, 13.3.15 and 13.4.1, https://dlmf.nist.gov/13.

@@ -52,8 +52,9 @@ class _VarianceGuard(Penalty):
 class LogVarianceL1(_VarianceGuard):
     r"""An L1 penalty on the encoder's log-variances, weight times :math:`E_x \sum_j \lvert \log \sigma_j^2(x) \rvert`.
 
-    It is 0 where every variance is 1, and pulls towards it with a constant force: superfluous dimensions keep a
-    variance of 1, pure noise, and the others do not. It needs no prior samples, and a guide with a variance.
+    It is 0 where every variance is 1, and its gradient with respect to each log-variance has constant size: superfluous
+    dimensions keep a variance of 1, pure noise, and the others do not. It needs no prior samples, and a guide with a
+    variance.
 
     Args:
         weight: A number >= 0, in the penalty's units; the penalty weight of the loss multiplies it once more.

@@ -58,7 +58,7 @@ def register_kernel_mean(kernel_type: type[Kernel], prior_type: type) -> Callabl
         ``batch_shape`` (), ``event_shape`` (d,).
 
     Raises:
-        TypeError: If an argument is no class.
+        TypeError: If an argument is not a class.
 
     Example:
         >>> import pyro.distributions as dist

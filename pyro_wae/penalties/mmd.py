@@ -38,14 +38,16 @@ class MMD(Penalty):
             codes; the source takes :meth:`~pyro_wae.kernels.InverseMultiquadratic.multiscale`.
         unbiased: The U-statistic if True, the V-statistic (all pairs, never negative, biased up) if False.
         standardize: Whether the estimate is divided by its standard deviation under the null Q_Z = P_Z, where it then
-            has mean 0 and variance 1. A penalty weight carries over between batch sizes and kernels. The standard
-            deviation has a closed form, or is estimated from the first prior samples and kept in ``state_dict``. It
-            counts data, not particles. Where masks or the prior make the data differ, it takes two prior samples of
-            each datum: ``WAELoss(MMD(standardize=True), prior_draws=2)``.
+            has mean 0 and variance 1. A penalty weight then carries over between kernels. The standard deviation falls
+            as 1/n: the same weight holds the codes of a larger batch closer to the prior. It has a closed form, or is
+            estimated from the first prior samples and kept in ``state_dict``. It is that of one code for each datum:
+            with several particles the variance is at most 1. Where masks or the prior make the data differ, it takes
+            two prior samples of each datum: ``WAELoss(MMD(standardize=True), prior_draws=2)``.
         closed_form: Whether means of the kernel against the prior are taken from
-            :func:`~pyro_wae.penalties.register_kernel_mean` where they are known, as for a Gaussian,
-            inverse multiquadratic, Laplace or Matern kernel and a Normal or a mixture of at most 32 Normals. The prior
-            then adds no noise. For more components, whose closed form takes longer than draws, draws are used.
+            :func:`~pyro_wae.penalties.register_kernel_mean` where they are known, as for a Gaussian, inverse
+            multiquadratic, Laplace or Matern kernel and a Normal with independent coordinates, or a mixture of at most
+            32 of these. The prior then adds no noise. For more components, whose closed form takes longer than draws,
+            draws are used.
         condition_kernel: Compares the conditions y where there are any, k_y in the product
             ``k(z, z') k_y(y, y')``: a kernel or a function of rows (n, c). It must be positive definite. Default, for
             labels: ``UnitMean(SameLabel())``, the mean over pairs of one label; for floats: a Gaussian of half the
@@ -53,9 +55,8 @@ class MMD(Penalty):
 
     Raises:
         TypeError: If a kernel cannot be called, or an option is neither True nor False.
-        ValueError: If ``standardize`` is True for the V-statistic.
-        ValueError: When called, if the prior samples share their data with the codes and are no multiple of them, or
-            one of each where ``standardize`` takes two.
+        ValueError: If ``standardize`` is True for the V-statistic; when called, if the prior samples share their data
+            with the codes and are no multiple of them, or one of each where ``standardize`` takes two.
 
     Source: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6;
     Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", 2018, arXiv:1711.01558, algorithm 2.

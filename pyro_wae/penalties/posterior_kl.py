@@ -33,6 +33,7 @@ class PosteriorKL(Penalty):
         >>> from pyro_wae.costs import NegativeLogLikelihood
         >>> from pyro_wae.penalties import MMD
         >>> info_vae = WAELoss(100 * MMD() + 0.5 * PosteriorKL(), penalty_weight=1.0, cost=NegativeLogLikelihood())
+        >>> from pyro_wae.penalties import PenaltyContext, PosteriorKL
         >>> PosteriorKL()(torch.randn(10, 2), context=PenaltyContext(encoder_kl=lambda: torch.full((1, 10), 0.5)))
         tensor(0.5000)
     """

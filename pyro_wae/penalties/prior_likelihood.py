@@ -14,9 +14,9 @@ class PriorLikelihood(Penalty):
     r"""Trains the prior, and nothing else, by the likelihood of the codes.
 
     The value is always 0. The gradient is that of the mean of :math:`-\log p_\theta(z)` over codes that are
-    detached: it reaches the parameters :math:`\theta` of the model's prior and no code. So in
-    ``WAELoss(MMD() + PriorLikelihood())`` the prior goes to the codes by maximum likelihood, which lowers
-    KL(Q_Z, P_Z), the codes go to the prior by the other penalty, and ``terms.penalty`` stays the value of that.
+    detached: it reaches the parameters :math:`\theta` of the model's prior and no code. So in ``WAELoss(MMD() +
+    PriorLikelihood())`` the prior is fitted to the codes by maximum likelihood, which lowers KL(Q_Z, P_Z), the codes
+    are matched to the prior by the other penalty, and ``terms.penalty`` is the value of that other penalty.
 
     This gradient is exact where that of a penalty through prior samples is noisy, and it needs no ``rsample``; weights
     of a mixture get theirs. The penalty weight multiplies it: no change for Adam, and with plain SGD a factor of the
@@ -27,10 +27,11 @@ class PriorLikelihood(Penalty):
             several latent sites, or for a prior without ``log_prob``.
 
     Warns:
-        UserWarning: If nothing in the prior is to be learnt.
+        UserWarning: If the prior has no learnable parameters.
 
     Example:
         >>> import torch, pyro.distributions as dist
+        >>> from pyro_wae.penalties import PenaltyContext, PriorLikelihood
         >>> loc = torch.zeros(2, requires_grad=True)
         >>> context = PenaltyContext(prior_log_prob=dist.Normal(loc, 1.0).to_event(1).log_prob)
         >>> codes = torch.ones(10, 2)

@@ -32,12 +32,13 @@ class Sinkhorn(FittedBuffers, Penalty):
     geomloss: ``pip install "pyro-wae[sinkhorn]"``.
 
     The blur decides what the penalty resolves in a finite batch. At a small one every code is coupled with one sample
-    alone, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 spreads, the
-    cosine between the gradient and that of W_2^2 between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the
-    mean penalty is least for codes of 0.71 and 0.32 times the right scale. The default, half a spread, has 0.83 and
-    0.54, and 0.89 and 0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in
-    higher dimension: take large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is
-    never negative up to convergence, and positive when Q_Z = P_Z.
+    alone, and in more than a few dimensions that is mostly noise: with n = m = 100 and a blur of 0.1 times the spread
+    (the root mean squared distance of independent prior samples), the cosine between the gradient and that of W_2^2
+    between the populations is 0.49 for d = 8 and 0.14 for d = 64, and the mean penalty is least for codes of 0.71 and
+    0.32 times the right scale. With the default, half the spread, the cosines are 0.83 and 0.54, the scales 0.89 and
+    0.58 (measured by benchmarks/finite_samples.py). So it **pulls codes inwards**, and more in higher dimension: take
+    large batches, or :class:`~pyro_wae.penalties.MMD`, which has no such bias. Its value is never negative up to
+    convergence, and positive when Q_Z = P_Z.
 
     Each of K particles is compared with a K-th of the prior samples, or with all where K does not divide their
     number, and the values are averaged; why not pooled, see :class:`~pyro_wae.penalties.SlicedWasserstein`.

@@ -27,9 +27,9 @@ class SlicedWasserstein(Penalty):
     quantile functions are merged, which is exact. Time is O(projections (n + m) log(n + m)), memory without the log.
 
     **Its value is positive even when Q_Z = P_Z**, because two finite samples of one law differ. At p = 2 that bias is
-    of the order 1/n where the density on each line is bounded away from 0, log log(n) / n for normal laws, at
-    worst n^(-1/2), and the mean penalty is least for codes a little narrower than the prior. For N(0, I), d = 8
-    and n = m = 100 the value is 0.053 and that scale 0.97 (measured by benchmarks/finite_samples.py).
+    of the order 1/n where the density on each line is bounded away from 0, log log(n) / n for Normals, n^(-1/2) for a
+    bounded distribution with a gap, and the mean penalty is least for codes a little narrower than the prior. For N(0,
+    I), d = 8 and n = m = 100 the value is 0.053 and that scale 0.97 (measured by benchmarks/finite_samples.py).
 
     A shift of the codes by v has the value ``|v|^2 / d`` at p = 2, where W_2^2 has ``|v|^2``. For a prior of unit
     variance its gradient is of the size of that of ``MMD(InverseMultiquadratic.multiscale())``, within a factor of two
@@ -45,7 +45,7 @@ class SlicedWasserstein(Penalty):
         p: Order, >= 1; any number.
 
     Raises:
-        TypeError: If projections is no whole number, or p no number.
+        TypeError: If projections is not an integer, or p is not a number.
         ValueError: If one is below 1 or not finite.
 
     Source: Bonneel, Rabin, Peyre, Pfister, "Sliced and Radon Wasserstein Barycenters of Measures", 2015,
@@ -94,7 +94,7 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
         restarts: Random directions, >= 1, from which the ascent starts besides.
 
     Raises:
-        TypeError: If steps or restarts is no whole number, or p no number.
+        TypeError: If steps or restarts is not an integer, or p is not a number.
         ValueError: If one is below 1 or not finite.
 
     Source: Deshpande, Hu, Sun, Pyrros, Siddiqui, Koyejo, Zhao, Forsyth, Schwing, "Max-Sliced Wasserstein Distance and

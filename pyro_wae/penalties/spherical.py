@@ -31,16 +31,16 @@ class SphericalSlicedWasserstein(Penalty):
     over its kinks, the multiples of 1 / lcm(n, m), is exact for every p >= 1 and any n and m. The gradient is that of
     the matching found. Time is O(projections (n + m) log(n + m) log(n m)).
 
-    **Its value is positive even when Q_Z = P_Z**: for the uniform law and p = 2 by 1/(12 n) + 1/(12 m), for every d;
-    the largest value of all, that of two opposite points, is 1/4. Of K particles each is compared with all the prior
-    samples; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
+    **Its value is positive even when Q_Z = P_Z**: for the uniform distribution and p = 2 by about 1/(12 n) + 1/(12 m)
+    for large n and m, for every d; the largest value, that of two opposite points, is 1/4, half a turn squared. Of K
+    particles each is compared with all the prior samples; why, see :class:`~pyro_wae.penalties.SlicedWasserstein`.
 
     Args:
         projections: Number of great circles, >= 1.
         p: Order, >= 1; any number.
 
     Raises:
-        TypeError: If projections is no whole number, or p no number.
+        TypeError: If projections is not an integer, or p is not a number.
         ValueError: If one is below 1 or not finite. In a call, if d < 2, or if the
             norm of a code or of a prior sample differs from 1 by more than 1e-3. On an accelerator the norms are read
             back at the first call only; later a code off the sphere makes the value NaN, which a WAELoss reports.

@@ -41,8 +41,8 @@ class KernelStein(Penalty):
             products and multiples of these. Default: ``RationalQuadratic(0.5)``, ``(1 + |x - y|^2 / c^2)^(-1/2)``. Its
             heavy tails make a small discrepancy mean closeness also for d >= 3, where that of a Gaussian kernel may
             vanish on codes that go to infinity. A length left as None is taken, once, from the variance of the
-            context's prior: c^2 is the sum of the variances of a code's numbers (half the mean squared distance of two
-            draws) times the kernel's own factor.
+            context's prior: c^2 is the sum of the variances of a code's coordinates (half the mean squared distance of
+            two prior samples) times the kernel's own factor.
         log_prob: The prior's log density up to a constant: maps codes (n, d) to (n,), each from its own row, in their
             precision. Default: the context's ``prior_log_prob``, which WAELoss takes from the model's own prior.
 

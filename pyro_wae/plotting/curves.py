@@ -29,7 +29,7 @@ def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", 
 
     Raises:
         ValueError: If one of the two is missing or empty, or their lengths differ.
-        TypeError: If ``history`` is no dict of sequences of numbers.
+        TypeError: If ``history`` is not a dict of sequences of numbers.
         ImportError: If matplotlib is not installed.
 
     Example:

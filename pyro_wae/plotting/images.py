@@ -62,8 +62,8 @@ def reconstructions(
         A figure with one axes, whose rows are labelled "data" and "reconstruction" in turn.
 
     Raises:
-        ValueError: If the two differ in shape, are of a shape that is no image's or are empty, or ``columns``
-            is not positive.
+        ValueError: If the two differ in shape, do not have the shape of images or are empty, or ``columns`` is not
+            positive.
         TypeError: If an argument is of another kind.
         ImportError: If matplotlib is not installed.
 

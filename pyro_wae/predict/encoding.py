@@ -73,7 +73,7 @@ def code_rows(
         guide: Its guide.
         args: Arguments of both.
         site: The latent site; None joins all of them, in the order of the model.
-        prior_draws: Prior samples for each code.
+        prior_draws: Number of prior samples for each code.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of both.
 

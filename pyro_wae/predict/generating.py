@@ -57,8 +57,8 @@ def decode(
         For each observed site its output G(z), in the site's own shape with as many data as there are codes.
 
     Raises:
-        ValueError: If a name is no latent site, the codes have different numbers of data, or an observed site has
-            no mean.
+        ValueError: If a name is not a latent site, the codes have different numbers of data, or an observed site has no
+            mean.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -24,11 +24,14 @@ class NormalMixture(dist.MixtureSameFamily):
 
     It is Pyro's ``MixtureSameFamily`` with an ``rsample``. Number i of a draw has, given those before it, the
     distribution function :math:`F_i(z_i \mid z_{<i}) = \sum_k w_k(z_{<i})\,\Phi(e_{ki})`, a mixture of Normals in
-    one dimension. A draw that keeps every :math:`F_i` as the parameters change moves by
+    one dimension: :math:`w_k(z_{<i})` is the posterior weight of component k, :math:`e_{ki}` is z_i standardised by
+    that component's conditional mean and standard deviation, and :math:`\Phi` is the distribution function of the
+    standard Normal. A draw that keeps every :math:`F_i` as a parameter :math:`\theta` changes moves by
 
-    .. math:: \partial z_i = -\frac{\partial F_i}{\partial_{z_i} F_i},
+    .. math:: \frac{d z_i}{d \theta} = -\frac{d F_i / d \theta}{\partial F_i / \partial z_i},
 
-    which is an unbiased gradient of every smooth function of draws, for weights, locations and scales alike.
+    where :math:`d F_i / d \theta` is taken at fixed :math:`z_i` and includes the motion of :math:`z_{<i}`. This is an
+    unbiased gradient of every smooth function of draws, for weights, locations and scales alike.
     Its variance for the weights grows without bound as components move apart, because a draw that changes component
     crosses the gap: weights then learn better by :class:`~pyro_wae.penalties.PriorLikelihood`. (Pyro's
     ``MixtureOfDiagNormals`` has an ``rsample`` as well, whose gradient for the weights is not that of the mean over
@@ -38,9 +41,10 @@ class NormalMixture(dist.MixtureSameFamily):
         mixture_distribution: A ``Categorical`` of the K weights, of shape (..., K).
         component_distribution: ``Normal(loc, scale).to_event(1)`` or ``MultivariateNormal(loc, scale_tril=...)``,
             with ``batch_shape`` (..., K) and ``event_shape`` (d,).
+        validate_args: As for every torch distribution.
 
     Raises:
-        TypeError: If the weights are no Categorical, or the components no Normals with one event dimension.
+        TypeError: If the weights are not a Categorical, or the components not Normals with one event dimension.
 
     Source: Figurnov, Mohamed, Mnih, "Implicit Reparameterization Gradients", 2018, arXiv:1805.08498, section 3.
 
@@ -135,7 +139,7 @@ class MixturePrior(nn.Module):
         standardized: Whether the whole has mean 0 and variance 1.
 
     Raises:
-        TypeError: If a size is no whole number, or an option is neither True nor False.
+        TypeError: If a size is not an integer, or an option is neither True nor False.
         ValueError: If a size is less than 1.
 
     Example:
@@ -176,7 +180,7 @@ class MixturePrior(nn.Module):
             codes: Shape (n, d), n >= K.
 
         Raises:
-            TypeError: If codes are no dense tensor.
+            TypeError: If codes are not a dense tensor.
             ValueError: If the shape is another, or a code is not finite.
 
         Source: Arthur, Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
@@ -225,7 +229,7 @@ class VampPrior(nn.Module):
 
     Raises:
         ValueError: If the scale is not > 0; when called, if the encoder's codes have another shape than (K, d).
-        TypeError: If the encoder cannot be called, the pseudo-inputs are no floats, or an option is of another kind.
+        TypeError: If the encoder cannot be called, the pseudo-inputs are not floats, or an option is of another kind.
 
     Source: Tomczak, Welling, "VAE with a VampPrior", AISTATS 2018, arXiv:1705.07120.
 

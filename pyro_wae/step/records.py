@@ -24,12 +24,13 @@ from pyro_wae.step.program import Run
 
 @dataclass(frozen=True)
 class Terms:
-    """Cost, penalty and weight of the last loss, as detached scalars on the device; reading a number waits for it.
+    """Cost, penalty and weight of the last loss: detached scalar tensors, whose reading waits for the device.
 
     Args:
         cost: Mean cost per datum, all observed sites together.
         penalty: The penalty, before its weight; with one penalty for each site, their sum.
-        weight: The penalty weight. The loss is ``cost + weight * penalty``.
+        weight: The penalty weight: a number, or a tensor of a :class:`~pyro_wae.weights.Constraint`. The loss per datum
+            is ``cost + weight * penalty``.
         costs: The same cost by observed site.
         penalties: The same penalty by latent site; empty where one penalty compares the joint code.
     """

@@ -6,7 +6,7 @@ from typing import Any
 from pyro_wae.weights.base import Constant, LinearSchedule, Schedule, Weight, as_weight
 from pyro_wae.weights.constraint import Constraint
 
-__all__ = ["Constant", "Constraint", "Linear", "LinearSchedule", "Schedule", "Weight", "as_weight"]
+__all__ = ["Constant", "Constraint", "LinearSchedule", "Schedule", "Weight", "as_weight"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,7 +65,7 @@ class Constant(Weight):
         weight: lambda, finite and >= 0.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is negative or not finite.
     """
 
@@ -103,11 +103,12 @@ class Schedule(SteppedWeight):
         )
 
     def forward(self, cost: Tensor | None = None) -> float:
-        return _checked(f"Schedule's weight of step {self.step}", self.function(self.step))
+        write = "Schedule(lambda step: 100.0)"
+        return checks.number(f"Schedule's weight of step {self.step}", self.function(self.step), least=0, write=write)
 
 
 class LinearSchedule(SteppedWeight):
-    """A weight that goes from one value to another along a line, and stays there.
+    """A weight that changes linearly from one value to another and then stays constant.
 
     Args:
         start: The weight of the first step.
@@ -115,8 +116,8 @@ class LinearSchedule(SteppedWeight):
         steps: The number of steps between them, >= 1.
 
     Raises:
-        TypeError: If a weight is no number, or ``steps`` no whole number.
-        ValueError: If a weight is negative or not finite, or there is no step.
+        TypeError: If a weight is not a number, or ``steps`` is not an integer.
+        ValueError: If a weight is negative or not finite, or ``steps`` is less than 1.
 
     Example:
         >>> LinearSchedule(0.0, 100.0, steps=1000)()
@@ -125,8 +126,9 @@ class LinearSchedule(SteppedWeight):
 
     def __init__(self, start: float, end: float, *, steps: int) -> None:
         super().__init__()
-        self.start = _checked("LinearSchedule's start", start)
-        self.end = _checked("LinearSchedule's end", end)
+        write = "LinearSchedule(0.0, 100.0, steps=1000)"
+        self.start = checks.number("LinearSchedule's start", start, least=0, write=write)
+        self.end = checks.number("LinearSchedule's end", end, least=0, write=write)
         self.steps = checks.whole("LinearSchedule's steps", steps, write="steps=1000")
 
     def forward(self, cost: Tensor | None = None) -> float:

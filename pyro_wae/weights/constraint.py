@@ -41,7 +41,7 @@ LEAST_TRACE_ROWS, TRACE_ROWS, TRACE_SHARE = 4, 256, 1 / 256
 
 
 class Constraint(FittedBuffers, SteppedWeight):
-    """A penalty weight found during training: it rises until a test on ``codes`` codes could not reject the match.
+    """A penalty weight found during training: it rises until the discrepancy is the sampling noise of ``codes`` codes.
 
     It is the Lagrange multiplier lambda of: minimise the cost subject to D(Q_Z, P_Z) <= slack. D is the squared maximum
     mean discrepancy of a fixed kernel, whatever the penalty is, and the slack is the standard deviation of its unbiased
@@ -59,8 +59,8 @@ class Constraint(FittedBuffers, SteppedWeight):
     sequences are padded with zeros. A step whose cost, codes or prior samples are not finite is left out.
 
     Args:
-        codes: Number of codes with which a test could just distinguish them from prior samples; more is stricter. It
-            should not exceed the number of data.
+        codes: Number n of codes whose sampling noise is the slack, one standard deviation of the estimate between two
+            sets of n prior samples; more is stricter. It should not exceed the number of data.
         initial: The first weight; None takes a tenth of the first step's cost, ``maximum`` at most. With a penalty that
             is near 1 for codes far from the prior, as :class:`~pyro_wae.penalties.MMD` is, the auto-encoder then learns
             first.
@@ -76,7 +76,7 @@ class Constraint(FittedBuffers, SteppedWeight):
         smoothed: Running means of the discrepancy and of the cost, shape (2,).
 
     Raises:
-        TypeError: If an argument is no number, or ``codes`` or ``pool`` no whole number.
+        TypeError: If an argument is not a number, or ``codes`` or ``pool`` is not an integer.
         ValueError: If an argument is out of range.
 
     Source: Rezende, Viola, "Taming VAEs", 2018, arXiv:1810.00597, for a multiplier that is learnt along with an
