@@ -404,10 +404,6 @@ CASES = {
         go(with_line(lambda x, z: pyro.sample("y", dist.Delta(0 * x[:, 0], z[:, 0]), obs=0 * x[:, 0]))),
         go(with_line(lambda x, z: pyro.factor("y", z[:, 0]))),
     ),
-    "random=True, which returns the values": (
-        lambda: sample(with_line(lambda x, z: {torch.Tensor: 0}[type(z)])[0], X, INDEX, SEEN, return_sites=("z",)),
-        lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",), random=True),
-    ),
     "subsample_size=": (
         go(pair(plate=drawn("data"), guide_plate=drawn("cells"))),
         go(pair(plate=drawn("data"), guide_plate=drawn("data"))),

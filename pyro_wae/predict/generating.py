@@ -47,8 +47,7 @@ def decode(
             of data; or the tensor alone, where the model has one latent site.
         args: Arguments of the model. Data determine the number of codes in a run, and a conditional generator reads
             them. With more codes than data the model runs repeatedly, and starts again from the first datum.
-        return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
-            sites may be named: their values are those that the others come from.
+        return_sites: Names of the sites to return, as in :func:`sample`.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -108,11 +107,12 @@ def decode(
             for name, value in codes.items()
         }
         # As in `sample`: other data, but no other parts of a datum.
+        fixed = poutine.condition(model, data=chosen)
         with ReplaySubsamples(first, leave_out=plate):
-            trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
+            trace = run_model(fixed, args, kwargs)
         sites = output_nodes(trace, return_sites, codes=codes)
         if not parts and not checks.flag("random", random):
-            read |= latent_among(sites, model, args, kwargs)
+            read |= latent_among(sites, trace, fixed, args, kwargs, codes)
         parts.append(site_values(sites, read, random))
         joins = {name: _data_dim(site, plate) for name, site in sites.items()}
     return _join(parts, joins, count)
@@ -195,7 +195,9 @@ def sample(
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
             :func:`code_rows`: all latent sites, joined in the order of the model.
         return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
-            sites may be named: their values are those that the others come from.
+            sites may be named: their values are those that the others come from. Without data, a site is latent if an
+            observed site follows or a later site depends on its value; otherwise it holds data. A site with
+            ``obs_mask`` is an observed one; ``x_unobserved`` is the name of its imputed values.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -227,7 +229,7 @@ def sample(
     trace = run_model(model, args, kwargs)
     sites = output_nodes(trace, return_sites)
     known_by_draw = checks.flag("random", random) and prior is None
-    latents = set() if known_by_draw else latent_among(sites, model, args, kwargs)
+    latents = set() if known_by_draw else latent_among(sites, trace, model, args, kwargs)
     if prior is not None:
         outputs = {name: site for name, site in sites.items() if name not in latents}
         codes = _codes_of(prior, trace, outputs, num_samples, data_plate)
