@@ -394,6 +394,12 @@ CASES = {
         lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 2)),
         lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 3)),
     ),
+    "decode(model, {'w': ...}, x)": (
+        lambda: sample(
+            pair(line=lambda x, z: pyro.sample("w", normal(x)))[0], X, INDEX, SEEN, prior=MixturePrior(5, 3)
+        ),
+        lambda: decode(pair(line=lambda x, z: pyro.sample("w", normal(x)))[0], {"w": X}, X, INDEX, SEEN),
+    ),
     "pyro.deterministic('y', value, event_dim=1)": (
         lambda: sample(with_line(lambda x, z: pyro.deterministic("y", z))[0], X, INDEX, SEEN, return_sites=("y",)),
         lambda: sample(
@@ -403,10 +409,6 @@ CASES = {
     "pyro.factor('y', log_density)": (
         go(with_line(lambda x, z: pyro.sample("y", dist.Delta(0 * x[:, 0], z[:, 0]), obs=0 * x[:, 0]))),
         go(with_line(lambda x, z: pyro.factor("y", z[:, 0]))),
-    ),
-    "random=True, which returns the values": (
-        lambda: sample(with_line(lambda x, z: {torch.Tensor: 0}[type(z)])[0], X, INDEX, SEEN, return_sites=("z",)),
-        lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",), random=True),
     ),
     "subsample_size=": (
         go(pair(plate=drawn("data"), guide_plate=drawn("cells"))),

@@ -362,6 +362,27 @@ def test_a_fitted_prior_samples_where_the_codes_are():
     torch.testing.assert_close(outputs.mean(0), torch.full((2,), -14.0), atol=0.5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_a_given_prior_is_that_of_the_guides_sites_and_the_model_draws_its_own():
+    """The indicator of a mixture, its level for all data and the code, of which the guide samples the code alone."""
+
+    def mixture(x):
+        level = pyro.sample("level", dist.Normal(0.0, 1e-3))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            z = pyro.sample("z", dist.Normal(level + 10.0 * k[:, None] - torch.ones(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(3 * z + 1, 100).to_event(1), obs=x)
+
+    x = torch.randn(20, 2)
+    prior = priors.fit(mixture, guide, x, prior=priors.MixturePrior(2, 2), steps=2)
+    outputs = sample(mixture, x, num_samples=50, prior=prior, return_sites=("x", "z", "k"))
+    torch.testing.assert_close(outputs["x"], 3 * outputs["z"] + 1)
+    assert (outputs["z"] < 0).all()  # as the codes, x - 5
+    assert set(outputs["k"].tolist()) == {0, 1}
+    with pytest.raises(ValueError, match=r"\{'k': 1, 'z': 2\} have size 3 .* sites that the guide does not sample"):
+        sample(mixture, x, prior=priors.MixturePrior(2, 4))
+
+
 class Points(torch.distributions.Distribution):
     """What a flow of zuko is to Pyro's wrapper, which has no ``sample`` and no ``repr``."""
 

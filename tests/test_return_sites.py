@@ -110,18 +110,121 @@ def test_of_sites_without_data_those_that_others_depend_on_are_drawn_and_the_oth
         lambda z: torch.stack([torch.tensor(float(number)) for number in z]),
         lambda z: torch.zeros(5).copy_(z),
         lambda z: [values := torch.zeros(5), values.__setitem__(slice(None), z)][0],
+        torch.vmap(torch.abs),
+        lambda z: torch.tensor(z),
+        lambda z: torch.from_dlpack(z),
+        lambda z: torch.nested.to_padded_tensor(torch.nested.nested_tensor(list(z[:, None])), 0.0)[:, 0],
     ],
-    ids=["list", "numpy", "float", "in place", "set"],
+    ids=["list", "numpy", "float", "in place", "set", "vmap", "tensor", "dlpack", "nested"],
 )
+@pytest.mark.filterwarnings("ignore:To copy construct", "ignore:The PyTorch API of nested tensors")
 def test_a_latent_site_is_known_where_its_value_leaves_torch(decoder):
     def outside(n):
         with pyro.plate("data", n):
-            z = pyro.sample("z", dist.Normal(0.0, 1))
+            z = pyro.sample("z", dist.HalfNormal(1.0))
             pyro.sample("x", dist.Normal(decoder(z), 1))
 
     outputs = sample(outside, 5, return_sites=("z", "x"))
     torch.testing.assert_close(outputs["x"], outputs["z"])
-    assert outputs["z"].all()
+    assert len(outputs["z"].unique()) == 5
+
+
+def test_a_latent_site_that_computed_sites_alone_depend_on_is_drawn():
+    def computing(x=None):
+        with pyro.plate("data", 6):
+            z, w = (pyro.sample(name, dist.Normal(torch.zeros(2), 1).to_event(1)) for name in "zw")
+            pyro.deterministic("double", 2 * z, event_dim=1)
+            if x is not None:
+                pyro.sample("x", dist.Normal(w, 1).to_event(1), obs=x)
+
+    wide = dist.Normal(torch.full((4,), 50.0), 1).to_event(1)
+    both = ("z", "double")
+    for outputs in (
+        sample(computing, return_sites=both),
+        sample(computing, torch.zeros(6, 2), return_sites=both),
+        decode(computing, {"w": torch.zeros(6, 2)}, torch.zeros(6, 2), return_sites=both),
+        sample(computing, prior=wide, return_sites=both),
+    ):
+        torch.testing.assert_close(outputs["double"], 2 * outputs["z"])
+        assert len(outputs["z"].unique()) == 12
+    assert (outputs["z"] > 40).all()
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_a_latent_site_that_no_site_depends_on_is_drawn_where_an_observed_site_follows():
+    def leaf(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.sample("b", dist.Normal(5 + a, 1).to_event(1))
+            pyro.sample("x", dist.Normal(3 * a, 1).to_event(1), obs=x)
+
+    def leaf_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Delta(x).to_event(1))
+
+    x, both = torch.zeros(2000, 2), ("a", "b")
+    # b - a has the standard deviation 1: within five standard errors.
+    for outputs in (
+        sample(leaf, x, return_sites=both),
+        decode(leaf, {"a": x}, x, return_sites=both),
+        interpolate(leaf, leaf_guide, x, x, 2, return_sites=both),
+    ):
+        noise = outputs["b"] - outputs["a"]
+        assert abs(noise.std() - 1) < 5 / math.sqrt(2 * noise.numel())
+    prior = dist.Normal(torch.tensor([1.0, 2.0, 3.0, 4.0]), 1e-4).to_event(1)
+    outputs = sample(leaf, x[:3], num_samples=7, prior=prior, return_sites=("b", "a", "x"))
+    expected = {"b": [3.0, 4.0], "a": [1.0, 2.0], "x": [3.0, 6.0]}
+    expected = {name: torch.tensor([value] * 7) for name, value in expected.items()}
+    torch.testing.assert_close(outputs, expected, atol=0.01, rtol=0)
+
+
+def test_data_that_a_conditional_generator_is_called_without_are_means():
+    def conditional(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(torch.zeros(4), 1), obs=y)
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1))
+            pyro.sample("x", dist.Normal(z + y, 1))
+
+    y = torch.tensor([0.0, 10.0, 20.0, 30.0])
+    outputs = sample(conditional, y, num_samples=8, return_sites=("x", "z"))
+    torch.testing.assert_close(outputs["x"], outputs["z"] + y.repeat(2))
+
+
+def test_a_latent_site_is_known_from_one_draw_of_a_category_and_from_few_of_a_rare_one():
+    def rare(n):
+        with pyro.plate("data", n):
+            z = pyro.sample("z", dist.Normal(0.0, 1))
+            kind = pyro.sample("kind", dist.Bernoulli(torch.tensor(1e-6)))
+            pyro.sample("token", dist.Categorical(logits=torch.stack([1 + z + kind, -z], -1)))
+
+    outputs = sample(rare, 1, return_sites=("z", "kind"))
+    assert outputs["z"] != 0
+    assert outputs["kind"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_a_site_with_obs_mask_is_returned_as_an_observed_site():
+    seen = torch.arange(6) % 2 == 0
+
+    def masked(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            y = pyro.sample("y", dist.Normal(torch.full((2,), 7.0), 1).to_event(1), obs=x, obs_mask=seen)
+            pyro.sample("x", dist.Normal(3 * z + y, 1).to_event(1), obs=x, obs_mask=seen)
+
+    x = 1000 + torch.randn(6, 2)
+    names = ("x", "z", "y", "y_unobserved")
+    for outputs in (
+        sample(masked, x, return_sites=names),
+        decode(masked, {"z": torch.randn(6, 2)}, x, return_sites=names),
+        {name: value[0] for name, value in interpolate(masked, guide, x, x, 2, return_sites=names).items()},
+    ):
+        read = torch.where(seen[:, None], x, outputs["y_unobserved"])
+        torch.testing.assert_close(outputs["x"], 3 * outputs["z"] + read)
+        torch.testing.assert_close(outputs["y"], torch.full((6, 2), 7.0))
+        assert len(outputs["y_unobserved"].unique()) == 12
+    found = reconstruct(masked, guide, x, return_sites=("y",))
+    torch.testing.assert_close(found, {"y": torch.full((6, 2), 7.0)})
 
 
 def test_a_computed_site_whose_data_dimension_is_not_known_is_refused():

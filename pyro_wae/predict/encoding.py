@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.random_state import restored_random_state
+from pyro_wae.predict.dependence import latent_among
 from pyro_wae.predict.runs import encoded_run, output_nodes, run_model, site_values
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import ReplaySubsamples
@@ -184,9 +185,11 @@ def interpolate(
 
     def decoded(t: float, args: tuple[Any, ...]) -> dict[str, Tensor]:
         codes = {name: _PATHS[path](a, b, t, dim) for name, (a, b, dim) in ends.items()}
+        fixed = poutine.condition(model, data=codes)
         with ReplaySubsamples(start.model):
-            trace = run_model(poutine.condition(model, data=codes), args, kwargs)
-        return site_values(output_nodes(trace, return_sites, codes=codes), codes, random)
+            trace = run_model(fixed, args, kwargs)
+        sites = output_nodes(trace, return_sites, codes=codes)
+        return site_values(sites, {*codes, *latent_among(sites, trace, fixed, args, kwargs, codes)}, random)
 
     if len(args_b) > 1:
         _check_alike(lambda args: decoded(1.0, args), args_a, args_b)

@@ -47,8 +47,7 @@ def decode(
             of data; or the tensor alone, where the model has one latent site.
         args: Arguments of the model. Data determine the number of codes in a run, and a conditional generator reads
             them. With more codes than data the model runs repeatedly, and starts again from the first datum.
-        return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
-            sites may be named: their values are those that the others come from.
+        return_sites: Names of the sites to return, as in :func:`sample`.
         random: Whether to draw from the observed site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -108,11 +107,12 @@ def decode(
             for name, value in codes.items()
         }
         # As in `sample`: other data, but no other parts of a datum.
+        fixed = poutine.condition(model, data=chosen)
         with ReplaySubsamples(first, leave_out=plate):
-            trace = run_model(poutine.condition(model, data=chosen), args, kwargs)
+            trace = run_model(fixed, args, kwargs)
         sites = output_nodes(trace, return_sites, codes=codes)
         if not parts and not checks.flag("random", random):
-            read |= latent_among(sites, model, args, kwargs)
+            read |= latent_among(sites, trace, fixed, args, kwargs, codes)
         parts.append(site_values(sites, read, random))
         joins = {name: _data_dim(site, plate) for name, site in sites.items()}
     return _join(parts, joins, count)
@@ -193,9 +193,12 @@ def sample(
         num_samples: Number of samples; the model runs as often as needed. None returns those of one run.
         prior: Replaces the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
-            :func:`code_rows`: all latent sites, joined in the order of the model.
+            :func:`code_rows`: all latent sites, joined in the order of the model. Sites that the guide does not
+            sample are no part of it, and the model draws them, if only one choice of sites has the size of a draw.
         return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
-            sites may be named: their values are those that the others come from.
+            sites may be named: their values are those that the others come from. Without data, a site is latent if an
+            observed site follows or a later site depends on its value; otherwise it holds data. A site with
+            ``obs_mask`` is an observed one; ``x_unobserved`` is the name of its imputed values.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.
@@ -227,7 +230,7 @@ def sample(
     trace = run_model(model, args, kwargs)
     sites = output_nodes(trace, return_sites)
     known_by_draw = checks.flag("random", random) and prior is None
-    latents = set() if known_by_draw else latent_among(sites, model, args, kwargs)
+    latents = set() if known_by_draw else latent_among(sites, trace, model, args, kwargs)
     if prior is not None:
         outputs = {name: site for name, site in sites.items() if name not in latents}
         codes = _codes_of(prior, trace, outputs, num_samples, data_plate)
@@ -257,22 +260,47 @@ def _codes_of(
         for name, node in trace.nodes.items()
         if is_random(node) and not is_imputed(name, trace.nodes) and name not in outputs
     }
+    # One of the model alone may be drawn once for all data; a code is not.
+    latents = {name: node for name, node in latents.items() if node["cond_indep_stack"]} or latents
     plate = find_data_plate(list(latents.values()), list(outputs.values()), data_plate)
-    sites = [Site(name, node["fn"], node["value"], *layout(node, plate)) for name, node in latents.items()]
+    sites = {name: Site(name, node["fn"], node["value"], *layout(node, plate)) for name, node in latents.items()}
     if count is None:
         shape, dim, _ = layout(next(iter({**outputs, **latents}.values())), plate)
         count = shape[dim]
     write = "sample(model, x, prior=priors.fit(model, guide, x, prior=MixturePrior(100, {d})))"
     draws = drawn(distribution_of(prior, write=write.format(d="d")), count).reshape(count, -1)
-    sizes = {site.name: site.value_rows()[0, 0].numel() for site in sites}
-    d = sum(sizes.values())
-    if draws.shape[1] != d:
-        raise ValueError(
-            f"prior draws codes of size {draws.shape[1]}, and those of the model's latent sites {sizes} have size {d} "
-            f"together. Write {write.format(d=d)}."
-        )
-    rows = zip(sites, draws.split(list(sizes.values()), 1), strict=True)
+    sizes = {name: site.value_rows()[0, 0].numel() for name, site in sites.items()}
+    chosen = [sites[name] for name in _sites_of_size(sizes, draws.shape[1], write)]
+    rows = zip(chosen, draws.split([sizes[site.name] for site in chosen], 1), strict=True)
     return {site.name: site.unrows(part[None], site.distribution.event_shape).to(site.value) for site, part in rows}
+
+
+def _sites_of_size(sizes: Mapping[str, int], d: int, write: str) -> list[str]:
+    """The latent sites whose codes have size d together, if only one choice of them has.
+
+    Raises:
+        ValueError: If none has, or several have.
+    """
+    found: dict[int, list[list[str]]] = {0: [[]]}  # two choices of a size are enough to know that it has several
+    for name, size in sizes.items():
+        for part in sorted((part for part in found if part + size <= d), reverse=True):
+            choices = found.get(part + size, []) + [[*choice, name] for choice in found[part]]
+            found[part + size] = choices[:2]
+    fitting = found.get(d, [])
+    if not fitting:
+        total = sum(sizes.values())
+        less = ", or the size without the sites that the guide does not sample" if len(sizes) > 1 else ""
+        raise ValueError(
+            f"prior draws codes of size {d}, and those of the model's latent sites {dict(sizes)} have size {total} "
+            f"together. Write {write.format(d=total)}{less}."
+        )
+    if len(fitting) > 1:
+        codes = ", ".join(f"'{name}': ..." for name in fitting[1])
+        raise ValueError(
+            f"prior draws codes of size {d}, which is the size of the model's latent sites {fitting[0]} and of "
+            f"{fitting[1]}. Write decode(model, {{{codes}}}, x), with draws of the prior at the sites that it is for."
+        )
+    return fitting[0]
 
 
 def _reconstruction(site: Site, random: bool) -> Tensor:

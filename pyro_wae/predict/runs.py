@@ -56,10 +56,11 @@ def output_nodes(
         return_sites: The names, if given.
         codes: The latent sites that were fixed in this run, which are no data.
     """
-    observed = {name: sample.node for name, sample in observed_samples(samples_of(trace)) if name not in codes}
+    observed = observed_nodes(trace, codes)
     if return_sites is not None:
         random = {name: site for name, site in trace.nodes.items() if is_random(site) or name in codes}
-        known = random | observed | computed_nodes(trace)
+        # What ``obs_mask`` has made of data and draws is computed, too.
+        known = random | computed_nodes(trace) | observed
         check_return_sites(return_sites, known)
         for name in return_sites:
             _check_event(name, known[name])
@@ -70,6 +71,11 @@ def output_nodes(
             "or name them: return_sites=('x',)."
         )
     return observed
+
+
+def observed_nodes(trace: Any, codes: Collection[str] = ()) -> dict[str, Node]:
+    """The observed sites but the codes that were fixed, by the names the user gave them."""
+    return {name: sample.node for name, sample in observed_samples(samples_of(trace)) if name not in codes}
 
 
 def _check_event(name: str, node: Node) -> None:
