@@ -394,12 +394,6 @@ CASES = {
         lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 2)),
         lambda: sample(pair()[0], X, INDEX, SEEN, prior=MixturePrior(5, 3)),
     ),
-    "decode(model, {'w': ...}, x)": (
-        lambda: sample(
-            pair(line=lambda x, z: pyro.sample("w", normal(x)))[0], X, INDEX, SEEN, prior=MixturePrior(5, 3)
-        ),
-        lambda: decode(pair(line=lambda x, z: pyro.sample("w", normal(x)))[0], {"w": X}, X, INDEX, SEEN),
-    ),
     "pyro.deterministic('y', value, event_dim=1)": (
         lambda: sample(with_line(lambda x, z: pyro.deterministic("y", z))[0], X, INDEX, SEEN, return_sites=("y",)),
         lambda: sample(

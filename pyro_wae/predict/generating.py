@@ -193,8 +193,8 @@ def sample(
         num_samples: Number of samples; the model runs as often as needed. None returns those of one run.
         prior: Replaces the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
-            :func:`code_rows`: all latent sites, joined in the order of the model. Sites that the guide does not
-            sample are no part of it, and the model draws them, if only one choice of sites has the size of a draw.
+            :func:`code_rows`: all latent sites, joined in the order of the model; or those that are not discrete, if
+            they have the size of a draw. The model draws the others.
         return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
             sites may be named: their values are those that the others come from. Without data, a site is latent if an
             observed site follows or a later site depends on its value; otherwise it holds data. A site with
@@ -270,37 +270,24 @@ def _codes_of(
     write = "sample(model, x, prior=priors.fit(model, guide, x, prior=MixturePrior(100, {d})))"
     draws = drawn(distribution_of(prior, write=write.format(d="d")), count).reshape(count, -1)
     sizes = {name: site.value_rows()[0, 0].numel() for name, site in sites.items()}
-    chosen = [sites[name] for name in _sites_of_size(sizes, draws.shape[1], write)]
-    rows = zip(chosen, draws.split([sizes[site.name] for site in chosen], 1), strict=True)
+    d, total = draws.shape[1], sum(sizes.values())
+    # The guide samples no indicator of a mixture, which the model draws.
+    chosen = [site for site in sites.values() if d == total or not _is_discrete(site.distribution)]
+    parts = [sizes[site.name] for site in chosen]
+    if sum(parts) != d:
+        raise ValueError(
+            f"prior draws codes of size {d}, and those of the model's latent sites {sizes} have size {total} together. "
+            f"Write {write.format(d=total)}."
+        )
+    rows = zip(chosen, draws.split(parts, 1), strict=True)
     return {site.name: site.unrows(part[None], site.distribution.event_shape).to(site.value) for site, part in rows}
 
 
-def _sites_of_size(sizes: Mapping[str, int], d: int, write: str) -> list[str]:
-    """The latent sites whose codes have size d together, if only one choice of them has.
-
-    Raises:
-        ValueError: If none has, or several have.
-    """
-    found: dict[int, list[list[str]]] = {0: [[]]}  # two choices of a size are enough to know that it has several
-    for name, size in sizes.items():
-        for part in sorted((part for part in found if part + size <= d), reverse=True):
-            choices = found.get(part + size, []) + [[*choice, name] for choice in found[part]]
-            found[part + size] = choices[:2]
-    fitting = found.get(d, [])
-    if not fitting:
-        total = sum(sizes.values())
-        less = ", or the size without the sites that the guide does not sample" if len(sizes) > 1 else ""
-        raise ValueError(
-            f"prior draws codes of size {d}, and those of the model's latent sites {dict(sizes)} have size {total} "
-            f"together. Write {write.format(d=total)}{less}."
-        )
-    if len(fitting) > 1:
-        codes = ", ".join(f"'{name}': ..." for name in fitting[1])
-        raise ValueError(
-            f"prior draws codes of size {d}, which is the size of the model's latent sites {fitting[0]} and of "
-            f"{fitting[1]}. Write decode(model, {{{codes}}}, x), with draws of the prior at the sites that it is for."
-        )
-    return fitting[0]
+def _is_discrete(distribution: Any) -> bool:
+    try:
+        return bool(distribution.support.is_discrete)
+    except NotImplementedError:
+        return False
 
 
 def _reconstruction(site: Site, random: bool) -> Tensor:
