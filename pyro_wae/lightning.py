@@ -104,7 +104,8 @@ class WAE(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         elbo, programs = self.wae.elbo, (self.wae.model, self.wae.guide)
         options = {"cost": elbo.cost, "data_plate": elbo.data_plate, "condition": elbo.condition}
-        step = Observer(*programs, prior_draws=1, **options).observe(self.arguments(batch), {})
+        observer = Observer(*programs, prior_draws=1, once_observed=elbo._once_observed, **options)
+        step = observer.observe(self.arguments(batch), {})
         (codes,), prior = step.rows()
         assert prior is not None  # one draw for each code
         if step.prior_varies or step.kept is not None:

@@ -338,8 +338,9 @@ def test_a_cost_of_labels_is_taken_in_batches_with_and_without_them(labelled_fir
 
 
 @pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
-@pytest.mark.parametrize("how", ["None", "not sampled"])
-def test_a_cost_of_a_modality_is_taken_in_batches_that_lack_it(how):
+@pytest.mark.parametrize("lacking_first", [False, True])
+@pytest.mark.parametrize(("how", "kind"), [("None", "latent"), ("not sampled", "not observed")])
+def test_a_cost_of_a_modality_is_taken_in_batches_that_lack_it(how, kind, lacking_first):
     def model(x, y=None):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", normal(x, 2))
@@ -352,6 +353,9 @@ def test_a_cost_of_a_modality_is_taken_in_batches_that_lack_it(how):
             pyro.sample("z", delta(x))
 
     x, loss = x_of(), WAELoss(cost={"x": SquaredError(), "y": SquaredError()}, penalty_weight=1.0)
+    if lacking_first:
+        with pytest.warns(UserWarning, match=f"cost names 'y', which is {kind} in this batch"):
+            loss.loss(model, guide, x, None)
     for y in (x, None, x):
         loss.loss(model, guide, x, y)
         assert set(loss.terms.costs) == ({"x"} if y is None else {"x", "y"})
@@ -396,8 +400,10 @@ def test_an_entry_of_a_site_that_a_mask_leaves_out_is_no_error(left_out):
     loss.loss(model, guide, x_of())
     assert set(loss.terms.costs) == ({"x"} if left_out else {"x", "y"})
     assert set(loss.terms.penalties) == ({"z"} if left_out else {"z", "a"})
-    with raises(ValueError, "cost names 'w', which is no observed site"):
+    with pytest.warns(UserWarning, match="cost names 'w', which is not observed in this batch"):
         WAELoss(cost={**costs, "w": SquaredError()}).loss(model, guide, x_of())
+    with raises(ValueError, "cost names 'w', which is no observed site"):
+        WAELoss(cost={"y": SquaredError(), "w": SquaredError()}).loss(model, guide, x_of())
 
 
 def test_a_cost_with_parameters_to_be_learned_warns():

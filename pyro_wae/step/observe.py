@@ -53,7 +53,7 @@ class Observer:
         TypeError: If model or guide cannot be called.
 
     Warns:
-        UserWarning: If a dict of costs names a latent site that has not been observed yet.
+        UserWarning: If a dict of costs names a site that has not been observed yet.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Observer:
             condition, is_masked = read_condition(self.condition, found, (self.model, args, kwargs))
         sites = self._reconstructed(found.observed)
         if isinstance(self.cost, Mapping):
-            check_names("cost", self._named_costs(found, sites), list(sites), "observed", "SquaredError()")
+            self._check_costs(found, sites)
         for name in set(found.points) & set(sites):
             # Looking waits for an accelerator, at such a site alone.
             if isinstance(self._cost(name), OutputCost) and _has_density(sites[name]):
@@ -166,21 +166,26 @@ class Observer:
             common_scale=_common_scale(found),
         )
 
-    def _named_costs(self, found: Run, sites: Mapping[str, Site]) -> list[str]:
-        """The sites that the costs name, without those that are observed in other batches alone, as missing labels."""
+    def _check_costs(self, found: Run, sites: Mapping[str, Site]) -> None:
+        """Checks the names of a dict of costs, whose sites may be observed in other batches alone, as missing labels.
+
+        A misspelt name leaves the site that it means without a cost, which is an error in each batch that observes it.
+        """
         assert isinstance(self.cost, Mapping)
-        nodes = found.model.nodes
-        latent = [name for name in self.cost if name in nodes and is_random(nodes[name])]
-        for name in latent:
-            if name not in self.once_observed:
-                warnings.warn(
-                    f"cost names '{name}', which is latent in this batch: it has a cost in a batch where it is "
-                    "observed, as labels that are missing. If it is latent in all of them, leave it out of cost.",
-                    UserWarning,
-                    stacklevel=7,
-                )
-        self.once_observed.update(latent, sites)
-        return [name for name in self.cost if name in sites or name not in {*self.once_observed, *found.left_out}]
+        nodes, known = found.model.nodes, {*sites, *self.once_observed, *found.left_out}
+        absent = [name for name in self.cost if name not in known]
+        latent = [name for name in absent if name in nodes and is_random(nodes[name])]
+        if not all(name in self.cost for name in sites):
+            names = [name for name in self.cost if name in sites or (name in absent and name not in latent)]
+            check_names("cost", names, list(sites), "observed", "SquaredError()")
+        for name in absent:
+            warnings.warn(
+                f"cost names '{name}', which is {'latent' if name in latent else 'not observed'} in this batch: it has "
+                "a cost in batches that observe it, as with missing labels. If no batch does, leave it out of cost.",
+                UserWarning,
+                stacklevel=7,
+            )
+        self.once_observed.update(self.cost)
 
     def _cost(self, name: str) -> Cost | None:
         return self.cost[name] if isinstance(self.cost, Mapping) else self.cost
