@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -104,7 +104,10 @@ class WAE(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         elbo, programs = self.wae.elbo, (self.wae.model, self.wae.guide)
         options = {"cost": elbo.cost, "data_plate": elbo.data_plate, "condition": elbo.condition}
-        step = Observer(*programs, prior_draws=1, **options).observe(self.arguments(batch), {})
+        # Held-out data may lack a site that a cost names, as labels; training checks the names.
+        named = set(elbo.cost) if isinstance(elbo.cost, Mapping) else set()
+        observer = Observer(*programs, prior_draws=1, once_observed=named, **options)
+        step = observer.observe(self.arguments(batch), {})
         (codes,), prior = step.rows()
         assert prior is not None  # one draw for each code
         if step.prior_varies or step.kept is not None:

@@ -180,5 +180,5 @@ def test_where_the_variance_is_not_proportional_to_the_length_another_length_is_
     likelihood = dist.DirichletMultinomial(5 * SHARES.expand(6, 3), 1000, validate_args=False)
     expected = (likelihood.variance).sum(1).mean().item()
     assert expected_error(likelihood, 1000 * SHARES.expand(6, 3)) == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(ValueError, match="other totals than the total_count of DirichletMultinomial"):
+    with pytest.raises(ValueError, match="differ from the total_count of DirichletMultinomial"):
         expected_error(likelihood, LENGTHS * SHARES)

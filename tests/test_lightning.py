@@ -14,6 +14,7 @@ from pyro import poutine
 from references import program
 
 from pyro_wae import WAELoss
+from pyro_wae.costs import SquaredError
 from pyro_wae.penalties import MMD
 from pyro_wae.predict import encode
 
@@ -244,6 +245,25 @@ def test_the_mean_cost_is_that_of_all_data_whatever_else_a_batch_holds(tmp_path,
     (found,) = trainer(tmp_path).validate(WAE(net), loader, verbose=False)
     costs = (x - net.decoder(x[:, :2])).square().sum(1)
     assert found["val_cost"] == pytest.approx(costs[kept].mean().item(), rel=1e-5)
+
+
+def test_labels_may_be_missing_in_validation(tmp_path):
+    class Labelled(Net):
+        def model(self, x, y=None):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+                pyro.sample("x", dist.Normal(self.decoder(z), 1).to_event(1), obs=x)
+                if y is not None:
+                    pyro.sample("y", dist.Normal(z[:, 0], 1), obs=y)
+
+        def guide(self, x, y=None):
+            super().guide(x)
+
+    x, run = torch.randn(60, 5), trainer(tmp_path, epochs=1)
+    module = WAE(Labelled(), loss=WAELoss(cost={"x": SquaredError(), "y": SquaredError()}))
+    labelled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, 0]), 20)
+    run.fit(module, labelled, torch.utils.data.DataLoader(x, 20))
+    assert {"val_cost", "val_p"} <= set(run.callback_metrics)
 
 
 def test_without_lightning_the_error_names_the_extra(monkeypatch):

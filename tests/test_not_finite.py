@@ -104,8 +104,9 @@ def test_nan_in_one_of_several_particles(is_validated):
 
     # Pyro's own check of the decoder's arguments comes first.
     found = r"(?s)Normal.*found invalid values.*nan" if is_validated else "codes of latent site 'z' hold NaN"
-    with pyro.validation_enabled(is_validated), pytest.raises(ValueError, match=found):
+    with pyro.validation_enabled(is_validated), pytest.raises(ValueError, match=found) as caught:
         WAELoss(num_particles=3).loss_and_grads(*program(code), X)
+    assert not is_validated or "codes of latent site 'z' are not finite" in caught.value.__notes__[0]
 
 
 PENALTIES = {

@@ -8,7 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder, delta
+from programs import AutoEncoder, around, delta, normal
+from programs import pair as pair_with_lines
 from pyro import poutine
 from references import program
 from reported import FAST, data, pair
@@ -171,6 +172,17 @@ def test_costs_are_those_asked_for():
         report(model, guide, data(50), cost={"w": AbsoluteError()})
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("line", "sign"), [("line", -1), ("guide_line", 1)])
+def test_what_a_factor_adds_is_among_the_costs(line, sign, masked):
+    model, guide = pair_with_lines(**{line: lambda x, _: pyro.factor("f", x[:, 0], has_rsample=True)})
+    x, kept = data(60), (torch.arange(60) < 40) | torch.tensor(not masked)
+    found = report(poutine.mask(model, mask=kept), poutine.mask(guide, mask=kept), x, **FAST)
+    assert list(found.costs) == ["x", "f"]
+    assert found.costs["f"].mean == pytest.approx(sign * x[kept, 0].mean().item(), rel=1e-5)
+    assert "cost of f: " in str(found)
+
+
 # Data in batches, masks, subsamples, conditional priors
 
 
@@ -181,6 +193,26 @@ def test_batches_give_what_one_call_gives(of):
     found = report(*pair(lambda x: x + 1), batches=batches, **FAST)
     torch.testing.assert_close(found.codes, x + 1)
     assert found.costs["x"].mean == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("labelled_first", [True, False])
+def test_a_cost_is_that_of_the_batches_that_have_its_site(labelled_first):
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x))
+            pyro.sample("x", around(z), obs=x)
+            if y is not None:
+                pyro.sample("y", dist.Normal(z[:, 0], 1), obs=y)
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(x + 1))
+
+    x = data(100)
+    batches = [(x[:30], x[:30, 0] - 1), (x[30:],)]
+    found = report(model, guide, batches=batches if labelled_first else batches[::-1], **FAST)
+    assert found.costs["x"].mean == pytest.approx(3, rel=1e-5)
+    assert found.costs["y"].mean == pytest.approx(4, rel=1e-5)
 
 
 def test_no_more_codes_than_asked_for():
@@ -347,3 +379,11 @@ def test_errors_say_what_to_write(options, error, message):
 def test_codes_that_are_not_finite_are_an_error():
     with pytest.raises(ValueError, match="site 'z'"):
         report(*pair(lambda x: x / 0), data(50))
+
+
+def test_a_prior_of_another_precision_is_an_error():
+    model, guide = program(prior=lambda x: dist.Normal(torch.zeros(3, dtype=torch.float32), 1).to_event(1))
+    with pytest.raises(
+        ValueError, match=r"one floating dtype, found torch\.float64 and torch\.float32\. Make the model"
+    ):
+        report(model, guide, data(50).double())

@@ -2,6 +2,7 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -12,13 +13,13 @@ from reported import FAST, data, pair
 from pyro_wae.diagnostics import report
 
 
-def imaging(shape, scale=1.0):
+def imaging(shape, scale=1.0, mask=True):
     def output(z):
         pixels = torch.sigmoid(z.mean(-1)).reshape(-1, *[1] * len(shape)) * scale * z.new_ones(shape)
-        return dist.Normal(pixels, 1).to_event(len(shape))
+        return dist.Normal(pixels, 1, validate_args=False).mask(mask).to_event(len(shape))
 
     # Data may be truth values, in which no code is drawn.
-    return program(lambda x: delta(1.0 * x.flatten(1)[:, :3]), lambda x: normal(1.0 * x, 3), output)
+    return program(lambda x: delta((1.0 * x.flatten(1)[:, :3]).nan_to_num()), lambda x: normal(1.0 * x, 3), output)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,38 @@ def test_constant_images_are_numbers_from_0_to_1():
     pictures = report(*imaging((8, 8)), torch.full((40, 8, 8), 5.0), **FAST).pictures["x"]
     for images in (pictures.samples, pictures.inputs, pictures.outputs, pictures.paths):
         assert ((images >= 0) & (images <= 1)).all()
+
+
+def test_a_path_has_the_condition_of_its_start():
+    def model(x, y):
+        with pyro.plate("data", len(x), subsample_size=20) as index:
+            z = pyro.sample("z", normal(x, 3))
+            images = y[index].reshape(-1, 1, 1) + 0 * z.sum(-1).reshape(-1, 1, 1).expand(-1, 8, 8)
+            pyro.sample("x", dist.Normal(images, 1).to_event(2), obs=x[index])
+
+    def guide(x, y):
+        with pyro.plate("data", len(x), subsample_size=20) as index:
+            pyro.sample("z", delta(x[index].flatten(1)[:, :3]))
+
+    y = torch.arange(40.0) / 40
+    x = y.reshape(-1, 1, 1) + torch.zeros(40, 8, 8)
+    pictures = report(model, guide, x, y, **FAST).pictures["x"]
+    grey = pictures.paths.mean((1, 2)).reshape(-1, pictures.steps)
+    starts = pictures.inputs[[0, 2, 4]].mean((1, 2))
+    torch.testing.assert_close(grey, starts[:, None].expand_as(grey))
+
+
+def test_missing_pixels_leave_the_others_their_scale():
+    x = 200 * torch.rand(40, 8, 8) + 20
+    low, high = x.amin(), x.amax()
+    expected = (x[:10] - low) / (high - low)
+    x[3, 2, 5], expected[3, 2, 5] = torch.nan, 0
+    known = ~x.isnan()
+    pictures = report(*imaging((8, 8), 255.0, known), x, **FAST).pictures["x"]
+    torch.testing.assert_close(pictures.inputs, expected)
+    for images in (pictures.samples, pictures.outputs, pictures.paths):
+        assert images.isfinite().all()
+    assert report(*imaging((8, 8), mask=torch.zeros_like(known)), torch.full_like(x, torch.nan), **FAST).pictures == {}
 
 
 @pytest.mark.parametrize("event", [(64,), (30, 8), (7, 7)], ids=str)

@@ -196,3 +196,22 @@ def test_masked_data_do_not_reach_the_metric(how):
     with pytest.raises(ValueError, match="data of site 'x' are masked"):
         sample_quality(model, (x, mask), largest)
     assert sample_quality(model, (x[:6], mask[:6]), largest) < 100
+
+
+def test_samples_of_a_multinomial_have_the_totals_of_the_data():
+    def model(documents):
+        with pyro.plate("data", len(documents)):
+            z = pyro.sample("z", dist.Normal(documents.new_zeros(3), 1).to_event(1))
+            total = int(documents.sum(1).max())
+            pyro.sample("x", dist.Multinomial(total, logits=z, validate_args=False), obs=documents)
+
+    def totals(data, samples):
+        return samples.sum(1)
+
+    lengths = torch.tensor([10.0, 100.0, 0.0, 1000.0])
+    documents = lengths[:, None] * torch.tensor([0.2, 0.3, 0.5])
+    torch.testing.assert_close(sample_quality(model, documents, totals), lengths)
+    with pytest.raises(ValueError, match=r"totals of the data of site 'x' differ .* Multinomial.* Write random=False"):
+        sample_quality(model, documents, totals, random=True)
+    same = documents[:1].expand(4, 3)
+    assert sample_quality(model, same, totals, random=True).tolist() == [10, 10, 10, 10]

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import generator_output
 from pyro_wae.diagnostics.gathering import Gathered
-from pyro_wae.predict import decode, sample
-from pyro_wae.step.program import Program
+from pyro_wae.predict import sample
+from pyro_wae.predict.runs import output_nodes, run_model, site_output
+from pyro_wae.step.prior import ReplaySubsamples
+from pyro_wae.step.program import Program, Run
 
 SAMPLES, INPUTS, PATHS, STEPS = 30, 10, 3, 10
 
@@ -31,9 +34,10 @@ class Pictures:
 
     Args:
         samples: Samples of the model.
-        inputs: Data.
+        inputs: Data, missing pixels (NaN) 0.
         outputs: Their reconstructions.
-        paths: Latent interpolations between two data, one after the other.
+        paths: Latent interpolations between two data, one after the other; a conditional decoder has the condition of
+            the first.
         steps: Number of images in each.
     """
 
@@ -65,8 +69,9 @@ def collect_pictures(
     for name, site in run.observed.items():
         inputs = site.value_rows()[0]
         inputs = inputs if inputs.is_floating_point() else inputs.float()  # truth values cannot be subtracted
+        known = inputs[inputs.isfinite()]
         size = shapes[name] if name in shapes else _image_shape(tuple(inputs.shape[1:]))
-        if size is None:
+        if size is None or not len(known):
             continue
         if len(size) not in (2, 3) or inputs[0].numel() != math.prod(size):
             raise ValueError(
@@ -80,28 +85,35 @@ def collect_pictures(
         options = {"return_sites": [name], "data_plate": data_plate, **kwargs}
         with isolated_seed(seed, inputs.device):
             samples = sample(model, *args, num_samples=SAMPLES, **options)[name].movedim(site.value_dim, 0)
-            paths = decode(model, _paths(gathered, len(inputs)), *args, **options)[name].movedim(site.value_dim, 0)
-        low, high = inputs.min(), inputs.max()
+            paths = _paths(model, run, name, args, kwargs)
+        low, high = known.min(), known.max()
         if low >= -0.05 and high <= 1.05:
             low, high = low.new_zeros(()), high.new_ones(())
         span = (high - low).where(high > low, 1.0)
+        data = inputs[:INPUTS].where(~inputs[:INPUTS].isnan(), low)
         images = [
             ((x.reshape(len(x), *size) - low) / span).clamp(0, 1)
-            for x in (samples, inputs[:INPUTS], outputs[0, :INPUTS].detach(), paths)
+            for x in (samples, data, outputs[0, :INPUTS].detach(), paths)
         ]
         found[name] = Pictures(samples=images[0], inputs=images[1], outputs=images[2], paths=images[3], steps=STEPS)
     return found
 
 
-def _paths(gathered: Gathered, count: int) -> dict[str, Tensor]:
-    """Codes on straight lines between data 0 and 1, 2 and 3, and so on, in the shape of their sites."""
-    codes = {}
-    for name, site in gathered.first[1].latents.items():
-        rows = site.value.movedim(site.value_dim, 0)
-        t = torch.linspace(0, 1, STEPS, dtype=rows.dtype, device=rows.device).reshape(-1, *[1] * (rows.ndim - 1))
-        ways = [(1 - t) * rows[2 * i % count] + t * rows[(2 * i + 1) % count] for i in range(PATHS)]
-        codes[name] = torch.cat(ways).movedim(0, site.value_dim)
-    return codes
+def _paths(model: Program, run: Run, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Decoded points on straight lines between the codes of data 0 and 1, 2 and 3, and so on.
+
+    A line has the condition of its start: for each point the model runs on all data, each on its way to the next.
+    """
+    site, points = run.observed[name], []
+    starts = [2 * i % site.data for i in range(PATHS)]
+    for step in range(STEPS):
+        t = step / (STEPS - 1)
+        codes = {key: own.value.lerp(own.value.roll(-1, own.value_dim), t) for key, own in run.latents.items()}
+        with ReplaySubsamples(run.model):
+            trace = run_model(poutine.condition(model, data=codes), args, kwargs)
+        output = site_output(name, output_nodes(trace, codes=codes)[name]["fn"], False)
+        points.append(output.movedim(site.value_dim, 0)[starts])
+    return torch.stack(points, 1).flatten(0, 1)
 
 
 def check_shape(shape: Any) -> None:

@@ -17,6 +17,7 @@ from pyro_wae._core.private import BatchNorm
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae.costs import Cost
 from pyro_wae.penalties import MMD
+from pyro_wae.penalties.base import check_codes
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.program import Program, Run
 from pyro_wae.step.records import Step
@@ -26,10 +27,10 @@ CostOption = Cost | Mapping[str, Cost]
 
 @dataclass(frozen=True, kw_only=True)
 class CostSummary:
-    """The cost of one observed site.
+    """The cost of one observed site, or what a ``pyro.factor`` adds to the loss.
 
     Args:
-        mean: Mean per datum.
+        mean: Mean per datum of the batches that have the site.
         standard_error: Standard error of the mean; None for a single datum.
     """
 
@@ -48,7 +49,7 @@ class BatchNormComparison:
         penalty_train: Mean over batches of the unbiased squared MMD, in train mode.
         penalty_eval: The same in eval mode, against the same prior samples.
         penalty_error: Standard error of the mean difference between the two; None with fewer than three batches.
-        cost_train: Mean cost per datum, all observed sites together, in train mode.
+        cost_train: Mean cost per datum, all sites and factors together, in train mode.
         cost_eval: The same in eval mode.
         batch_sizes: Smallest and largest number of data in a batch; single data are left out of the comparison.
     """
@@ -76,7 +77,7 @@ class Gathered:
         positions: The place of each row in the data, shape (n,).
         noise: Variance that the guide's noise gives each coordinate, shape (d,).
         paired: Whether a code and the prior sample in its row may depend on the same datum.
-        costs: By observed site.
+        costs: By observed site or ``pyro.factor``.
         batch_norm: None without such layers, or without a batch of at least 2 data.
         first: The first batch's arguments, and its run.
     """
@@ -107,7 +108,8 @@ def gather(
     """Runs batch after batch until there are ``max_codes`` codes.
 
     Raises:
-        ValueError: If there is no batch, model and guide do not fit a WAE, or batches give codes of different sizes.
+        ValueError: If there is no batch, model and guide do not fit a WAE, batches give codes of different sizes, or
+            prior samples have another dtype or device than the codes.
     """
     observer = Observer(model, guide, cost=cost, data_plate=data_plate, prior_draws=2)
     seen: list[Step] = []
@@ -151,19 +153,21 @@ def gather(
     draws = [draws.unflatten(0, (2, -1)) for _, draws in rows if draws is not None]
     if len(codes) < 2:
         raise ValueError(f"A report needs at least 2 data that are not masked, found {len(codes)}.")
+    prior, second = (torch.cat(rows) for rows in zip(*draws, strict=True))
+    check_codes(codes, prior)
     chosen = torch.arange(len(codes), device=codes.device)
     if len(codes) > max_codes:  # data may be sorted, by class for instance
         order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed), device="cpu")
         chosen = order[:max_codes].sort().values.to(codes.device)
     return Gathered(
         codes=codes[chosen],
-        prior=torch.cat([pair[0] for pair in draws])[chosen],
-        second=torch.cat([pair[1] for pair in draws])[chosen],
+        prior=prior[chosen],
+        second=second[chosen],
         columns=seen[0].columns,
         positions=_positions(seen)[chosen],
         noise=torch.cat(noise)[chosen].mean(0),
         paired=any(step.prior_varies or step.kept is not None for step in seen),
-        costs={name: _summary(_costs(seen, name)) for name in seen[0].costs},
+        costs={name: _summary(costs) for name, costs in _costs(seen).items()},
         batch_norm=_compare_modes(layers, in_train, in_eval) if in_train else None,
         first=first,
     )
@@ -181,11 +185,15 @@ def _observe(observer: Observer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return step
 
 
-def _costs(steps: Sequence[Step], name: str) -> Tensor:
-    """The costs of one site's data that are not masked, shape (number of them,), in float64."""
-    kept = [step.first.observed[name].kept for step in steps]
-    costs = [step.costs[name][0] for step in steps]
-    return torch.cat([own if mask is None else own[mask[0]] for own, mask in zip(costs, kept, strict=True)]).double()
+def _costs(steps: Sequence[Step]) -> dict[str, Tensor]:
+    """The costs of each site's data that are not masked, shape (number of them,), of the steps that have the site."""
+    found: dict[str, list[Tensor]] = {}
+    for step in steps:
+        for name, (costs,) in step.costs.items():
+            site = step.first.observed.get(name)
+            kept = step.seen if site is None else site.kept  # None is a pyro.factor
+            found.setdefault(name, []).append(costs if kept is None else costs[kept[0]])
+    return {name: torch.cat(costs).double() for name, costs in found.items()}
 
 
 def _positions(steps: Sequence[Step]) -> Tensor:
@@ -230,7 +238,7 @@ def _compare_modes(
     values = torch.stack(penalties)
     gap = values[:, 1] - values[:, 0]
     means = values.mean(0).tolist()
-    costs = [sum(_costs(steps, name).mean().item() for name in steps[0].costs) for steps in (in_train, in_eval)]
+    costs = [sum(own.mean().item() for own in _costs(steps).values()) for steps in (in_train, in_eval)]
     sizes = [step.data for step in in_train]
     return BatchNormComparison(
         layers=len(layers),

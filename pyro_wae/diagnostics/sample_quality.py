@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
+from pyro_wae._core.distributions import family, own_total
 from pyro_wae._core.programs import part_of, tensors_of
 from pyro_wae._core.random_state import isolated_seed
 from pyro_wae._core.rows import working_precision
@@ -45,8 +46,8 @@ def sample_quality(
     """Compares held-out data with as many samples of the model, by a metric such as the Frechet inception distance.
 
     The model runs on batches of the data, without its guide: each run yields the data of an observed site and as many
-    decoded prior samples. A model that is conditional on an argument therefore samples for the same conditions. The
-    random state is left as it was.
+    decoded prior samples. A model that is conditional on an argument therefore samples for the same conditions. Means
+    of a Multinomial have the totals of the data. The random state is left as it was.
 
     Args:
         model: The Pyro model. Modules run in the mode that they are in: call ``.eval()`` first.
@@ -65,8 +66,8 @@ def sample_quality(
 
     Raises:
         TypeError: If the metric is neither, or an option has the wrong type.
-        ValueError: If there are no data, no such site, several sites and no choice among them, or an observed site has
-            no mean.
+        ValueError: If there are no data, no such site, several sites and no choice among them, an observed site has no
+            mean, data are masked, or draws of a Multinomial have other totals than the data.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -164,7 +165,17 @@ def _pair(model: Program, args: Sequence[Any], site: str | None, random: bool) -
             f"Some data of site '{name}' are masked, and a metric takes whole data. Leave them out of the arguments: "
             "write sample_quality(model, x[mask], metric)."
         )
-    return nodes[name]["value"], site_output(name, nodes[name]["fn"], random)
+    data, fn = nodes[name]["value"], nodes[name]["fn"]
+    samples = site_output(name, fn, random)
+    ratio = own_total(fn, samples, data)
+    if ratio is None:
+        return data, samples
+    if random and bool(((ratio - 1).abs() > 1e-4).any()):
+        raise ValueError(
+            f"The totals of the data of site '{name}' differ from the total_count of its {family(fn)}, which all draws "
+            "have. Write random=False, which compares means with the totals of the data."
+        )
+    return data, samples * ratio
 
 
 def _covered(points: Tensor, manifold: Tensor, k: int) -> float:

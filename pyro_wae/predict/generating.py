@@ -196,9 +196,9 @@ def sample(
             :func:`code_rows`: all latent sites, joined in the order of the model; or those that are not discrete, if
             they have the size of a draw. The model draws the others.
         return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
-            sites may be named: their values are those that the others come from. Without data, a site is latent if an
-            observed site follows or a later site depends on its value; otherwise it holds data. A site with
-            ``obs_mask`` is an observed one; ``x_unobserved`` is the name of its imputed values.
+            sites may be named: their values are those that the others come from. An unobserved site is latent if an
+            observed site follows it or a later site depends on its value; otherwise it holds data, and its mean is
+            returned. A site with ``obs_mask`` is observed; ``x_unobserved`` is the name of its imputed values.
         random: Whether to draw from the site's distribution instead of taking its mean.
         data_plate: Name of the plate that holds the data; found if not given.
         kwargs: Keyword arguments of the model.

@@ -231,7 +231,7 @@ def trace_pair(
     Raises:
         ValueError: If the guide computes or observes a latent site of the model.
     """
-    unwrapped = poutine.unwrap(guide)
+    unwrapped, values = poutine.unwrap(guide), list[tuple[str, Any]]()
     try:
         if isinstance(unwrapped, Messenger):
             guide(*args, **kwargs)
@@ -249,6 +249,9 @@ def trace_pair(
             if changed:
                 raise ValueError(refusals.changed_in_place(changed[0]))
     except Exception as error:
+        for name, z in values:
+            if isinstance(z, Tensor) and not z.isfinite().all():
+                error.add_note(f"pyro_wae: The codes of latent site '{name}' are not finite: look at the guide.")
         add_note(error, args, kwargs, model, guide)
         raise
     for trace in (model_trace, guide_trace):
