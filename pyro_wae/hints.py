@@ -211,7 +211,10 @@ def what_is_not_finite_before(step: Step) -> str | None:
     codes, prior = step.rows()
     for site, columns in step.columns.items():
         if found := _not_finite(codes[..., columns]):
-            return f"The codes of latent site '{site}' hold {found}: look at the guide or lower the learning rate."
+            return (
+                f"The codes of latent site '{site}' hold {found}: look at the guide's output, or lower the learning "
+                "rate."
+            )
         if prior is not None and (found := _not_finite(prior[..., columns])):
             return f"The prior samples of latent site '{site}' hold {found}: look at the model's prior."
     if step.condition is not None and (found := _not_finite(step.condition)):
