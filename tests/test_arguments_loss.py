@@ -302,3 +302,12 @@ def test_a_keyword_that_comes_first_is_not_taken_for_the_data():
     with pytest.raises(RuntimeError) as caught:
         WAELoss().loss(broken, broken, y=torch.arange(4), x=X)
     assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize("batch", [[X], (X,)], ids=["list", "tuple"])
+def test_a_batch_of_a_tensor_dataset_has_a_note(batch):
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        WAELoss().loss(model, guide, batch)
+    assert (
+        f"a {type(batch).__name__}. If it is a batch of a loader, write svi.step(*batch)" in caught.value.__notes__[0]
+    )

@@ -167,6 +167,10 @@ def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any], *
         else:
             is_first = not place and (bool(args) or len(named) == 1)  # keywords are in any order
             notes.append((name, _what_is_wrong(value, dtypes, is_first=is_first)))
+    if args and isinstance(args[0], list | tuple) and isinstance(error, TypeError | AttributeError):
+        notes.append(
+            ("Argument 1", f"a {type(args[0]).__name__}. If it is a batch of a loader, write svi.step(*batch)")
+        )
     if found := next(((name, note) for name, note in notes if note), None):
         error.add_note(f"pyro_wae: {found[0]} of model and guide is {found[1]}.")
 

@@ -39,7 +39,7 @@ def decode(
     """Decodes codes: runs the model with its latent sites fixed to them.
 
     A latent site that is not given is drawn from its prior, given those before it: with the prior ``z1``, ``z2 | z1``,
-    a ``z1`` alone returns variations on it.
+    a ``z1`` alone returns variations on it. Nothing here has a gradient: to optimise a code, call the decoder itself.
 
     Args:
         model: The Pyro model.
