@@ -14,6 +14,7 @@ training set, because its test set is of other writers. All numbers of all seeds
 import argparse
 import dataclasses
 import functools
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO
 from quality_tables import TABLES, TESTED, Setting, chosen, page
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyro_wae import WAELoss, kernels, penalties, priors, weights
@@ -184,6 +185,11 @@ class Net(nn.Module):
 # One training
 
 
+def falling(begin: float, end: float, step: int) -> float:
+    """The factor of a learning rate that falls along a cosine between two steps."""
+    return (1 + math.cos(math.pi * min(1.0, max(0.0, (step - begin) / (end - begin))))) / 2
+
+
 def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Trains, and returns the judged nets and what the training showed."""
     pyro.clear_param_store()
@@ -200,7 +206,13 @@ def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> 
     def adam_args(name: str) -> dict[str, float]:
         return {"lr": setting.rate if name.startswith("prior.") else 1e-3}
 
-    optimizer = Adam(adam_args, scheduler=lambda adam: CosineAnnealingLR(adam, steps))
+    def scheduler(adam: torch.optim.Optimizer) -> Any:
+        if not setting.prior_last:
+            return CosineAnnealingLR(adam, steps)
+        begin, end = (0.8, 1.0) if adam.param_groups[0]["lr"] == setting.rate else (0.0, 0.92)
+        return LambdaLR(adam, functools.partial(falling, begin * steps, end * steps))
+
+    optimizer = Adam(adam_args, scheduler=scheduler)
     svi = SVI(net.model, net.guide, optimizer, loss=loss)
     average = None
     if setting.average is not None:

@@ -50,6 +50,8 @@ class Setting:
         batch: Data in a step.
         epochs: Passes over the data; None takes those of the command line.
         rate: The learning rate of the prior.
+        prior_last: Whether the networks' rate ends at 92 % of the steps, and the prior's starts to fall at 80 %; both
+            fall along one cosine otherwise.
         average: The decay of an exponential average of the parameters, which is judged in their place.
         noise: The standard deviation of the encoder.
         initialise: Whether a mixture is put onto the codes after a fifth of the steps.
@@ -66,6 +68,7 @@ class Setting:
     batch: int = 100
     epochs: int | None = None
     rate: float = 0.03
+    prior_last: bool = False
     average: float | None = None
     noise: float = 0.0
     initialise: bool = False
@@ -137,6 +140,8 @@ def prior_table() -> Iterator[Setting]:
     full = "MixturePrior(300, d, full_covariance=True)"
     yield Setting(full, learned, "100.0", full, fitted=300)
     yield Setting(f"{full}, JensenShannon", f"{learned} + JensenShannon()", "Constraint(codes=16000)", full)
+    both = f"{learned} + JensenShannon()"
+    yield Setting(f"{full}, JensenShannon, prior last", both, "200.0", full, rate=0.01, prior_last=True, fitted=300)
     yield Setting("VampPrior(encoder, x[:100])", learned, "100.0", "VampPrior(encoder, x[:100])", rate=0.01)
     free = "VampPrior(encoder, x[:100], standardized=False)"
     yield Setting(free, learned, "100.0", free, rate=0.01)

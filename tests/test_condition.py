@@ -266,7 +266,7 @@ def test_each_sites_own_code_is_joined_with_the_condition():
                 lambda x: delta(torch.cat([x, x[:, 1:]], 1)),
             ),
         },
-        lambda a, b: around(a + b.sum(-1, keepdim=True)),
+        lambda a, b: around((a + b.sum(-1, keepdim=True)).expand(-1, D)),
     )
     x, y = rows(N, D), rows(N, 2)
     parts = {"a": Joint(), "b": Joint()}
