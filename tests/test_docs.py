@@ -87,8 +87,8 @@ def test_a_page_that_shows_another_number_than_is_printed_is_found():
     assert same("error 3e-08", "error 9e-08")
 
 
-# Names that other modules of the package import and users do not.
-INTERNAL = {"all_states", "kinds_of", "names_of", "restore_states", "GroupLike", "Ranks", "check_group"}
+# Names that other modules of the package import and users do not, and an old name that warns.
+INTERNAL = {"Linear", "all_states", "kinds_of", "names_of", "restore_states", "GroupLike", "Ranks", "check_group"}
 MODULES = ["checkpoint", "costs", "diagnostics", "distributed", "kernels", "lightning", "optim"]
 MODULES += ["penalties", "plotting", "predict", "priors", "weights"]
 
