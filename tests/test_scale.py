@@ -67,7 +67,7 @@ def test_ddp_trains_one_model_in_two_processes(tmp_path):
     one, other = (torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     one_net, other_net = (saved["states"]["wae"]["values"] for saved in (one, other))
     weights = [name for name in one_net if name.endswith(KINDS)]
-    assert len(weights) == 16  # eight, under the names of model and guide
+    assert len(weights) == 8
     assert all(torch.equal(one_net[name], other_net[name]) for name in weights)
     assert not torch.equal(one["random"]["torch"], other["random"]["torch"])
 
