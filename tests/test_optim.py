@@ -236,7 +236,7 @@ def test_a_parameter_may_join_sgd_whose_scheduler_sets_a_momentum():
             parts = [pyro.param(name, torch.ones(3)) for name in names]
             sum((part - 3).square().sum() for part in parts).backward()
             optim([part.unconstrained() for part in parts])
-            optim.step()
+        optim.step()  # at the end of an epoch
         return {name: value.detach() for name, value in pyro.get_param_store().items()}
 
     cycle = {"max_lr": 0.1, "total_steps": 20}
