@@ -19,6 +19,7 @@ from pyro_wae._core.distributions import (
     component,
     distribution_tensors,
     family,
+    is_discrete,
     own_variance,
     support_of,
     widened,
@@ -214,7 +215,7 @@ class NegativeLogLikelihood(Cost):
         try:
             with restored_random_state(), torch.no_grad():
                 draw = distribution().to(value)
-        except NotImplementedError:  # of a family that cannot be drawn
+        except (NotImplementedError, AssertionError):  # not drawn: a family, a chain without a length
             draw = value.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(mask, value, draw)
 
@@ -319,8 +320,8 @@ def _mean(distribution: Any) -> Tensor:
         raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
     support = support_of(distribution)
     # Between whole numbers a mean may lie.
-    is_discrete = support is not constraints.real and getattr(support_of(component(distribution)), "is_discrete", False)
-    if not (support is constraints.real or is_discrete or bool(support.check(mean).all())):
+    is_free = support is constraints.real or is_discrete(component(distribution))
+    if not is_free and not bool(support.check(mean).all()):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
 

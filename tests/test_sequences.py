@@ -18,6 +18,7 @@ from references import Seen, nested, program
 from torch import nn
 
 from pyro_wae import WAELoss
+from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.kernels import Gaussian
 from pyro_wae.penalties import (
     MMD,
@@ -418,3 +419,32 @@ def test_the_tutorial_runs():
     assert finished.returncode == 0, finished.stderr
     header = finished.stdout.splitlines()[0]
     assert re.findall(r"[a-z ]*[a-z]", header) == [" data", " pairs", " single steps", " joint code", " none"]
+
+
+EYE, STEP = torch.eye(D), normal(torch.zeros(D), D)
+
+
+@pytest.mark.usefixtures("single_precision")
+@pytest.mark.parametrize(
+    "chain",
+    [
+        lambda start: dist.GaussianHMM(start, EYE / 2, STEP, EYE, STEP),
+        lambda start: dist.GaussianHMM(start, EYE / 2, STEP, EYE, STEP).mask(torch.tensor(True)),
+        lambda start: dist.GaussianHMM(start, EYE.expand(4, D, D) / 2, STEP, EYE, STEP),
+        lambda start: dist.GaussianHMM(start, EYE / 2, STEP, EYE, STEP, duration=4),
+    ],
+    ids=["homogeneous", "masked", "one matrix a step", "with a duration"],
+)
+def test_observed_chains_have_the_likelihood_that_pyro_gives_them(chain):
+    """A homogeneous one without a duration has an event of one step, and takes data of any number of them."""
+    x = torch.randn(20, 4, D)
+    programs = program(lambda x: delta(x[:, 0]), lambda x: normal(x, D), lambda z: chain(around(z)))
+    found = WAELoss(cost=NegativeLogLikelihood(), penalty_weight=0.0).loss(*programs, x)
+    assert found == pytest.approx(-chain(around(x[:, 0])).log_prob(x).mean().item(), rel=1e-5)
+
+
+def test_a_chain_of_another_number_of_steps_is_refused():
+    chain = dist.GaussianHMM(STEP, EYE.expand(4, D, D), STEP, EYE, STEP)
+    programs = program(lambda x: delta(x[:, 0]), lambda x: normal(x, D), lambda z: chain.expand([len(z)]))
+    with pytest.raises(ValueError, match=r"data of shape \(20, 1, 2\), .* \(GaussianHMM\) is of shape \(20, 4, 2\)"):
+        WAELoss(cost=NegativeLogLikelihood()).loss(*programs, torch.randn(20, 1, D))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -18,6 +19,7 @@ from torch.distributions import constraints
 from pyro_wae._core.rows import at_least_float32
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
+CHAINS = (HiddenMarkovModel, dist.IndependentHMM, dist.GaussianMRF)
 
 
 def innermost(distribution: Any) -> Any:
@@ -33,6 +35,15 @@ def component(distribution: Any) -> Any:
     while isinstance(part, torch.distributions.MixtureSameFamily | dist.MaskedMixture):
         part = innermost(part.component0 if isinstance(part, dist.MaskedMixture) else part.component_distribution)
     return part
+
+
+def has_event(distribution: Any, shape: torch.Size) -> bool:
+    """Whether data of a shape are events of a distribution, without an expansion that would compare all pairs."""
+    event = distribution.event_shape
+    own = shape[len(shape) - len(event) :]
+    if isinstance(component(distribution), CHAINS) and event[0] == 1:  # the same in each step, for any number of them
+        own, event = own[1:], event[1:]
+    return own == event
 
 
 def family(distribution: Any) -> str:
@@ -100,6 +111,11 @@ def support_of(distribution: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Whether its values are counts, labels or truth values; False where it does not say."""
+    return bool(getattr(support_of(distribution), "is_discrete", False))
 
 
 def check_no_angles(distribution: Any, mean: Tensor) -> None:

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import distribution_of, drawn, with_own_total
+from pyro_wae._core.distributions import distribution_of, drawn, is_discrete, with_own_total
 from pyro_wae._core.rows import Site
 from pyro_wae.predict.dependence import latent_among
 from pyro_wae.predict.runs import (
@@ -272,7 +272,7 @@ def _codes_of(
     sizes = {name: site.value_rows()[0, 0].numel() for name, site in sites.items()}
     d, total = draws.shape[1], sum(sizes.values())
     # The guide samples no indicator of a mixture, which the model draws.
-    chosen = [site for site in sites.values() if d == total or not _is_discrete(site.distribution)]
+    chosen = [site for site in sites.values() if d == total or not is_discrete(site.distribution)]
     parts = [sizes[site.name] for site in chosen]
     if sum(parts) != d:
         raise ValueError(
@@ -281,13 +281,6 @@ def _codes_of(
         )
     rows = zip(chosen, draws.split(parts, 1), strict=True)
     return {site.name: site.unrows(part[None], site.distribution.event_shape).to(site.value) for site, part in rows}
-
-
-def _is_discrete(distribution: Any) -> bool:
-    try:
-        return bool(distribution.support.is_discrete)
-    except NotImplementedError:
-        return False
 
 
 def _reconstruction(site: Site, random: bool) -> Tensor:

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import WRAPPERS, family
+from pyro_wae._core.distributions import WRAPPERS, family, has_event
 from pyro_wae._core.private import OBSERVED, PARTICLE_PLATE, UNOBSERVED, is_part
 from pyro_wae._core.rows import Site
 from pyro_wae.step import refusals
@@ -298,8 +298,8 @@ def observed_site(name: str, sample: Sample, plate: str) -> Site:
         raise ValueError(refusals.all_data_one_event(name, tuple(value.shape), shape[data_dim], fn.event_dim))
     if value.shape != fn.shape():
         try:
-            value = value.expand(fn.shape())
-            fits = sample.value.shape[-fn.event_dim or value.ndim :] == fn.event_shape  # Pyro would expand it, too
+            value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
+            fits = value.shape[: value.ndim - fn.event_dim] == fn.batch_shape and has_event(fn, sample.value.shape)
         except RuntimeError:
             fits = False
         if not fits:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_wae._core.checks import variable
-from pyro_wae._core.distributions import family, support_of
+from pyro_wae._core.distributions import family, is_discrete
 from pyro_wae._core.private import PARTICLE_PLATE
 
 Node = Mapping[str, Any]
@@ -43,7 +43,7 @@ def listing(frames: Mapping[str, Any]) -> str:
 
 def not_reparameterised(name: str, fn: Any) -> str:
     """Of a latent site whose distribution in the guide has no gradient."""
-    if getattr(support_of(fn), "is_discrete", False):
+    if is_discrete(fn):
         return (
             f"Latent site '{name}' is discrete in the guide ({family(fn)}): no gradient of the penalty reaches "
             f"the encoder, and WAELoss does not enumerate. Write {_relaxation(fn)}."
