@@ -65,9 +65,8 @@ class WAEModule(ELBOModule):
                 continue
             bound = getattr(program, "__self__", None)
             for number, owner in enumerate([bound] if isinstance(bound, nn.Module) else owners(program)):
-                if (
-                    owner not in self.children()
-                ):  # torch.func.functional_call leaves a module that is held twice changed
+                # Once: torch.func.functional_call does not restore the parameters of a module that is held twice.
+                if owner not in self.children():
                     self.add_module(f"{role}_owner" + (f"_{number}" if number else ""), owner)
         for name, module in loss.named_children():
             self.add_module(name, module)
