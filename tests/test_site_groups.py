@@ -120,12 +120,20 @@ def test_a_star_stands_for_all_sites_of_that_name():
     with pytest.raises(ValueError, match="no entry for the latent site 'style'"):
         WAELoss({"z_*": steps}).loss(*programs, x)
     with pytest.raises(ValueError, match=r"names 'y_\*', which is no latent site"):
-        WAELoss({"z_*": steps, "style": style, "y_*": Seen(1.0)}).loss(*programs, x)
+        WAELoss({"z_*": steps, "style": style, "y_*": steps}).loss(*programs, x)
 
 
 def test_one_penalty_for_two_sites_is_refused():
     with pytest.raises(ValueError, match=r"'a' and 'c' one MMD, .* WAELoss\(\{'a': MMD\(\), 'c': MMD\(\)\}\)"):
         WAELoss({"b": None, **dict.fromkeys("ac", MMD())})
+
+
+def test_one_penalty_without_a_state_serves_several_sites():
+    values = []
+    for penalty in (dict.fromkeys("ac", MMD(Gaussian(1.0))), {name: MMD(Gaussian(1.0)) for name in "ac"}):
+        pyro.set_rng_seed(0)
+        values.append(WAELoss({"b": None, **penalty}, penalty_weight=1.0).loss(model, guide, x_of()))
+    assert values[0] == values[1]
 
 
 def test_only_a_star_is_special_in_a_name():

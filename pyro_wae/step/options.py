@@ -36,7 +36,7 @@ def as_option(given: PenaltyLike | Mapping[Any, PenaltyLike | None] | None) -> P
         )
     for site, one in options.items():
         first = next(other for other, penalty in options.items() if penalty is one)
-        if one is not None and first is not site:
+        if one is not None and first is not site and one.state_dict():
             raise ValueError(
                 f"penalty gives {first!r} and {site!r} one {type(one).__name__}, whose bandwidth or discriminator is "
                 f"for one of them. Give each its own: WAELoss({{{first!r}: MMD(), {site!r}: MMD()}})."
