@@ -182,3 +182,10 @@ def test_a_second_derivative_which_geomloss_has_not_is_refused(p):
     torch.autograd.grad(value, codes, retain_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*MMD"):
         torch.autograd.grad(value, codes, create_graph=True)
+
+
+def test_a_transform_of_torch_takes_the_first_derivative():
+    codes, prior = codes_and_prior(20, 20, 2)
+    found = torch.func.grad(lambda codes: Sinkhorn(blur=0.5)(codes, prior))(codes)
+    (expected,) = torch.autograd.grad(Sinkhorn(blur=0.5)(codes.requires_grad_(), prior), codes)
+    torch.testing.assert_close(found, expected)

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from pyro.optim import PyroOptim
 from pyro.poutine import runtime
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ OBSERVED, UNOBSERVED = "_observed", "_unobserved"
 # statistics, too; torch has no public names for them.
 BatchNorm = batchnorm._BatchNorm
 RunningNorm = batchnorm._NormBase
+
+# Whether a transform of torch.func is active, in which every gradient is one that may be differentiated again.
+is_transforming = torch._C._are_functorch_transforms_active
 
 # What the `inv` of a transform is.
 InverseTransform = transforms._InverseTransform

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
+from pyro_wae._core.private import is_transforming
 from pyro_wae._core.rows import working_precision
 from pyro_wae.penalties.base import Penalty, PenaltyContext, share_out
 
@@ -135,28 +136,21 @@ class Sinkhorn(FittedBuffers, Penalty):
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             # Given weights, geomloss makes none on the CPU to copy to the device, which would wait for it.
             weights = [rows.new_full(rows.shape[:2], 1 / rows.shape[1]) for rows in (codes, draws)]
-            smoothed = loss(weights[0], _Once.apply(codes - centres[0]), weights[1], _Once.apply(draws - centres[1]))
+            moved = (codes - centres[0], draws - centres[1])
+            for rows in moved:
+                if rows.requires_grad and not is_transforming():  # whose gradients may always be differentiated
+                    rows.register_hook(_refuse_second_derivative)
+            smoothed = loss(weights[0], moved[0], weights[1], moved[1])
         # Its cost is |z - z'|^p / p.
         return (shifted + self.p * smoothed).mean()
 
 
-class _Once(torch.autograd.Function):
-    """Rows that have a gradient, of which there is none: geomloss's leaves out how the potentials change with them."""
-
-    @staticmethod
-    def forward(_: Any, rows: Tensor) -> Tensor:
-        """The rows themselves."""
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(_: Any, grad: Tensor) -> Tensor:
-        """Their gradient, unless it is to be differentiated again."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Sinkhorn has no second derivative: geomloss holds the dual potentials fixed in its gradient. Leave "
-                "out create_graph=True, or take a penalty that has one, such as MMD()."
-            )
-        return grad
+def _refuse_second_derivative(_: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "Sinkhorn has no second derivative: geomloss holds the dual potentials fixed in its gradient. Leave out "
+            "create_graph=True, or take a penalty that has one, such as MMD()."
+        )
 
 
 def _import_samples_loss() -> Any:
