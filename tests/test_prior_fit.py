@@ -14,6 +14,7 @@ from references import program
 from torch import nn
 
 from pyro_wae import priors
+from pyro_wae.predict import sample
 from pyro_wae.priors import MixturePrior, VampPrior
 
 D = 2
@@ -88,6 +89,13 @@ def test_a_normal_finds_the_mean_and_the_scale_of_the_codes(kind):
         priors.fit(model, guide, data_of(codes), prior=prior, steps=300, learning_rate=0.05)
         found = loc
     torch.testing.assert_close(found.detach(), codes.mean(0), rtol=0.05, atol=0.05)
+
+
+def test_codes_in_double_precision_meet_a_flow_in_single_precision():
+    x = torch.randn(200, D, dtype=torch.float64)
+    flow = dist.TransformedDistribution(dist.Normal(torch.zeros(D), 1.0).to_event(1), [transforms.affine_coupling(D)])
+    assert priors.fit(model, guide, x, prior=flow, steps=2).sample().dtype == torch.float32
+    assert sample(model, x, prior=flow)["x"].dtype == torch.float64
 
 
 def test_model_and_guide_stay_as_they_are():

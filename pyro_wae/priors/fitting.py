@@ -44,7 +44,8 @@ def fit(
             those of its transforms, such as a Pyro flow. A :class:`MixturePrior` starts at the codes. It and a
             :class:`VampPrior` take the codes' mean and scale: ``standardized`` is set to False. Their components'
             scales stay above a thousandth of the codes' standard deviation, because the likelihood of codes that
-            repeat grows without bound as a scale goes to 0.
+            repeat grows without bound as a scale goes to 0. A mixture is moved to the dtype and the device of the
+            codes; the codes are moved to those of any other prior.
         steps: Steps of Adam, whose learning rate is lowered to 0 along a cosine.
         batch_size: Codes in a step.
         learning_rate: The first learning rate.
@@ -87,6 +88,7 @@ def fit(
         codes = code_rows(model, guide, *args, data_plate=data_plate, **kwargs)[0].clone()
         if isinstance(prior, MixturePrior):
             prior.to(codes)
+        codes = codes.to(parameters[0])
         with _as_it_was_if_it_fails(prior, parameters, learning_rate):
             if isinstance(prior, MixturePrior):
                 prior.initialise(codes)
