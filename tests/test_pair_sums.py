@@ -57,6 +57,10 @@ def mean(name, x, y, h, pairs=None):
     return values.mean() if pairs is None else values[pairs].mean()
 
 
+def gaussian(x, y):
+    return (-(x[:, None] - y).square().sum(2) / 2).exp()
+
+
 def value_and_gradients(function, *arguments):
     arguments = [argument.detach().clone().requires_grad_() for argument in arguments]
     value = function(*arguments)
@@ -321,6 +325,31 @@ def test_second_derivatives_are_those_of_the_whole_matrix(prior, small_blocks, m
     monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 3)
     mmd, draws, context = MMD(Gaussian(1.0)), rows(9, 3), PenaltyContext(prior=prior)
     assert torch.autograd.gradgradcheck(lambda q: mmd(q, draws, context), rows(8, 3).requires_grad_())
+
+
+def test_second_derivatives_count_pairs_of_equal_codes():
+    # The formula is of direct differences: rounding makes some squared distances of equal codes negative.
+    codes = torch.cat([rows(9, 3)] * 2)
+    different = off_diagonal(len(codes))
+
+    def by_hand(q):
+        return gaussian(q, q)[different].mean() - 2 * gaussian(q, codes[:9]).mean()
+
+    found = torch.autograd.functional.hessian(lambda q: MMD(Gaussian(1.0))(q, codes[:9]), codes)
+    right = torch.autograd.functional.hessian(by_hand, codes)
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("closed_form", [False, True])
+@pytest.mark.parametrize("n", [20, 100])
+@pytest.mark.parametrize("penalty", [MMD, EnergyDistance, lambda: CramerWold(0.5)], ids=["mmd", "energy", "cw"])
+def test_torch_func_gives_the_gradients_of_autograd(penalty, n, closed_form, monkeypatch):
+    monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 30)
+    prior = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
+    penalty, context = penalty(), PenaltyContext(prior=(lambda: prior) if closed_form else None)
+    codes, draws = rows(n, 3), prior.sample((n,))
+    _, by_codes = value_and_gradients(lambda q: penalty(q, draws, context), codes)
+    torch.testing.assert_close(torch.func.grad(lambda q: penalty(q, draws, context))(codes), by_codes)
 
 
 def test_the_gradient_is_multiplied_by_what_comes_from_above(small_blocks):

@@ -48,11 +48,16 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     if y is x:
         x = x - x.detach().mean(0)
         norms = x.square().sum(1)
-        squares = (norms[:, None] + norms - 2 * (x @ x.mT)).clamp(min=0)
+        squares = _not_negative(norms[:, None] + norms - 2 * (x @ x.mT))
         return squares.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
     centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
     x, y = x - centre, y - centre
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * (x @ y.mT)).clamp(min=0)
+    return _not_negative(x.square().sum(1)[:, None] + y.square().sum(1) - 2 * (x @ y.mT))
+
+
+def _not_negative(squares: Tensor) -> Tensor:
+    """0 in place of what rounding has made negative; `clamp` would take its second derivative, too."""
+    return squares - squares.detach().clamp(max=0)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import distributions as dist
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import own_methods
+from pyro_wae._core.private import is_transforming
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
 
@@ -158,14 +159,15 @@ def row_total(function: Callable[[Tensor], Tensor], rows: Tensor, most_rows: int
     """Sums a function of single rows, some at a time, with the gradient taken on the way.
 
     Args:
-        function: Maps rows (k, d) to (k,). Where it has a gradient of its own, all rows are taken at once.
+        function: Maps rows (k, d) to (k,). Where it has a gradient of its own, and under a transform of
+            ``torch.func``, all rows are taken at once.
         rows: Shape (n, d).
         most_rows: How many are taken at a time.
 
     Returns:
         A scalar.
     """
-    if len(rows) <= most_rows:
+    if len(rows) <= most_rows or is_transforming():
         return function(rows).sum()
     if not torch.is_grad_enabled():
         return functools.reduce(torch.add, (function(part).sum() for part in rows.split(most_rows)))

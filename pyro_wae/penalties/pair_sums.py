@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pyro_wae._core.private import is_transforming
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Kernel
 from pyro_wae.kernels.base import SCRATCH
@@ -141,7 +142,7 @@ def across(rows: int, columns: int, n: int, data_size: int | None = None) -> Pai
 def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, ...]) -> Tensor:
     """Sums a kernel over pairs of rows of one or several sets.
 
-    Second derivatives are those of the whole matrix, and take its memory.
+    Second derivatives and the transforms of ``torch.func`` are those of the whole matrix, and take its memory.
 
     Args:
         kernel: Its lengths are set. One that holds a function is called with some rows at a time where there are many.
@@ -153,7 +154,8 @@ def pair_total(kernel: Kernel, sets: tuple[Tensor, ...], terms: tuple[PairTerm, 
     """
     most = max([len(sets[term.left]) * len(sets[term.right]) for term in terms])
     is_radial = kernel.is_radial
-    if most <= (MOST_RADIAL_PAIRS if is_radial else MOST_PAIRS) or (not is_radial and _learns(kernel, sets)):
+    is_few = most <= (MOST_RADIAL_PAIRS if is_radial else MOST_PAIRS)
+    if is_few or is_transforming() or (not is_radial and _learns(kernel, sets)):
         return _dense(kernel, sets, terms)
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in sets):
         return cast(Tensor, _PairTotal.apply(kernel, is_radial, terms, *sets))
