@@ -410,6 +410,10 @@ CASES = {
     ),
     "z = z + ...": (go(pair(line=lambda x, z: z.add_(1))), go(pair(line=lambda x, z: 1))),
     "dist.TorchDistribution": (go(pair(prior=lambda x: lambda: x)), go(pair())),
+    "dist.Independent(...)": (
+        go(pair(output=lambda z: torch.distributions.Independent(torch.distributions.Normal(z, 1.0), 1))),
+        go(pair(output=lambda z: dist.Independent(dist.Normal(z, 1.0), 1))),
+    ),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=("z",)),

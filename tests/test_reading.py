@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -128,6 +129,21 @@ def test_a_prior_that_is_a_function_is_refused_by_name():
     model = pair(prior=lambda x: lambda: torch.randn(len(x), 2))[0]
     with pytest.raises(ValueError, match=r"Site 'z' is drawn by a function.* Write a subclass of"):
         WAELoss().loss(model, pair()[1], torch.randn(N, 2))
+
+
+class Gumbels(torch.distributions.Gumbel, dist.torch_distribution.TorchDistributionMixin):
+    """A family of torch's, for which a user writes what Pyro needs."""
+
+
+@pytest.mark.parametrize("place", ["prior", "output"])
+def test_a_distribution_of_torch_is_refused_by_name_and_its_line_is_right(place):
+    x = torch.randn(N, 3)
+    model, guide = pair(**{place: lambda z: torch.distributions.Gumbel(z, 1.0)})
+    found = r"Site '[xz]' is drawn from torch.distributions.gumbel.Gumbel, .* Write import pyro.distributions as dist"
+    with pytest.raises(ValueError, match=found):
+        WAELoss().loss(model, guide, x)
+    model, guide = pair(**{place: lambda z: Gumbels(torch.zeros(N, 3), 1.0).to_event(1)})
+    assert math.isfinite(WAELoss().loss(model, guide, x))
 
 
 def test_instance_norm_between_two_latents_counts_one_step():

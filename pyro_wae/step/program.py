@@ -36,8 +36,8 @@ class Sample:
 
     def __init__(self, node: Node) -> None:
         self.node, self.fn, self.value = node, node["fn"], node["value"]
-        if not hasattr(self.fn, "batch_shape"):
-            raise ValueError(refusals.no_distribution(node["name"]))
+        if not hasattr(self.fn, "event_dim"):
+            raise ValueError(refusals.not_of_pyro(node["name"], self.fn))
         *wrappers, self.innermost = layers(self.fn)
         found = [(node["mask"], self.fn.event_dim)]
         found += [(fn._mask, fn.event_dim) for fn in wrappers if isinstance(fn, dist.MaskedDistribution)]

@@ -155,11 +155,18 @@ def changed_in_place(name: str) -> str:
     )
 
 
-def no_distribution(name: str) -> str:
-    """Of a site that is drawn by a function."""
+def not_of_pyro(name: str, fn: Any) -> str:
+    """Of a site that is drawn by a function, or from a distribution that is not of Pyro."""
+    if not hasattr(fn, "batch_shape"):
+        return (
+            f"Site '{name}' is drawn by a function, whose batch shape and event shape are not known. Write a subclass "
+            "of dist.TorchDistribution with batch_shape, event_shape and sample."
+        )
+    kind = type(fn)
     return (
-        f"Site '{name}' is drawn by a function, whose batch shape and event shape are not known. Write a subclass of "
-        "dist.TorchDistribution with batch_shape, event_shape and sample."
+        f"Site '{name}' is drawn from {kind.__module__}.{kind.__name__}, which lacks the event_dim and the call of "
+        f"Pyro's distributions. Write import pyro.distributions as dist and dist.{kind.__name__}(...), or, for a "
+        f"family that Pyro does not have, class Own({kind.__name__}, dist.torch_distribution.TorchDistributionMixin)."
     )
 
 
