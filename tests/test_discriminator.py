@@ -219,6 +219,18 @@ def test_evaluation_never_trains_the_discriminator(options, auto, x):
     assert not same_state(penalty.discriminator, before)
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": None}], ids=["own", "shared"])
+def test_a_discriminator_that_is_made_in_inference_mode_can_be_trained(options):
+    penalty, codes = JensenShannon(**options), rows(N, D).requires_grad_()
+    with torch.inference_mode():
+        penalty(rows(N, D), rows(M, D))
+    before = state(penalty.discriminator)
+    penalty(codes, rows(M, D)).backward()
+    assert codes.grad.any()
+    slopes = [parameter.grad for parameter in penalty.discriminator.parameters()]
+    assert all(slope is not None for slope in slopes) if options else not same_state(penalty.discriminator, before)
+
+
 def test_a_penalty_weight_of_0_trains_no_discriminator(auto, x):
     discriminator = net()
     before = state(discriminator)

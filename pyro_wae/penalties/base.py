@@ -153,10 +153,9 @@ class Penalty(CallRepr, nn.Module):
         codes, prior = at_least_float32(codes), at_least_float32(prior)
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
-        if context.condition is None:
-            self.prepare_sites(codes, context.sites)
-        else:
-            self.prepare_sites(beside(codes, context.condition), context.sites)
+        rows = codes if context.condition is None else beside(codes, context.condition)
+        with torch.inference_mode(False):  # what is made there could never be trained
+            self.prepare_sites(rows, context.sites)
         with torch.autocast(codes.device.type, enabled=False):
             value = self.estimate_with_condition(codes, prior, context)
         return value.to(codes.dtype)
