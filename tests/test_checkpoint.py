@@ -6,17 +6,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import delta
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
+from references import program
 from torch import nn
-from trainings import LOSSES, OPTIMS, ByPyro, ByTorch, D, assert_same, batch, run, seed
+from trainings import LOSSES, OPTIMS, ByPyro, ByTorch, D, assert_same, batch, discriminator, run, seed
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
 from pyro_wae.optim import Adam
-from pyro_wae.penalties import JensenShannon
+from pyro_wae.penalties import MMD, JensenShannon, PriorLikelihood
+from pyro_wae.priors import MixturePrior
 
 # The trainings by torch leave pyro.param untrained, which is saved all the same.
 pytestmark = [pytest.mark.filterwarnings("ignore:The loss depends on"), pytest.mark.usefixtures("one_thread")]
@@ -109,6 +112,42 @@ def test_a_module_that_the_checkpoint_cannot_see_is_named(tmp_path):
         save_checkpoint(tmp_path / "run.pt", svi=training.svi, decoder=training.parts["decoder"])
     assert "'decoder$$$weight'" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+class ByMethods(ByPyro):
+    """Pyro's form without an ELBO object: the loss is a function, here a method or one around it."""
+
+    def __init__(self, way):
+        super().__init__(WAELoss(JensenShannon(discriminator())))
+        self.svi = SVI(self.net.model, self.net.guide, self.svi.optim, loss=way(self.loss))
+        self.parts["svi"] = self.svi
+
+
+def test_a_method_as_loss_is_resumed_with_the_state_of_its_loss(tmp_path):
+    assert_resumes(lambda: ByMethods(lambda loss: loss.differentiable_loss), tmp_path / "run.pt", at=6)
+
+
+def test_a_function_around_a_loss_is_resumed_with_the_loss_that_the_error_asks_for(tmp_path):
+    def make():
+        training = ByMethods(lambda loss: lambda *args, **kwargs: 2 * loss.differentiable_loss(*args, **kwargs))
+        training.parts["loss"] = training.loss
+        return training
+
+    with pytest.raises(ValueError, match=r"around a WAELoss, whose JensenShannon .* save_checkpoint.*, loss=loss"):
+        save_checkpoint(tmp_path / "run.pt", svi=make().svi)
+    assert_resumes(make, tmp_path / "run.pt", at=6)
+
+
+def test_the_recipe_with_a_learned_prior_is_saved_and_loaded(tmp_path):
+    prior, encoder, decoder = MixturePrior(3, 2), nn.Linear(D, 2), nn.Linear(2, D)
+    programs = program(lambda x: delta(encoder(x)), lambda x: prior(), lambda z: dist.Normal(decoder(z), 1).to_event(1))
+    wae = WAELoss(MMD() + PriorLikelihood())(*programs)
+    x = batch(0)[0]
+    value = wae(x)
+    save_checkpoint(tmp_path / "run.pt", wae=wae)
+    nn.init.zeros_(decoder.weight)
+    load_checkpoint(tmp_path / "run.pt", wae=wae)
+    torch.testing.assert_close(wae(x), value)
 
 
 class OfPyro(PyroModule):

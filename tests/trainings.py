@@ -15,8 +15,8 @@ from torch.optim import lr_scheduler
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
 from pyro_wae.optim import SGD, Adam
-from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein, SlicedWasserstein
-from pyro_wae.weights import Constraint, LinearSchedule
+from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein, Penalty, PosteriorKL, SlicedWasserstein
+from pyro_wae.weights import Constraint, LinearSchedule, Weight
 
 D = 4
 
@@ -125,6 +125,20 @@ def discriminator():
     return nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 1))
 
 
+class MeanGap(Penalty):
+    """A penalty of one's own, without options."""
+
+    def estimate(self, codes, prior, context):
+        return (codes.mean((0, 1)) - prior.mean(0)).square().sum()
+
+
+class Three(Weight):
+    """A weight of one's own, likewise."""
+
+    def forward(self, cost=None):
+        return 3.0
+
+
 LOSSES = {
     "mmd": WAELoss,
     "standardised": lambda: WAELoss(
@@ -134,6 +148,7 @@ LOSSES = {
     "gan of the caller": lambda: WAELoss(JensenShannon(discriminator(), optimizer=None)),
     "constraint": lambda: WAELoss(SlicedWasserstein(5), penalty_weight=Constraint(100, pool=4)),
     "max-sliced": lambda: WAELoss(0.5 * MaxSlicedWasserstein() + MMD(InverseMultiquadratic())),
+    "without options": lambda: WAELoss(MMD() + 0.01 * PosteriorKL() + MeanGap(), penalty_weight=Three()),
     "by site": lambda: WAELoss({"z": MMD()}),
     "condition": lambda: WAELoss(condition="y"),
     "sliced condition": lambda: WAELoss(SlicedWasserstein(5), condition="y"),

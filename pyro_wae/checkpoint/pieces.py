@@ -26,11 +26,12 @@ from pyro_wae._core.private import (
     waiting_states,
     without_states,
 )
-from pyro_wae._core.programs import wrapped_module
+from pyro_wae._core.programs import owners, wrapped_module
 from pyro_wae._core.repr import CallRepr
 from pyro_wae.checkpoint.values import describe, plain, shape_of
 from pyro_wae.optim import SharedOptim
 from pyro_wae.penalties import Penalty
+from pyro_wae.weights import Weight
 
 LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group", "compile", "others")
 """Arguments of a loss that change how and where it is computed, and not what it is."""
@@ -273,6 +274,7 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
 
     Raises:
         TypeError: If a part is nothing that has a state.
+        ValueError: If the loss of an SVI is a function around one whose state would be left out.
     """
     pieces: dict[str, Piece] = {}
     for name, part in parts.items():
@@ -281,7 +283,9 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
                 owner = wrapped_module(getattr(part, role))
                 if owner is not None:
                     pieces[f"{name}.{role}"] = ModulePiece(owner)
-            pieces |= _pieces_of_loss(f"{name}.loss", getattr(part.loss_and_grads, "__self__", None))
+            # SVI(..., loss=elbo.differentiable_loss) has a function of its own for the gradients.
+            for function in (part.loss_and_grads, part.loss):
+                pieces |= _pieces_of_loss(f"{name}.loss", getattr(function, "__self__", None))
             pieces[f"{name}.optim"] = PyroOptimPiece(part.optim)
         elif isinstance(part, ELBO):
             pieces |= _pieces_of_loss(name, part)
@@ -305,6 +309,9 @@ def pieces_of(parts: Mapping[str, Any]) -> dict[str, Piece]:
                 f"load_state_dict; found {name}={type(part).__name__}. Numbers and texts go into extra: write "
                 f"extra={{{name!r}: {name}}}."
             )
+    for name, part in parts.items():
+        if isinstance(part, SVI):
+            _check_loss(name, part, pieces)
     seen: set[int] = set()
     return {
         name: piece
@@ -318,6 +325,17 @@ def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
         return {}
     modules = loss.named_children() if isinstance(loss, CallRepr) and hasattr(loss, "named_children") else ()
     return {name: LossPiece(loss), **{f"{name}.{key}": ModulePiece(module) for key, module in modules}}
+
+
+def _check_loss(name: str, svi: SVI, pieces: Mapping[str, Piece]) -> None:
+    seen = {id(piece.thing) for piece in pieces.values()}
+    hidden = [part for part in owners(svi.loss) if isinstance(part, Penalty | Weight) and id(part) not in seen]
+    if hidden:
+        raise ValueError(
+            f"The loss of {name} is a function around a WAELoss, whose {type(hidden[0]).__name__} has a state that the "
+            f"checkpoint does not see. Give the loss too: save_checkpoint(path, {name}={name}, loss=loss), and "
+            f"load_checkpoint(path, {name}={name}, loss=loss)."
+        )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_wae._core.repr import CallRepr
+from pyro_wae._core.repr import CallRepr, argument_names
 
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 
@@ -20,11 +19,8 @@ PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 def describe(value: Any) -> str:
     """A text that is the same in every process, and the same before and after the first step: class and arguments."""
     if isinstance(value, CallRepr):
-        parameters = inspect.signature(type(value)).parameters.values()
-        arguments = [
-            f"{p.name}={describe(getattr(value, p.name))}" for p in parameters if p.kind is not p.VAR_POSITIONAL
-        ]
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters) and isinstance(value, nn.Module):
+        arguments = [f"{name}={describe(getattr(value, name))}" for name in argument_names(type(value))]
+        if isinstance(value, nn.Module):  # the parts of a sum, which are its ``*args``
             arguments += [describe(list(child)) for child in value.children() if isinstance(child, nn.ModuleList)]
         return f"{type(value).__name__}({', '.join(arguments)})"
     if isinstance(value, Mapping):
