@@ -78,8 +78,9 @@ class WAEModule(ELBOModule):
     def __setstate__(self, state: Any) -> None:
         """Takes the state of a copy, which for plain functions has other nets than they run."""
         super().__setstate__(state)
-        if self._leave_holder():
-            return  # whose copy has those of the nets, and is not done yet
+        self._leave_holder()
+        if any(_is_unmade(getattr(program, "__self__", program)) for program in (self.model, self.guide)):
+            return  # the copy of a module that holds this one, with those of its nets
         held = {id(module) for module in self.modules()}
         if any(id(net) not in held for program in (self.model, self.guide) for net in owners(program)):
             warnings.warn(
@@ -90,16 +91,17 @@ class WAEModule(ELBOModule):
                 stacklevel=2,
             )
 
-    def _leave_holder(self) -> list[str]:
+    def _leave_holder(self) -> None:
         """Lets go of a module that holds this one, which has the nets already: modules must be no circle.
 
-        Which module holds it is not known before it is used. One whose copy is being made has no parts yet.
+        Which module holds it is not known before it is used.
         """
         owners = [(name, owner) for name, owner in self._modules.items() if owner is not None]
-        found = [name for name, owner in owners if "_modules" not in vars(owner) or self in owner.modules()]
+        found = [name for name, owner in owners if _is_unmade(owner) or self in owner.modules()]
         for name in found:
-            del self._modules[name]
-        return found
+            owner = self._modules.pop(name)
+            if name in ("model", "guide"):  # which it is itself
+                self.__dict__[name] = owner
 
     # torch does these to a module and to all modules inside: a circle would have no end.
 
@@ -221,3 +223,8 @@ class WAEModule(ELBOModule):
                     UserWarning,
                     stacklevel=4,
                 )
+
+
+def _is_unmade(module: Any) -> bool:
+    """Whether it is a module whose copy is being made, and which has no parts yet."""
+    return isinstance(module, nn.Module) and "_modules" not in vars(module)

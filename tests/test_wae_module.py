@@ -162,14 +162,27 @@ class Holder(AutoEncoder):
         self.loss = WAELoss(MMD(Gaussian()), penalty_weight=10.0)(self.model, self.guide)
 
 
-@pytest.mark.parametrize(
-    "use", ["train", "eval", "double", "apply", "state_dict", "load_state_dict", "repr", "deepcopy"]
-)
-def test_a_module_may_keep_the_loss_of_its_own_methods(use):
-    x, holder = torch.randn(20, 4), Holder()
+class ModelItself(AutoEncoder):
+    """The same, where the module is the model."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.loss = WAELoss(MMD(Gaussian()), penalty_weight=10.0)(self, self.guide)
+
+    def forward(self, x):
+        self.model(x)
+
+
+USES = ["train", "eval", "double", "apply", "state_dict", "load_state_dict", "repr", "deepcopy"]
+
+
+@pytest.mark.parametrize("make", [Holder, ModelItself])
+@pytest.mark.parametrize("use", USES)
+def test_a_module_may_keep_the_loss_of_its_own_methods(use, make):
+    x, holder = torch.randn(20, 4), make()
     calls = {
         "apply": lambda: holder.apply(lambda module: None),
-        "load_state_dict": lambda: holder.load_state_dict(Holder().state_dict(), strict=False),
+        "load_state_dict": lambda: holder.load_state_dict(make().state_dict(), strict=False),
         "repr": lambda: repr(holder),
         "deepcopy": lambda: copy.deepcopy(holder),
     }
@@ -181,10 +194,15 @@ def test_a_module_may_keep_the_loss_of_its_own_methods(use):
     optimiser.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, holder.parameters(), strict=True))
     # Twice, because the first step fits what is saved.
-    other = Holder().to(x)
+    other = make().to(x)
     other.loss(x)
     other.load_state_dict(holder.state_dict())
     torch.testing.assert_close(other.encoder.weight, holder.encoder.weight)
+    holder.zero_grad()
+    twin = copy.deepcopy(holder)
+    twin.loss(x).backward()
+    assert twin.encoder.weight.grad is not None
+    assert holder.encoder.weight.grad is None
 
 
 def test_penalties_by_site_own_their_state_under_the_sites_name(net):
