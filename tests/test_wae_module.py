@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import math
 import pickle
 import warnings
@@ -26,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pyro_wae import WAELoss, weights
 from pyro_wae.costs import AbsoluteError, Cost, SquaredError
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
-from pyro_wae.penalties import MMD, JensenShannon, MaxSlicedWasserstein
+from pyro_wae.penalties import MMD, CramerWold, JensenShannon, KernelStein, MaxSlicedWasserstein, SlicedWasserstein
 
 N, D, X = 16, 3, 5
 
@@ -134,6 +135,39 @@ def test_a_functional_call_leaves_the_parameters_as_they_were():
     given = {name: 2 * value.detach() for name, value in wae.named_parameters()}
     torch.func.grad(lambda given: torch.func.functional_call(wae, given, (data(),)))(given)
     assert all(value is before[name] for name, value in net.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "penalty", [MMD, SlicedWasserstein, CramerWold, KernelStein, lambda: MMD(standardize=True)], ids=str
+)
+def test_a_first_step_under_torch_func_keeps_lengths_that_can_be_saved(penalty):
+    net, x = Unregistered(), data()
+    wae = WAELoss(penalty(), penalty_weight=1.0)(net.model, net.guide)
+    given = {name: value.detach() for name, value in wae.named_parameters()}
+    pyro.set_rng_seed(0)
+    found = torch.func.grad(lambda given: torch.func.functional_call(wae, given, (x,)))(given)
+    torch.save(wae.state_dict(), io.BytesIO())
+    copy.deepcopy(wae)
+    pyro.set_rng_seed(0)
+    wae(x).backward()
+    for name, value in wae.named_parameters():
+        torch.testing.assert_close(found[name], value.grad)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ({}, "Constraint moves the weight"),
+        ({"penalty": JensenShannon(), "penalty_weight": 1.0}, "JensenShannon trains its discriminator"),
+        ({"penalty": MaxSlicedWasserstein(), "penalty_weight": 1.0}, "MaxSlicedWasserstein looks for a direction"),
+    ],
+    ids=str,
+)
+def test_what_a_step_changes_is_refused_under_torch_func(option, name):
+    net = Unregistered()
+    wae = WAELoss(**option)(net.model, net.guide)
+    with pytest.raises(ValueError, match=rf"{name} in every step.* Write WAELoss\("):
+        torch.func.grad(lambda x: wae(x))(data())
 
 
 def test_a_state_of_a_version_that_held_the_module_twice_is_loaded(net):

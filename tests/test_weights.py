@@ -283,6 +283,16 @@ def test_after_the_warm_up_the_weight_moves_on_every_eighth_step_by_as_much_and_
     assert rises == pytest.approx([0.016, *[0] * 7] * 3, abs=1e-5)
 
 
+@pytest.mark.parametrize("pool", [4, 16])
+def test_the_state_of_another_pool_is_refused_by_name(pool):
+    saved = Constraint(pool=8)
+    saved.observe(torch.tensor(1.0), torch.randn(1, 20, 2), torch.randn(20, 2))
+    with pytest.raises(RuntimeError, match=rf"8 steps saved, and Constraint\(pool={pool}\) here. Write .*\(pool=8\)"):
+        Constraint(pool=pool).load_state_dict(saved.state_dict())
+    Constraint(pool=8).load_state_dict(saved.state_dict())
+    Constraint(pool=pool).load_state_dict(Constraint(pool=8).state_dict())
+
+
 def test_a_constraint_draws_no_random_numbers():
     net, x = make_net(), torch.randn(64, D)
     states = []

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_wae._core.private import is_transforming
+
 T = TypeVar("T")
 
 
@@ -205,3 +207,12 @@ def _shown(value: Any) -> str:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{type(value).__name__} {shown[:70]}..."
+
+
+def no_transform(name: str, changes: str, *, write: str) -> None:
+    """Raises ValueError under a transform of ``torch.func``, for what changes something in every step."""
+    if is_transforming():
+        raise ValueError(
+            f"{name} {changes} in every step, and a function that torch.func transforms may change nothing. Write "
+            f"{write}, or take the gradients by loss.backward()."
+        )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_wae._core.private import without_graph
+
 
 class FittedBuffers(nn.Module):
     """A module with buffers that are unset at first, such as the length of a kernel.
@@ -48,7 +50,7 @@ class FittedBuffers(nn.Module):
     def set_fitted(self, name: str, value: Tensor) -> None:
         """Keeps a copy of a value, without its graph."""
         with torch.inference_mode(False):  # what is first needed there could otherwise never be trained with
-            setattr(self, name, value.detach().clone())
+            setattr(self, name, without_graph(value.clone()))
         self._is_fitted[name] = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedBuffers:

@@ -35,6 +35,15 @@ RunningNorm = batchnorm._NormBase
 # Whether a transform of torch.func is active, in which every gradient is one that may be differentiated again.
 is_transforming = torch._C._are_functorch_transforms_active
 
+
+def without_graph(value: Tensor) -> Tensor:
+    """A detached tensor; of one made under ``torch.func.grad`` what stays when the transform has ended."""
+    value = value.detach()
+    while torch._C._functorch.is_gradtrackingtensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 # What the `inv` of a transform is.
 InverseTransform = transforms._InverseTransform
 

@@ -31,7 +31,6 @@ from pyro_wae._core.repr import CallRepr
 from pyro_wae.checkpoint.values import describe, plain, shape_of
 from pyro_wae.optim import SharedOptim
 from pyro_wae.penalties import Penalty
-from pyro_wae.weights import Weight
 
 LOSS_OPTIONS_LEFT_OUT = ("max_plate_nesting", "retain_graph", "micro_batch", "process_group", "compile", "others")
 """Arguments of a loss that change how and where it is computed, and not what it is."""
@@ -329,7 +328,7 @@ def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
 
 def _check_loss(name: str, svi: SVI, pieces: Mapping[str, Piece]) -> None:
     seen = {id(piece.thing) for piece in pieces.values()}
-    hidden = [part for part in owners(svi.loss) if isinstance(part, Penalty | Weight) and id(part) not in seen]
+    hidden = [part for part in owners(svi.loss) if isinstance(part, Penalty) and id(part) not in seen]
     if hidden:
         raise ValueError(
             f"The loss of {name} is a function around a WAELoss, whose {type(hidden[0]).__name__} has a state that the "

@@ -149,6 +149,7 @@ class JensenShannon(FittedBuffers, Penalty):
                 "own: WAELoss({'z': JensenShannon(), 'y': JensenShannon()})."
             )
         self._size = size
+        checks.no_transform("JensenShannon", "trains its discriminator", write="WAELoss(MMD())")
         dtype = torch.float64 if codes.dtype == torch.float64 else torch.float32
         if self._is_lazy():
             self.discriminator.to(codes.device, dtype)

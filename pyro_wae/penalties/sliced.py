@@ -117,6 +117,7 @@ class MaxSlicedWasserstein(FittedBuffers, Penalty):
         self.register_fitted("direction", torch.empty(0), any_shape=True)
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
+        checks.no_transform("MaxSlicedWasserstein", "looks for a direction", write="WAELoss(SlicedWasserstein())")
         direction = self.search(codes.detach(), prior.detach())
         if torch.is_grad_enabled():
             # A copy, because whoever writes into buffers (DDP does) must not touch what backward still needs. That of

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pyro_wae._core.private import without_graph
 from pyro_wae._core.rows import joined, working_precision
 from pyro_wae.penalties import Penalty, PenaltyContext
 from pyro_wae.penalties.base import beside
@@ -246,9 +247,9 @@ class Step:
             if rows is not None:
                 # 0 times what is not finite is NaN; in few digits a sum of large codes would be infinite too.
                 loss = loss + (0.0 * working_precision(rows.detach()).sum()).to(loss)
-        costs = {site: value.detach() for site, value in means.items()}
-        apart = {site: value.detach() for site, value in penalties.items() if site}
-        terms = Terms(cost.detach(), penalty.detach(), factor, costs, apart)
+        costs = {site: without_graph(value) for site, value in means.items()}
+        apart = {site: without_graph(value) for site, value in penalties.items() if site}
+        terms = Terms(without_graph(cost), without_graph(penalty), factor, costs, apart)
         return dataclasses.replace(self, penalties=penalties, terms=terms, balanced_cost=balanced, loss=loss)
 
     def _mean_costs(self) -> dict[str, Tensor]:

@@ -152,6 +152,10 @@ class Constraint(FittedBuffers, SteppedWeight):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("smoothed", "earlier", "plateau"):  # which former states have not
             state_dict.setdefault(prefix + name, getattr(self, name))
+        rows = len(state_dict.get(prefix + "differences", ()))
+        if rows not in (0, self.pool):
+            what = f"size mismatch for {prefix}differences: {rows} steps saved, and Constraint(pool={self.pool}) here."
+            args[-1].append(f"{what} Write Constraint(pool={rows}).")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, cost: Tensor | None = None) -> Tensor:
@@ -167,6 +171,7 @@ class Constraint(FittedBuffers, SteppedWeight):
     @torch.no_grad()
     def observe(self, cost: Tensor, codes: Tensor, prior: Tensor | None) -> None:
         assert prior is not None  # needs_prior_draws
+        checks.no_transform("Constraint", "moves the weight", write="WAELoss(penalty_weight=100.0)")
         if self.step == 0:
             if not all(bool(part.isfinite().all()) for part in (cost, codes, prior)):
                 return
