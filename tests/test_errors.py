@@ -216,7 +216,7 @@ def test_sites_on_two_devices(validation):
         observed=lambda x: x[:, 0],
     )
     with raises(
-        ValueError, "'b' has values of torch.float32 on meta", "'a' of torch.float32 on cpu", "one dtype and device"
+        ValueError, "'b' has values on meta, site 'a' on cpu", "Write pyro.sample('b', ...) with parameters on cpu"
     ):
         step(*programs)
 

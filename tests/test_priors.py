@@ -110,6 +110,35 @@ def test_a_prior_takes_a_step_and_its_draws_have_its_law(name):
         assert not torch.equal(old, new)
 
 
+@pytest.mark.parametrize("prior", [dist.Categorical(torch.ones(3)), dist.Poisson(2.0)], ids=["labels", "counts"])
+def test_draws_of_whole_numbers_are_compared_with_codes_that_are_not(prior):
+    seen, x = Seen(), torch.randn(N, 1)
+    WAELoss(seen)(*program(lambda x: dist.Delta(x[:, 0]), lambda x: prior, lambda z: around(z[:, None])))(x)
+    assert seen.prior.dtype == seen.codes.dtype == x.dtype
+    assert torch.equal(seen.prior, seen.prior.round())
+    assert len(seen.prior.unique()) >= 3
+
+
+@pytest.mark.parametrize("penalty", [None, {"z": Seen(), "k": Seen()}, {"z": Seen(), "k": None}])
+def test_sites_of_two_precisions_are_compared_in_the_higher(penalty):
+    joint, x = Seen(), torch.randn(N, 2, dtype=torch.float32)
+    programs = sites(
+        {
+            "k": (
+                lambda x: dist.Normal(torch.zeros((), dtype=torch.float64), 1),
+                lambda x: dist.Delta(x[:, 0].double()),
+            ),
+            "z": (lambda x, k: normal(x, 2), delta),
+        },
+        lambda k, z: around(z),
+    )
+    WAELoss(penalty or joint)(*programs)(x)
+    for seen in (joint,) if penalty is None else filter(None, penalty.values()):
+        assert seen.prior.dtype == seen.codes.dtype == torch.float64
+    if penalty is None:
+        torch.testing.assert_close(joint.codes[0], torch.cat([x[:, :1], x], 1).double(), rtol=0, atol=0)
+
+
 # Priors that depend on something
 
 

@@ -167,7 +167,8 @@ def side_by_side(
 ) -> tuple[Tensor, dict[str, slice], Tensor | None]:
     """Sets the rows of several sites side by side.
 
-    Half precision is cast up to float32: under autocast one site may have it, and the next may not.
+    Half precision is cast up to float32: under autocast one site may have it, and the next may not. Of float32 and
+    float64, all become float64.
 
     Args:
         rows: For each site a tensor (K, n, ...).
@@ -177,7 +178,7 @@ def side_by_side(
         Codes (K, n, d), the columns of each site, and the mask (K, n, d) or None.
 
     Raises:
-        ValueError: If the sites have different dtypes or devices.
+        ValueError: If the sites are on different devices.
     """
     flat: list[Tensor] = []
     columns: dict[str, slice] = {}
@@ -186,12 +187,11 @@ def side_by_side(
     for site, value in rows.items():
         value = at_least_float32(value)
         value = value.flatten(2) if value.ndim > 2 else value.unsqueeze(2)
-        if flat and (value.dtype != flat[0].dtype or value.device != flat[0].device):
+        if flat and value.device != flat[0].device:
             first = next(iter(rows))
             raise ValueError(
-                f"Site '{site}' has values of {value.dtype} on {value.device}, site '{first}' of "
-                f"{flat[0].dtype} on {flat[0].device}. One code joins all sites: give them one dtype and "
-                "device, or compare the sites apart with WAELoss({'" + site + "': MMD(), ...})."
+                f"Site '{site}' has values on {value.device}, site '{first}' on {flat[0].device}, and one code joins "
+                f"all sites. Write pyro.sample('{site}', ...) with parameters on {flat[0].device}, in model and guide."
             )
         flat.append(value)
         columns[site] = slice(start, start + value.shape[2])

@@ -53,9 +53,15 @@ def draw_prior(run: Run, times: int) -> Tensor | None:
             nodes = _rerun_to_last_latent(run)
             _check_masks(run, nodes)
             drawn = {name: (node["value"], node["fn"].event_dim) for name, node in nodes.items()}
-        rows = {name: run.latents[name].rows(value, event_dim) for name, (value, event_dim) in drawn.items()}
+        rows = {name: _rows_of_draws(run.latents[name], *value) for name, value in drawn.items()}
         draws.append(side_by_side(rows, {})[0])
     return joined(draws) if draws else None
+
+
+def _rows_of_draws(site: Site, value: Tensor, event_dim: int) -> Tensor:
+    """Prior samples as rows, those of whole numbers (of a Categorical) in the dtype of the codes."""
+    rows = site.rows(value, event_dim)
+    return rows if rows.is_floating_point() or rows.is_complex() else rows.to(site.value.dtype)
 
 
 def prior_log_prob(z: Tensor, runs: Sequence[Run], columns: Mapping[str, slice], particles: int) -> Tensor:
