@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 
 import pyro
@@ -16,6 +17,7 @@ from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, init_to_sample
 from references import program
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian
@@ -330,10 +332,31 @@ def test_activations_of_one_micro_batch_live_at_a_time(layer):
     assert max(most) == ROWS
 
 
-def test_batch_norm_normalises_each_micro_batch_and_moves_once_for_each():
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+NORMALISED = {
+    "BatchNorm": lambda layer: nn.Sequential(layer, nn.BatchNorm1d(2 * D).double()),
+    "spectral": spectral_norm,
+}
+WAYS = {
+    "eager": lambda net: net,
+    "compiled": functools.partial(torch.compile, backend="eager"),
+    "compiled in place": compiled_in_place,
+    "scripted": torch.jit.script,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [*(("BatchNorm", way) for way in WAYS), ("spectral", "eager"), ("spectral", "compiled in place")]
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Using `torch.compile", "ignore:Dynamo does not know how")
+def test_what_changes_as_it_runs_normalises_each_micro_batch_and_moves_once_for_each(kind, way):
     net = Net(is_random=False)
-    net.encoder = nn.Sequential(net.encoder, nn.BatchNorm1d(2 * D).double())
-    other = copy.deepcopy(net)
+    net.encoder = NORMALISED[kind](net.encoder)
+    other, net.encoder = copy.deepcopy(net), WAYS[way](net.encoder)
     given = arguments()
     loss_fn = WAELoss(lambda q, p: q.pow(4).mean(), penalty_weight=2.0, micro_batch=ROWS)(net.model, net.guide)
     loss_fn(**given).backward()
@@ -345,9 +368,36 @@ def test_batch_norm_normalises_each_micro_batch_and_moves_once_for_each():
             assert_close(parameter.grad, expected.grad), name
     for buffer, expected in zip(net.buffers(), other.buffers(), strict=True):
         assert_close(buffer, expected)
-    norm = net.encoder[1]
-    assert norm.num_batches_tracked == 4
-    assert norm.momentum == 0.1
+    if kind == "BatchNorm":
+        assert dict(other.named_buffers())["encoder.1.num_batches_tracked"] == 4
+
+
+class Unsteady(nn.Linear):
+    """An encoder whose noise is of a generator of its own, or grows with each call."""
+
+    def __init__(self, noise):
+        super().__init__(X, 2 * D)
+        self.noise, self.calls, self.own = noise, 0, torch.Generator().manual_seed(1)
+
+    def forward(self, x):
+        self.calls += 1
+        noise = {"own": lambda: torch.randn(len(x), 1, generator=self.own).double(), "calls": lambda: self.calls}
+        return super().forward(x) + noise[self.noise]()
+
+
+@pytest.mark.parametrize("change", ["own generator", "counter", "data", "parameters"])
+def test_a_repeated_run_with_other_codes_is_an_error_and_no_other_gradient(change):
+    net, given = Net(is_random=False), arguments()
+    if change in ("own generator", "counter"):
+        net.encoder = Unsteady("own" if change == "own generator" else "calls").double()
+    value = WAELoss(penalty_weight=0.0, micro_batch=ROWS)(net.model, net.guide)(**given)
+    with torch.no_grad():
+        if change == "data":
+            given["x"].neg_()
+        if change == "parameters":
+            net.encoder.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"run again in the backward pass, and their codes.* Write svi.step"):
+        value.backward()
 
 
 def test_backward_after_the_handlers_of_the_forward_pass_are_gone():

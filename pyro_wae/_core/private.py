@@ -32,6 +32,12 @@ OBSERVED, UNOBSERVED = "_observed", "_unobserved"
 BatchNorm = batchnorm._BatchNorm
 RunningNorm = batchnorm._NormBase
 
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is the result of ``torch.compile``, or compiled in place: under global hooks it runs other code."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
 # Whether a transform of torch.func is active, in which every gradient is one that may be differentiated again.
 is_transforming = torch._C._are_functorch_transforms_active
 

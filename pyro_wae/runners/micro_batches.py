@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.private import HANDLERS
-from pyro_wae._core.programs import add_note, part_of, tensors_of, trial_run
+from pyro_wae._core.buffers import Buffers
+from pyro_wae._core.private import HANDLERS, is_compiled
+from pyro_wae._core.programs import add_note, owners, part_of, tensors_of, trial_run
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators, set_random_state
 from pyro_wae.step.observe import Observer, Runner
 from pyro_wae.step.parts import check_guide, join, priors_differ
@@ -27,9 +29,10 @@ from pyro_wae.step.records import Step
 class MicroBatches(Runner):
     """Runs model and guide on a few data at a time, as if on all at once.
 
-    Each run keeps no activations: its part of the backward pass runs it again, with the same random numbers, under the
-    same handlers, and with BatchNorm's running statistics left alone. What depends on all data, the penalty before
-    all, is in the graph as ever. The gradient is therefore that of all data at once.
+    Each run keeps no activations: its part of the backward pass runs it again, with the same random numbers and
+    buffers, under the same handlers, and leaves buffers such as BatchNorm's running statistics as they are. What
+    depends on all data, the penalty before all, is in the graph as ever. The gradient is therefore that of all data at
+    once.
 
     Args:
         rows: The most data in a run.
@@ -55,11 +58,15 @@ class MicroBatches(Runner):
             raise
         if len(batches) == 1:
             return observer.observe(args, kwargs)
-        is_training = torch.is_grad_enabled()
-        if is_training and not self._is_warm:
-            _warm_up(observer, batches[0])
-            self._is_warm = True
-        parts = [_without_activations(observer, batch) if is_training else _run(observer, batch) for batch in batches]
+        if torch.is_grad_enabled():
+            nets = [net for program in (observer.model, observer.guide) for net in owners(program)]
+            modules = list(dict.fromkeys(module for net in nets for module in net.modules()))
+            if not self._is_warm:
+                _warm_up(observer, batches[0], modules)
+                self._is_warm = True
+            parts = [_without_activations(observer, batch, modules) for batch in batches]
+        else:
+            parts = [_run(observer, batch) for batch in batches]
         check_guide(observer.guide, parts[0], "all micro-batches")
         step = join(parts, 1)
         if not step.prior_varies and priors_differ(parts):
@@ -136,29 +143,38 @@ def _check_plates(step: Step, batch: _Batch) -> None:
         )
 
 
-def _warm_up(observer: Observer, batch: _Batch) -> None:
+def _warm_up(observer: Observer, batch: _Batch, modules: Sequence[nn.Module]) -> None:
     """Lets model and guide make what they make at their first run, for which a run may draw random numbers."""
-    with trial_run():
+    with Buffers(modules).put_back(), trial_run():
         _run(observer, batch)
 
 
-def _without_activations(observer: Observer, batch: _Batch) -> Step:
-    before = random_state()
+def _without_activations(observer: Observer, batch: _Batch, modules: Sequence[nn.Module]) -> Step:
+    before, buffers = random_state(), Buffers(modules)
     handlers, device = list(HANDLERS), _default_device()
-    after: list[dict[str, Any]] = []
+    first: list[tuple[dict[str, Any], list[Tensor]]] = []
 
     def run_or_repeat() -> Step:
-        if not after:
+        if not first:
             step = _run(observer, batch)
-            after.append(random_state())
+            buffers.keep_changed()
+            first.append((random_state(), _outcome(step)))
             return step
-        with _as_then(before, handlers, device), batch_norm_at_rest(saves_alike=True):
+        with _as_then(before, handlers, device), buffers.put_back(), _statistics_at_rest(modules):
             step = _run(observer, batch)
-            if not same_generators(after[0], random_state()):
+            state, outcome = first[0]
+            if not same_generators(state, random_state()):
                 raise ValueError(
                     "Model and guide drew other random numbers in the backward pass than before, and its gradient "
                     "would not be that of the loss: they made something at their first run. Run them once before, as "
                     "by svi.evaluate_loss(x)."
+                )
+            if not all(map(_is_alike, _outcome(step), outcome)):
+                raise ValueError(
+                    "With micro_batch model and guide run again in the backward pass, and their codes, prior samples "
+                    "or costs were not those of before: the gradient would not be that of the loss. Draw with torch's "
+                    "global generator, change neither data nor parameters between loss and backward(), and give what "
+                    "changes from step to step as an argument. Write svi.step(x, temperature)."
                 )
         return step
 
@@ -166,6 +182,22 @@ def _without_activations(observer: Observer, batch: _Batch) -> Step:
     with set_checkpoint_early_stop(False):
         step: Step = checkpoint(run_or_repeat, use_reentrant=False, preserve_rng_state=False)
     return step
+
+
+def _outcome(step: Step) -> list[Tensor]:
+    """What both runs have in common."""
+    return [rows.detach() for rows in (step.codes, step.prior, *step.costs.values()) if rows is not None]
+
+
+def _is_alike(again: Tensor, first: Tensor) -> bool:
+    """Whether a run gave the same numbers, up to rounding: some kernels of an accelerator do not repeat themselves."""
+    size = first.abs().nan_to_num(0, 0, 0).amax().item() if first.numel() else 0.0
+    return again.shape == first.shape and torch.allclose(again, first, rtol=0.0, atol=0.01 * size, equal_nan=True)
+
+
+def _statistics_at_rest(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    # Of nets that `owners` does not find. Hooks would make compiled ones run other code.
+    return nullcontext() if any(map(is_compiled, modules)) else batch_norm_at_rest(saves_alike=True)
 
 
 @contextmanager
