@@ -25,7 +25,7 @@ NO_FLAG = [None, "yes", 1, 0.0, torch.tensor(1)]
 NO_COUNT = [None, 0, -1, 1.5, "3", True, torch.ones(2)]
 NO_LEVEL = [None, 0, 1, -0.1, 2, "0.05", True, float("nan")]
 NO_SEED = [None, 0.5, "0", True, 2**70]
-NO_TITLE = [3, b"title", ["title"]]
+NO_TITLE = [3, b"title", ["title"], ROWS, ROWS.numpy()]
 NO_IMAGES = [None, "images", IMAGES[:, :, :0], IMAGES[0, 0, 0], META, object(), torch.rand(2, 5, 8, 8)]
 NO_CMAP = ["no such map", "", 3, None]
 
@@ -125,8 +125,8 @@ CALLS = {
         lambda **bad: codes_and_prior(**{"codes": ROWS, "prior": ROWS, **bad}),
         codes=NO_ROWS,
         prior=[*NO_ROWS, ROWS[:, :2]],
-        labels=[torch.zeros(8), 3, META[:, 0], object()],
-        plane=[(0, 3), (1, 1), 0, (0, 1, 2), "01"],
+        labels=[torch.zeros(8), 3, META[:, 0], object(), [None] * 20, [dist.Normal] * 20],
+        plane=[(0, 3), (1, 1), 0, (0, 1, 2), "01", (0.0, 1.0), (True, False), ([0], [1]), (ROWS, ROWS)],
         title=NO_TITLE,
     ),
     "quantiles": test_of(

@@ -113,6 +113,33 @@ def test_classes_have_colours_and_a_legend(number):
     assert len({str(dot.get_color()) for dot in legend.legend_handles}) == number
 
 
+class Column:
+    """What numpy makes an array of objects of, as a column of a table."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(["T cell", "B cell"] * 3, dtype=object)
+
+
+@pytest.mark.parametrize(
+    "labels", [Column(), np.asarray(Column()), np.asarray(Column()).astype(str), ["T cell", "B cell"] * 3]
+)
+def test_labels_are_strings_however_they_are_held(labels):
+    codes = torch.randn(6, 3)
+    (legend,) = codes_and_prior(codes, codes, labels).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["B cell", "T cell"]
+
+
+def test_labels_that_cannot_be_sorted_are_written_as_strings():
+    codes, labels = torch.randn(6, 3), ["T cell", None] * 3
+    with pytest.raises(
+        TypeError, match=r"labels must be .* numbers or strings, found list\. Write labels=\[str"
+    ) as raised:
+        codes_and_prior(codes, codes, labels)
+    written = eval(str(raised.value).partition("Write labels=")[2].removesuffix("."), {"labels": labels})
+    (legend,) = codes_and_prior(codes, codes, written).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["None", "T cell"]
+
+
 def test_more_classes_than_colours_are_refused():
     with pytest.raises(ValueError, match=r"labels must be of at most 20 classes.* found 21\. Write labels=None"):
         codes_and_prior(torch.randn(42, 3), torch.randn(42, 3), torch.arange(42) % 21)

@@ -132,7 +132,7 @@ def mosaic_of_rows(images: np.ndarray, columns: int, *, group: int = 1) -> tuple
 def mosaic_size(mosaic: np.ndarray, title: str | None, *, margin: float = 0.0) -> tuple[float, float]:
     """Width and height in inches of a figure that shows a mosaic, with a margin at its left."""
     height, width = mosaic.shape[:2]
-    return WIDTH, (WIDTH - margin) * height / width + (0.4 if title else 0.1)
+    return WIDTH, (WIDTH - margin) * height / width + (0.4 if title is not None else 0.1)
 
 
 def show_mosaic(axes: Axes, mosaic: np.ndarray, cmap: str) -> None:
