@@ -361,7 +361,7 @@ def as_costs(cost: Any) -> Cost | dict[str, Cost]:
 
 def _as_float(value: Tensor) -> Tensor:
     """Truth values, bytes and half precision as float32; other numbers as they are."""
-    return value.float() if value.dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16) else value
+    return value.float() if value.dtype in (torch.bool, torch.uint8) else at_least_float32(value)
 
 
 def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:

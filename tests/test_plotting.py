@@ -70,6 +70,13 @@ def test_reconstructions_put_each_output_below_its_input():
     assert labels == ["data", "reconstruction", "data", "reconstruction"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2])
+def test_codes_in_less_than_single_precision_are_drawn(dtype):
+    codes = torch.randn(9, 2).to(dtype)
+    shown = codes_and_prior(codes, codes).axes[0].collections[0].get_offsets()
+    np.testing.assert_array_equal(shown, codes.float())
+
+
 def test_codes_and_prior_draws_both_clouds_on_the_same_limits():
     figure = codes_and_prior(torch.randn(50, 8), torch.randn(70, 8))
     left, right = figure.axes

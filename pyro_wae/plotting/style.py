@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_wae._core.checks import text
+from pyro_wae._core.rows import at_least_float32
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,8 +68,7 @@ def as_array(
     """Numbers as an array of numpy; ``kinds`` are numpy's letters for what is accepted."""
     try:
         if isinstance(values, Tensor):
-            values = values.detach().cpu()
-            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+            values = at_least_float32(values.detach().cpu()).numpy()
         array = np.asarray(values)
         if array.dtype.kind in "OT":  # as a table's column holds strings
             array = np.asarray(array.tolist())
