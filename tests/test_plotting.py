@@ -77,6 +77,11 @@ def test_codes_in_less_than_single_precision_are_drawn(dtype):
     np.testing.assert_array_equal(shown, codes.float())
 
 
+def test_codes_and_prior_of_one_point_are_drawn():
+    left, _ = codes_and_prior(torch.ones(5, 2), torch.ones(5, 2)).axes
+    assert left.get_xlim()[0] < 1 < left.get_xlim()[1]
+
+
 def test_codes_and_prior_draws_both_clouds_on_the_same_limits():
     figure = codes_and_prior(torch.randn(50, 8), torch.randn(70, 8))
     left, right = figure.axes

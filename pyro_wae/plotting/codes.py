@@ -121,7 +121,7 @@ def draw_clouds(
 ) -> None:
     """Scatters codes and prior samples of shape (n, 2) side by side, on the same limits; marked draws in colour."""
     # The clouds' outermost points would shrink everything else.
-    limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999)
+    limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999) or 1.0
     # Fewer points can be larger and darker; at 2,000 a cloud still shows its density.
     size = float(np.clip(12_000 / max(len(points), len(draws)), 2, 30))
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
