@@ -70,6 +70,14 @@ def test_reconstructions_put_each_output_below_its_input():
     assert labels == ["data", "reconstruction", "data", "reconstruction"]
 
 
+def test_images_in_lists_that_differ_in_shape_are_told_the_line_that_serves():
+    inputs, outputs = torch.rand(5, 1, 4, 4).tolist(), torch.rand(5, 2, 8).tolist()
+    with pytest.raises(ValueError, match=r"\(5, 1, 4, 4\), found \(5, 2, 8\)\. Write ") as raised:
+        reconstructions(inputs, outputs)
+    line = str(raised.value).partition("Write ")[2].removesuffix(".")
+    reconstructions(inputs, eval(line, {"torch": torch, "outputs": outputs}))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2])
 def test_codes_in_less_than_single_precision_are_drawn(dtype):
     codes = torch.randn(9, 2).to(dtype)

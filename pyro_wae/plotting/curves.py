@@ -39,7 +39,7 @@ def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", 
     if not isinstance(history, Mapping):
         raise TypeError(f"history must be a dict of sequences of numbers, found {type(history).__name__}. {write}")
     if not {"cost", "penalty"} <= history.keys():
-        raise ValueError(f'history must hold "cost" and "penalty", found {sorted(history)}. {write}')
+        raise ValueError(f'history must hold "cost" and "penalty", found {list(history)}. {write}')
     try:
         curves = {key: np.asarray([float(value) for value in history[key]]) for key in ("cost", "penalty")}
     except (TypeError, ValueError) as error:

@@ -74,8 +74,8 @@ def reconstructions(
     above, below = as_images(inputs, "inputs"), as_images(outputs, "outputs")
     if above.shape != below.shape:
         raise ValueError(
-            f"outputs must have the shape of inputs, {tuple(inputs.shape)}, found {tuple(outputs.shape)}. "
-            "Write outputs.reshape(inputs.shape)."
+            f"outputs must have the shape of inputs, {tuple(np.shape(inputs))}, found {tuple(np.shape(outputs))}. "
+            f"Write torch.as_tensor(outputs).reshape({tuple(np.shape(inputs))})."
         )
     columns = _as_columns(columns, min(10, len(above)))
     rows = []
