@@ -187,6 +187,8 @@ class ExpectedSquaredError(SquaredError):
                 f"{family(distribution)} has no variance. Write cost=SquaredError(decode=...) or "
                 "cost=NegativeLogLikelihood()."
             ) from error
+        if variance.device.type == "cpu":
+            _is_finite(distribution, variance, "variance")
         return squares + _sum_event(variance, distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
@@ -311,19 +313,24 @@ def _mean(distribution: Any) -> Tensor:
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
     check_no_angles(distribution, mean)
-    if mean.device.type != "cpu":
+    if mean.device.type != "cpu" or not _is_finite(distribution, mean, "mean"):
         return mean
-    # A sum that is finite has no part that is not, and takes a fraction of the time.
-    if not math.isfinite(mean.detach().sum().item()) and not bool(mean.isfinite().all()):
-        if not all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
-            return mean  # parameters that are not finite are the net's fault, and reported as such
-        raise ValueError(f"{family(distribution)} has no finite mean to compare the data with. {_REMEDY}")
     support = support_of(distribution)
     # Between whole numbers a mean may lie.
     is_free = support is constraints.real or is_discrete(component(distribution))
     if not is_free and not bool(support.check(mean).all()):
         raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
     return mean
+
+
+def _is_finite(distribution: Any, moment: Tensor, name: str) -> bool:
+    """Whether a moment is finite; parameters that are not are the net's fault, and reported as such."""
+    # A sum that is finite has no part that is not, and takes a fraction of the time.
+    if math.isfinite(moment.detach().sum().item()) or bool(moment.isfinite().all()):
+        return True
+    if all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
+        raise ValueError(f"{family(distribution)} has no finite {name} to compare the data with. {_REMEDY}")
+    return False
 
 
 _REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
@@ -354,7 +361,7 @@ def as_costs(cost: Any) -> Cost | dict[str, Cost]:
 
 def _as_float(value: Tensor) -> Tensor:
     """Truth values, bytes and half precision as float32; other numbers as they are."""
-    return value.float() if value.dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16) else value
+    return value.float() if value.dtype in (torch.bool, torch.uint8) else at_least_float32(value)
 
 
 def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:

@@ -146,7 +146,13 @@ PROGRAMS = {
     ),
     "several plates": Program(
         programs.inner_plate,
-        error=("Several plates", "'data' (dim=-2", "'parts' (dim=-1, size 3)", "WAELoss(data_plate='"),
+        error=(
+            "Several plates",
+            "'data' (dim=-2",
+            "'parts' (dim=-1, size 3)",
+            "data: data_plate='",
+            "WAELoss(data_plate='",
+        ),
     ),
     "several subsampled plates": Program(
         lambda: programs.inner_plate(4, data=lambda x, index: pyro.plate("data", SIZE, subsample=index, dim=-2)),

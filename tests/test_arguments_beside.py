@@ -1,6 +1,7 @@
 """Every public name beside the step takes a bad argument for what it is: the error names it and says what to write."""
 
 import math
+from pathlib import Path
 
 import pyro.distributions as dist
 import pytest
@@ -25,7 +26,7 @@ NO_FLAG = [None, "yes", 1, 0.0, torch.tensor(1)]
 NO_COUNT = [None, 0, -1, 1.5, "3", True, torch.ones(2)]
 NO_LEVEL = [None, 0, 1, -0.1, 2, "0.05", True, float("nan")]
 NO_SEED = [None, 0.5, "0", True, 2**70]
-NO_TITLE = [3, b"title", ["title"]]
+NO_TITLE = [3, b"title", ["title"], ROWS, ROWS.numpy()]
 NO_IMAGES = [None, "images", IMAGES[:, :, :0], IMAGES[0, 0, 0], META, object(), torch.rand(2, 5, 8, 8)]
 NO_CMAP = ["no such map", "", 3, None]
 
@@ -40,6 +41,14 @@ def test_of(call, **bad):
 
 
 test_of.__test__ = False
+
+
+class Metric:
+    """As those of torchmetrics, of which an instance is wanted."""
+
+    def reset(self): ...
+    def update(self, x, real): ...
+    def compute(self): ...
 
 
 coded, encoded = program(prior=lambda x: normal(x, 3))
@@ -93,7 +102,7 @@ CALLS = {
     "sample_quality": test_of(
         lambda **bad: sample_quality(pair, **{"x": ROWS, "metric": precision_recall, **bad}),
         x=[None, "codes", 3, ROWS[:0], ROWS[0, 0], SPARSE, META],
-        metric=[None, 3, "FID", torch.nn.Linear],
+        metric=[None, 3, "FID", torch.nn.Linear, Metric],
         site=[3, ["x"]],
         transform=[3, "flatten"],
         batch_size=NO_COUNT,
@@ -116,7 +125,7 @@ CALLS = {
     "reconstructions": test_of(
         lambda **bad: reconstructions(**{"inputs": IMAGES, "outputs": IMAGES, **bad}),
         inputs=NO_IMAGES,
-        outputs=[*NO_IMAGES, IMAGES[:2]],
+        outputs=[*NO_IMAGES, IMAGES[:2], IMAGES[:2].tolist()],
         columns=NO_COUNT[1:],
         title=NO_TITLE,
         cmap=NO_CMAP,
@@ -125,8 +134,8 @@ CALLS = {
         lambda **bad: codes_and_prior(**{"codes": ROWS, "prior": ROWS, **bad}),
         codes=NO_ROWS,
         prior=[*NO_ROWS, ROWS[:, :2]],
-        labels=[torch.zeros(8), 3, META[:, 0], object()],
-        plane=[(0, 3), (1, 1), 0, (0, 1, 2), "01"],
+        labels=[torch.zeros(8), 3, META[:, 0], object(), [None] * 20, [dist.Normal] * 20],
+        plane=[(0, 3), (1, 1), 0, (0, 1, 2), "01", (0.0, 1.0), (True, False), ([0], [1]), (ROWS, ROWS)],
         title=NO_TITLE,
     ),
     "quantiles": test_of(
@@ -146,6 +155,7 @@ CALLS = {
             {"cost": [], "penalty": []},
             {"cost": 3, "penalty": 3},
             {"cost": ["high"], "penalty": [0.5]},
+            {"cost": [1.0], 1: [2.0]},
         ],
         unit=[None, 3],
         title=NO_TITLE,
@@ -199,13 +209,13 @@ CALLS = {
     ),
     "save_checkpoint": test_of(
         lambda path="run.pt", **bad: save_checkpoint(path, **{"net": nn.Linear(1, 1), **bad}),
-        path=[None, 3, ""],
+        path=[None, 3, "", ".", Path("..")],
         extra=[3, "text", [1], {1: object()}],
         net=[None, 3, "text", [nn.Linear(1, 1)], nn.Linear],
     ),
     "load_checkpoint": test_of(
         lambda path="run.pt", **bad: load_checkpoint(path, **{"net": nn.Linear(1, 1), **bad}),
-        path=[None, 3, ""],
+        path=[None, 3, "", ".", Path("..")],
         net=[None, 3, "text", [nn.Linear(1, 1)]],
     ),
 }

@@ -219,6 +219,16 @@ def test_tensors_that_share_memory_go_on_sharing_it(path):
 # Writing
 
 
+def test_a_folder_is_refused_and_the_line_to_write_is_a_file_in_it(tmp_path):
+    folder, svi = tmp_path / "run", nn.Linear(1, 1)
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"takes the path of a file, found the folder .*run\. Write ") as raised:
+        save_checkpoint(folder, svi=svi)
+    assert list(tmp_path.iterdir()) == [folder]
+    exec(str(raised.value).partition("Write ")[2].removesuffix("."), {"save_checkpoint": save_checkpoint, "svi": svi})
+    assert [file.name for file in folder.iterdir()] == ["run.pt"]
+
+
 def test_a_symbolic_link_is_written_through(tmp_path):
     (tmp_path / "disk").mkdir()
     target = tmp_path / "disk" / "run.pt"

@@ -134,6 +134,12 @@ def test_what_has_no_mean_is_refused_with_the_remedies(fn, found, cost):
         cost.per_datum(observation(fn, value, shape=(2,)))
 
 
+def test_a_variance_that_is_infinite_by_its_law_is_refused_and_one_of_broken_parameters_is_not():
+    with pytest.raises(ValueError, match=r"StudentT has no finite variance.*NegativeLogLikelihood\(\), or .*decode="):
+        ExpectedSquaredError()(dist.StudentT(2.0, G, 1.0).to_event(1), X)
+    assert ExpectedSquaredError()(dist.Normal(G, torch.inf).to_event(1), X).isinf().all()
+
+
 def test_decode_says_what_the_output_is():
     fn = dist.Cauchy(G, 1.0).to_event(1)
     median = {"decode": lambda fn: fn.base_dist.loc}

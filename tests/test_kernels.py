@@ -393,6 +393,7 @@ def fit_a_sum(prior):
         (fit_a_sum, (torch.full((9, 3), math.nan),), NO_SPREAD.format("nan")),
         (fit_a_sum, (torch.tensor([[0.0], [math.inf]]),), NO_SPREAD.format("nan")),
         (Gaussian().fit, (torch.zeros(1, 3),), "at least 2 prior samples, found 1"),
+        (Gaussian().fit, (torch.tensor(1.0),), "at least 2 prior samples, found 1"),
         (as_kernel(lambda x, y: (x @ y.mT).sum()), XY, PAIRS.format(r"shape \(\)")),
         (as_kernel(lambda x, y: y @ x.mT), XY, PAIRS.format(r"shape \(6, 5\)")),
         (as_kernel(lambda x, y: x.sum(1)), XY, PAIRS.format(r"shape \(5,\)")),
@@ -403,6 +404,45 @@ def fit_a_sum(prior):
 def test_what_does_not_fit_is_named_with_the_line_to_write(call, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(*arguments)
+
+
+@pytest.mark.parametrize("other", [[[0.0, 1.0]], np.ones((4, 2)), None, 3])
+def test_what_is_no_tensor_is_named_with_the_line_to_write(other):
+    x = torch.zeros(4, 2)
+    for arguments, name in (((other, x), "x"), ((x, other), "y")):
+        with pytest.raises(TypeError, match=rf"Laplace's {name} must be a tensor.* Write torch\.as_tensor\({name}\)"):
+            Laplace(1.0)(*arguments)
+    with pytest.raises(TypeError, match=r"prior must be a dense tensor.* Write kernel\.fit\("):
+        Laplace().fit(other)
+
+
+@pytest.mark.parametrize(
+    "held", [lambda x: x.numpy(), lambda x: x.tolist(), lambda x: x.to_sparse()], ids=["a", "l", "s"]
+)
+def test_the_line_to_write_for_prior_samples_that_are_no_dense_tensor_serves(held):
+    prior, (kernel, expected) = torch.randn(9, 3), (Gaussian(), Gaussian())
+    with pytest.raises(TypeError, match="found") as raised:
+        kernel.fit(held(prior))
+    exec(
+        str(raised.value).partition("Write ")[2].removesuffix("."),
+        {"kernel": kernel, "torch": torch, "prior": held(prior)},
+    )
+    expected.fit(prior)
+    torch.testing.assert_close(kernel.squared_length, expected.squared_length)
+
+
+@pytest.mark.parametrize("lengths", [0.5, None, "abc", [], (-0.5,), (0.0,), (math.nan,), torch.tensor(2.0)])
+def test_lengths_of_several_scales_are_positive_numbers(lengths):
+    with pytest.raises((TypeError, ValueError), match=r"Laplace's lengths must be .*found .* Write lengths=\(0\.05, "):
+        Laplace.multiscale(lengths=lengths)
+
+
+@pytest.mark.parametrize("lengths", [(0.05, 0.15, 0.5, 5.0), (1e-7,), (3.3e-6, 2.0), torch.tensor([0.5, 2.0])])
+def test_several_scales_are_those_of_their_lengths(lengths):
+    origin, kernel = torch.zeros(1, 1, dtype=torch.float64), Laplace.multiscale(1.0, lengths)
+    for distance in (1e-7, 3e-6, 1.0):
+        expected = sum(math.exp(-distance / float(s)) for s in lengths)
+        assert kernel(origin, origin + distance).item() == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
 def test_nan_is_no_label_of_its_own():

@@ -15,7 +15,7 @@ from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic
-from pyro_wae.penalties import MMD, CramerWold, PenaltyContext, kernel_mean
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, kernel_mean
 
 N = 12
 S = 1.1
@@ -245,6 +245,48 @@ def test_a_penalty_of_one_site_of_several_takes_draws():
         pyro.set_rng_seed(2)
         values.append(loss.loss(*HIERARCHICAL, x))
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("make", [MMD, EnergyDistance, CramerWold, KernelStein])
+@pytest.mark.parametrize(("d", "size"), [(1, 3), (4, 1), (4, 3)])
+def test_a_prior_of_another_size_than_a_code_is_refused_and_the_line_to_write_serves(make, d, size):
+    d = 2 if make is CramerWold and d == 1 else d
+    codes, draws, prior = rows(20, d), rows(30, d), dist.Normal(torch.zeros(size), 1.0).to_event(1)
+    match = rf"codes have {d} numbers, found .* event_shape \({size},\)\. Write "
+    with pytest.raises(ValueError, match=match) as raised:
+        make()(codes, draws, PenaltyContext(prior=lambda: prior, prior_log_prob=lambda z: -z.square().sum(-1) / 2))
+    written = eval(str(raised.value).partition("Write ")[2].removesuffix("."), globals())
+    whole = PenaltyContext(prior=written.prior, prior_log_prob=written.prior().log_prob)
+    assert make()(codes, draws, whole).isfinite()
+
+
+@pytest.mark.parametrize("penalty", [MMD(Gaussian(1.0)), EnergyDistance(), CramerWold(0.5)])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.Normal(torch.zeros(20, 4), 1.0).to_event(1),
+        dist.Normal(torch.zeros(2, 2), 1.0).to_event(2),
+        dist.Normal(torch.zeros(20), 1.0),
+        dist.Normal(0.0, 1.0),
+    ],
+    ids=["batch", "matrix", "batch of numbers", "number"],
+)
+def test_what_is_not_one_law_of_a_row_is_compared_by_its_draws(penalty, prior):
+    codes, draws = rows(20, 4), rows(30, 4)
+    value = penalty(codes, draws, PenaltyContext(prior=lambda: prior))
+    torch.testing.assert_close(value, penalty(codes, draws), rtol=0, atol=0)
+
+
+def test_a_batch_of_priors_of_single_numbers_is_no_prior_of_a_code_of_one_number():
+    codes, draws, context = rows(20, 1), rows(30, 1), PenaltyContext(prior=lambda: dist.Normal(torch.zeros(20), 1.0))
+    mmd = MMD(Gaussian(1.0))
+    torch.testing.assert_close(mmd(codes, draws, context), mmd(codes, draws), rtol=0, atol=0)
+
+
+def test_a_stein_kernel_takes_no_length_from_a_batch_of_priors():
+    prior = dist.Normal(torch.zeros(20, 4), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="no variance of the prior is known"):
+        KernelStein()(rows(20, 4), context=PenaltyContext(prior=lambda: prior, prior_log_prob=prior.log_prob))
 
 
 @pytest.mark.parametrize("options", [{"unbiased": False}, {"unbiased": True}], ids=str)

@@ -108,6 +108,19 @@ def test_a_cost_of_half_precision_is_that_of_the_same_numbers_in_float64(name, d
     torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_codes_and_data_in_eight_bits_are_cast_up(dtype):
+    x, y = torch.randn(20, 2).to(dtype), torch.randn(20, 2).to(dtype)
+    for penalty in (MMD(Gaussian(1.0)), CramerWold(0.5)):
+        value = penalty(x, y)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, penalty(x.float(), y.float()))
+    torch.testing.assert_close(
+        SquaredError()(dist.Normal(y.float(), 1).to_event(1), x), (x.float() - y.float()).square().sum(1)
+    )
+    SlicedWasserstein()(x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_a_likelihood_of_labels_is_summed_in_float32(dtype):
     logits, labels = half(5, 700, 4, dtype=dtype), torch.randint(4, (5, 700))

@@ -70,6 +70,26 @@ def test_reconstructions_put_each_output_below_its_input():
     assert labels == ["data", "reconstruction", "data", "reconstruction"]
 
 
+def test_images_in_lists_that_differ_in_shape_are_told_the_line_that_serves():
+    inputs, outputs = torch.rand(5, 1, 4, 4).tolist(), torch.rand(5, 2, 8).tolist()
+    with pytest.raises(ValueError, match=r"\(5, 1, 4, 4\), found \(5, 2, 8\)\. Write ") as raised:
+        reconstructions(inputs, outputs)
+    line = str(raised.value).partition("Write ")[2].removesuffix(".")
+    reconstructions(inputs, eval(line, {"torch": torch, "outputs": outputs}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2])
+def test_codes_in_less_than_single_precision_are_drawn(dtype):
+    codes = torch.randn(9, 2).to(dtype)
+    shown = codes_and_prior(codes, codes).axes[0].collections[0].get_offsets()
+    np.testing.assert_array_equal(shown, codes.float())
+
+
+def test_codes_and_prior_of_one_point_are_drawn():
+    left, _ = codes_and_prior(torch.ones(5, 2), torch.ones(5, 2)).axes
+    assert left.get_xlim()[0] < 1 < left.get_xlim()[1]
+
+
 def test_codes_and_prior_draws_both_clouds_on_the_same_limits():
     figure = codes_and_prior(torch.randn(50, 8), torch.randn(70, 8))
     left, right = figure.axes
@@ -111,6 +131,33 @@ def test_classes_have_colours_and_a_legend(number):
     assert [text.get_text() for text in legend.get_texts()] == [str(label) for label in range(number)]
     assert len(np.unique(left.collections[0].get_facecolors(), axis=0)) == number
     assert len({str(dot.get_color()) for dot in legend.legend_handles}) == number
+
+
+class Column:
+    """What numpy makes an array of objects of, as a column of a table."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(["T cell", "B cell"] * 3, dtype=object)
+
+
+@pytest.mark.parametrize(
+    "labels", [Column(), np.asarray(Column()), np.asarray(Column()).astype(str), ["T cell", "B cell"] * 3]
+)
+def test_labels_are_strings_however_they_are_held(labels):
+    codes = torch.randn(6, 3)
+    (legend,) = codes_and_prior(codes, codes, labels).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["B cell", "T cell"]
+
+
+def test_labels_that_cannot_be_sorted_are_written_as_strings():
+    codes, labels = torch.randn(6, 3), ["T cell", None] * 3
+    with pytest.raises(
+        TypeError, match=r"labels must be .* numbers or strings, found list\. Write labels=\[str"
+    ) as raised:
+        codes_and_prior(codes, codes, labels)
+    written = eval(str(raised.value).partition("Write labels=")[2].removesuffix("."), {"labels": labels})
+    (legend,) = codes_and_prior(codes, codes, written).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["None", "T cell"]
 
 
 def test_more_classes_than_colours_are_refused():

@@ -27,6 +27,14 @@ def kinds(found):
 # The whole report
 
 
+def test_a_report_under_autocast_compares_codes_in_their_own_precision():
+    # Model and guide hold no matrix product, so that the codes are the same; the shift is a third of a deviation.
+    programs, x = pair(lambda x: x + 0.3), data(500)
+    expected = report(*programs, x, **FAST).to_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert report(*programs, x, **FAST).to_dict() == expected
+
+
 def test_codes_that_match_raise_no_alarm():
     # Null: codes are prior draws. Two tests at level 0.05, so that about one seed in ten would reject.
     found = report(*pair(lambda x: x), data(1000), **FAST)

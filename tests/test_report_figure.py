@@ -118,6 +118,13 @@ def test_the_plane_begins_with_the_worst_direction():
     assert "z[1], largest discrepancy" in [text.get_text() for text in lines.get_legend().get_texts()]
 
 
+def test_codes_that_are_the_one_point_of_the_prior_are_drawn():
+    pytest.importorskip("matplotlib")
+    found = report(*program(delta, lambda x: delta(x.new_zeros(len(x), 3))), torch.zeros(60, 3), **FAST)
+    codes, _, _ = found.plot().axes
+    assert codes.get_xlim()[0] < 0 < codes.get_xlim()[1]
+
+
 def test_a_code_of_one_number_has_no_plane():
     pytest.importorskip("matplotlib")
     assert len(report(*pair(lambda x: x), data(300, 1), **FAST).plot().axes) == 1

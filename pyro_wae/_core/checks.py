@@ -87,6 +87,21 @@ def number(
     return found
 
 
+def numbers(name: str, value: Any, *, above: float, write: str) -> tuple[float, ...]:
+    """One finite number or more, as a tuple of ``float``; arguments as of :func:`number`.
+
+    Raises:
+        TypeError: If it is no sequence of numbers.
+        ValueError: If there is none, or one is not finite or out of bounds.
+    """
+    is_sequence = isinstance(value, Iterable) and not isinstance(value, bytes) and getattr(value, "ndim", 1) > 0
+    value = accepted(name, value, is_sequence, "a sequence of numbers", write=write)
+    found = tuple(number(f"Each of {name}", one, above=above, write=write) for one in value)
+    if not found:
+        raise ValueError(f"{name} must be one or more, found none. Write {write}.")
+    return found
+
+
 def flag(name: str, value: Any, *, write: str | None = None) -> bool:
     """True or False, and nothing that only counts as one.
 

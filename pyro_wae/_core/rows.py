@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Casts half precision up to float32; leaves float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Casts half precision, and less, up to float32; leaves float32 and float64 as they are."""
+    return x.float() if x.dtype.is_floating_point and x.dtype.itemsize < 4 else x
 
 
 def working_precision(x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, extra: Mapping[str, Any]
 
     Raises:
         ValueError: If a module's parameters are in Pyro's store and the module is not among the parts, or the optimiser
-            holds parameters without a name.
+            holds parameters without a name, or the path is that of a folder.
         TypeError: If there is nothing to save, a part has no state, or a state or ``extra`` is made of other types than
             these, or could not be loaded again.
         OSError: If the file cannot be written.
@@ -101,9 +101,9 @@ def load_checkpoint(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, 
         What was given there as ``extra``.
 
     Raises:
-        ValueError: If the file is damaged, no checkpoint, of another format, or that of another training; in this case
-            the message lists what is missing, unexpected, or of another shape, class or argument, or the part that
-            rejected its state.
+        ValueError: If the file is a folder, damaged, no checkpoint, of another format, or that of another training; in
+            this case the message lists what is missing, unexpected, or of another shape, class or argument, or the part
+            that rejected its state.
         TypeError: If a part has no state.
         OSError: If the file cannot be read.
 
@@ -149,7 +149,11 @@ def _as_path(function: str, path: Any) -> Path:
     """The file itself: through symbolic links."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise TypeError(f"{function} takes the path of a file, found {path!r}. Write {function}('run.pt', svi=svi).")
-    return Path(os.path.realpath(os.fsdecode(path)))
+    file = Path(os.path.realpath(os.fsdecode(path)))
+    if file.is_dir():
+        write = f"{function}({str(file / 'run.pt')!r}, svi=svi)"
+        raise ValueError(f"{function} takes the path of a file, found the folder {file}. Write {write}.")
+    return file
 
 
 def _differences(content: Mapping[str, Any], pieces: Mapping[str, Piece]) -> Iterator[str]:

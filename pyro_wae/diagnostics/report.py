@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pyro_wae._core.checks import accepted, number, text, whole
@@ -195,10 +196,11 @@ def report(
         parts["joint" if "joint" not in parts else "all sites"] = slice(None)
     comparisons = {}
     in_hole = gathered.prior.new_zeros(len(gathered.prior)).bool()
-    for name, columns in parts.items():
-        comparisons[name], in_hole = compare_site(
-            name, gathered, columns, test_codes=test_codes, permutations=permutations, level=level, seed=seed
-        )
+    with torch.autocast(gathered.codes.device.type, enabled=False):  # codes are float32, and so are their products
+        for name, columns in parts.items():
+            comparisons[name], in_hole = compare_site(
+                name, gathered, columns, test_codes=test_codes, permutations=permutations, level=level, seed=seed
+            )
     return Report(
         comparisons=comparisons,
         costs=gathered.costs,

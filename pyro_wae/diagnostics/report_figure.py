@@ -68,7 +68,7 @@ def draw_report(
 def _plane(joint: Comparison, codes: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
     """The direction of largest discrepancy, and that of the largest at right angles to it."""
     first = np.asarray(joint.direction.weights, dtype=np.float64)
-    first /= np.linalg.norm(first)
+    first = first / np.linalg.norm(first) if first.any() else np.eye(len(first))[0]  # no difference in any direction
     across = np.eye(len(first)) - np.outer(first, first)
     second = discrepant_directions(codes @ across, prior @ across)[:, 0]
     # Where nothing is left across the first, any line at right angles to it will do.

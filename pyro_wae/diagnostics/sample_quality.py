@@ -81,7 +81,8 @@ def sample_quality(
         True
     """
     size = checks.whole("batch_size", batch_size, write="batch_size=500")
-    is_metric = callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None))
+    is_class = isinstance(metric, type)  # whose methods belong to no metric yet
+    is_metric = not is_class and all(callable(getattr(metric, name, None)) for name in ("update", "compute"))
     what = "a metric with update(x, real=...) and compute(), or a function f(data, samples)"
     if not is_metric:
         checks.function("metric", metric, what, write="metric=precision_recall")

@@ -53,9 +53,13 @@ class Kernel(CallRepr, nn.Module):
             Shape (n, m), in the precision of ``x`` (float32 at least).
 
         Raises:
+            TypeError: If an argument is not a tensor.
             ValueError: If a shape is not (rows, d) with one d, a dtype is not floating, or a bandwidth has not been
                 set.
         """
+        for name, rows in (("x", x), ("y", y)):
+            what = f"{type(self).__name__}'s {name}"
+            checks.instance(what, rows, Tensor, "a tensor of shape (rows, d)", write=f"torch.as_tensor({name})")
         if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
             raise ValueError(
                 f"{type(self).__name__}(x, y) takes x of shape (n, d) and y of shape (m, d); "
@@ -175,14 +179,17 @@ class Kernel(CallRepr, nn.Module):
             prior: Shape (m, d) with m >= 2.
 
         Raises:
-            ValueError: If the draws have no finite, positive spread.
+            TypeError: If the prior samples are not a dense tensor.
+            ValueError: If they are fewer than 2, or have no finite, positive spread.
         """
         unset = self.unset()
         if not unset:
             return
-        if len(prior) < 2:
+        checks.tensor("prior", prior, write="kernel.fit(torch.as_tensor(prior).to_dense())")
+        count = prior.shape[:1].numel()  # a number without dimensions is one sample
+        if count < 2:
             raise ValueError(
-                f"A kernel's bandwidth is computed from at least 2 prior samples, found {len(prior)}. Write it, as in "
+                f"A kernel's bandwidth is computed from at least 2 prior samples, found {count}. Write it, as in "
                 "Gaussian(bandwidth=1.0)."
             )
         half_mean_square = working_precision(prior.detach()).var(0).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,18 +111,7 @@ class MultiScale(Kernel):
         self.kernel = checks.instance(
             "MultiScale's kernel", kernel, RadialKernel, "a kernel that has a length", write=write
         )
-        is_sequence = (
-            isinstance(factors, Iterable) and not isinstance(factors, bytes) and getattr(factors, "ndim", 1) > 0
-        )
-        factors = checks.accepted(
-            "MultiScale's factors", factors, is_sequence, "a sequence of numbers", write="factors=(0.5, 1.0, 2.0)"
-        )
-        self.factors = tuple(
-            checks.number("Each of MultiScale's factors", factor, above=0, write="factors=(0.5, 1.0, 2.0)")
-            for factor in factors
-        )
-        if not self.factors:
-            raise ValueError("MultiScale's factors must be one or more, found none. Write factors=(0.5, 1.0, 2.0).")
+        self.factors = checks.numbers("MultiScale's factors", factors, above=0, write="factors=(0.5, 1.0, 2.0)")
 
     @property
     def is_radial(self) -> bool:
@@ -286,8 +275,14 @@ class Laplace(RadialKernel):
             bandwidth: s, as for the class.
             lengths: Length scales in units of s, one for each kernel. (``InverseMultiquadratic.multiscale`` takes
                 factors of the squared one.)
+
+        Raises:
+            TypeError: If ``lengths`` is not a sequence of numbers.
+            ValueError: If there is none, or one is not positive.
         """
-        return MultiScale(cls(bandwidth), [round(length**2, 12) for length in lengths])
+        lengths = checks.numbers("Laplace's lengths", lengths, above=0, write=f"lengths={DEFAULT_LENGTHS}")
+        # The square of 0.05 is shown as 0.0025, and that of a tiny length keeps its digits.
+        return MultiScale(cls(bandwidth), [float(f"{length**2:.12g}") for length in lengths])
 
 
 class Matern(RadialKernel):

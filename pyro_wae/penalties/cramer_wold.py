@@ -16,7 +16,7 @@ from pyro_wae._core.distributions import own_methods
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import RadialKernel
 from pyro_wae.penalties.base import Penalty, PenaltyContext
-from pyro_wae.penalties.kernel_means import register_kernel_mean
+from pyro_wae.penalties.kernel_means import known_prior, register_kernel_mean
 from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
 
@@ -86,7 +86,7 @@ class CramerWold(Penalty):
                 "MMD(Gaussian(bandwidth=...)), which in one dimension, at bandwidth "
                 "sqrt(2 gamma), is 2 sqrt(pi gamma) times as large."
             )
-        normal = None if context.prior is None or context.shared_data else _isotropic_normal(context.prior())
+        normal = None if context.shared_data else _isotropic_normal(known_prior(context, d))
         if not self.kernel.is_set:
             variance = working_precision(prior.detach()).var(0).mean() if normal is None else normal[1].detach()
             if not (torch.isfinite(variance) and variance > 0):
@@ -95,7 +95,7 @@ class CramerWold(Penalty):
                     "CramerWold(gamma=0.1)."
                 )
             self.kernel.set_fitted("squared_length", 4 * variance * (4 / (3 * n)) ** 0.4)
-        known = known_mean(self.kernel, context)
+        known = known_mean(self.kernel, context, d)
         return squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)
 
 
@@ -229,6 +229,8 @@ def _isotropic_normal(prior: Any) -> tuple[Tensor, Tensor] | None:
     if not isinstance(prior, torch.distributions.Normal) or own_methods(prior.__class__):
         return None
     loc, scale = working_precision(prior.loc), working_precision(prior.scale)
+    if loc.ndim != 1:  # a scalar or a batch of priors, not that of one code
+        return None
     # A scale that was expanded from one number needs no look at its values, which on an accelerator would wait.
     if scale.stride(-1) != 0 and bool((scale != scale[..., :1]).any()):
         return None

@@ -43,5 +43,5 @@ class EnergyDistance(Penalty):
         self.unbiased = checks.flag("EnergyDistance's unbiased", unbiased, write="EnergyDistance(unbiased=True)")
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
-        known = known_mean(self.kernel, context)
+        known = known_mean(self.kernel, context, codes.shape[2])
         return squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)

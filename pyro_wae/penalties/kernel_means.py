@@ -7,6 +7,7 @@ against a Normal in closed form, one factor for each dimension; see :meth:`~pyro
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
@@ -20,6 +21,7 @@ from pyro_wae._core.distributions import own_methods
 from pyro_wae._core.private import is_transforming
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
+from pyro_wae.penalties.base import PenaltyContext
 
 
 class KernelMean(Protocol):
@@ -96,6 +98,23 @@ def kernel_mean(kernel: Kernel, prior: Any) -> KernelMean | None:
             if best is None or distance < best[0]:
                 best = distance, function
     return None if best is None else best[1](kernel, prior)
+
+
+def known_prior(context: PenaltyContext, d: int) -> Any | None:
+    """The context's prior where it is that of one code of d numbers; None where it is not one distribution.
+
+    Raises:
+        ValueError: If it is that of a code of another size.
+    """
+    prior = None if context.prior is None else context.prior()
+    event, batch = tuple(getattr(prior, "event_shape", (d,))), tuple(getattr(prior, "batch_shape", ()))
+    if len(event) == 1 and event != (d,):  # a term by term difference would broadcast
+        raise ValueError(
+            f"PenaltyContext's prior must be that of one code, and the codes have {d} numbers, found "
+            f"{type(prior).__name__} with event_shape {event}. Write "
+            f"PenaltyContext(prior=lambda: dist.Normal(torch.zeros({d}), 1.0).to_event(1))."
+        )
+    return prior if math.prod(batch + event) == d else None
 
 
 @dataclass(frozen=True, eq=False)

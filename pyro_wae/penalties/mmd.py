@@ -12,7 +12,7 @@ from pyro_wae.kernels import Conditional, Kernel, Laplace
 from pyro_wae.kernels.conditional import DefaultConditionKernels
 from pyro_wae.kernels.function import as_kernel
 from pyro_wae.penalties.base import Penalty, PenaltyContext, join
-from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, row_total
+from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, known_prior, row_total
 from pyro_wae.penalties.null_variance import NullVariance, pair_variance
 from pyro_wae.penalties.pair_sums import PairTerm, across, every, pair_total, within
 
@@ -106,7 +106,7 @@ class MMD(Penalty):
         self.kernel.fit(prior)
         if context.condition is not None:
             return self._conditional(codes, prior, context, context.condition)
-        known = known_mean(self.kernel, context) if self.closed_form else None
+        known = known_mean(self.kernel, context, codes.shape[2]) if self.closed_form else None
         value = squared_discrepancy(self.kernel, codes, prior, context, known, unbiased=self.unbiased)
         if self.null is None:
             return value
@@ -143,11 +143,9 @@ class MMD(Penalty):
         return value / (square * self.null.of_draws(self.kernel, prior) * pair_variance(n, m, of_data=True)).sqrt()
 
 
-def known_mean(kernel: Kernel, context: PenaltyContext) -> KernelMean | None:
-    """The kernel's means against the context's prior, where both are known and rows are independent."""
-    if context.shared_data or context.prior is None:
-        return None
-    prior = context.prior()
+def known_mean(kernel: Kernel, context: PenaltyContext, d: int) -> KernelMean | None:
+    """The kernel's means against the context's prior, where both are known and rows, of d numbers, are independent."""
+    prior = None if context.shared_data else known_prior(context, d)
     components = getattr(getattr(prior, "mixture_distribution", None), "probs", None)
     if prior is None or (components is not None and components.shape[-1] > MOST_COMPONENTS):
         return None

@@ -11,6 +11,7 @@ from pyro_wae._core import checks
 from pyro_wae._core.rows import squared_distances, working_precision
 from pyro_wae.kernels import Kernel, RadialKernel, RationalQuadratic
 from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.kernel_means import known_prior
 from pyro_wae.penalties.pair_sums import pair_total, within
 
 
@@ -92,7 +93,7 @@ class KernelStein(Penalty):
             codes.requires_grad or self._log_prob(codes, context).requires_grad
         )
         with torch.inference_mode(False), torch.enable_grad():
-            self._fit_to(context)
+            self._fit_to(context, codes.shape[2])
             # A variable of its own, by which a derivative is the partial one: the codes may depend on each other.
             z = (codes if differentiable else codes.detach()).clone()
             z = z if z.requires_grad else z.requires_grad_()
@@ -103,11 +104,11 @@ class KernelStein(Penalty):
             value = pair_total(kernel, (rows,), (within(len(rows), len(codes), context.data_size),))
         return value if differentiable else value.detach()
 
-    def _fit_to(self, context: PenaltyContext) -> None:
+    def _fit_to(self, context: PenaltyContext, d: int) -> None:
         unset = self.kernel.unset()
         if not unset:
             return
-        total = _total_variance(context)
+        total = _total_variance(context, d)
         if total is None or not (torch.isfinite(total) and total > 0):
             found = "no variance of the prior is known" if total is None else f"the prior's is {total.item():g}"
             raise ValueError(
@@ -205,8 +206,8 @@ def _derivative(values: Tensor, by: Tensor, *, create_graph: bool) -> Tensor:
     return torch.autograd.grad(values.sum(), by, create_graph=create_graph)[0]
 
 
-def _total_variance(context: PenaltyContext) -> Tensor | None:
-    prior = None if context.prior is None else context.prior()
+def _total_variance(context: PenaltyContext, d: int) -> Tensor | None:
+    prior = known_prior(context, d)
     if prior is None:
         return None
     try:

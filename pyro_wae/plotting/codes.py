@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_wae._core.checks import whole
 from pyro_wae.plotting.style import BLUE, GREY, ORANGE, PALETTE, WIDTH, Rows, as_array, styled_figure
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def codes_and_prior(
     points, draws = points @ basis, draws @ basis
 
     number = 0 if classes is None else len(np.unique(classes))
-    height = 3.5 + (0.4 if title else 0) + 0.4 * math.ceil(number / _legend_columns(number))
+    height = 3.5 + (0.4 if title is not None else 0) + 0.4 * math.ceil(number / _legend_columns(number))
     with styled_figure((WIDTH, height), title) as figure:
         draw_clouds(figure, points, draws, names, classes=classes)
     return figure
@@ -104,7 +105,7 @@ def quantiles(codes: Rows, prior: Rows, *, names: Sequence[str] | None = None, t
             f"names must be a list of one name for each of {points.shape[1]} coordinates, found {names!r}. "
             "Write names=None."
         )
-    with styled_figure((WIDTH, 4.4 + (0.4 if title else 0)), title) as figure:
+    with styled_figure((WIDTH, 4.4 + (0.4 if title is not None else 0)), title) as figure:
         draw_quantiles(figure, points, draws, names)
     return figure
 
@@ -120,7 +121,7 @@ def draw_clouds(
 ) -> None:
     """Scatters codes and prior samples of shape (n, 2) side by side, on the same limits; marked draws in colour."""
     # The clouds' outermost points would shrink everything else.
-    limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999)
+    limit = 1.08 * np.quantile(np.abs(np.concatenate([points, draws]) - draws.mean(0)), 0.999) or 1.0
     # Fewer points can be larger and darker; at 2,000 a cloud still shows its density.
     size = float(np.clip(12_000 / max(len(points), len(draws)), 2, 30))
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -178,8 +179,11 @@ def _plane(points: np.ndarray, draws: np.ndarray, plane: tuple[int, int] | None)
     dim = points.shape[1]
     if plane is None and dim > 2:
         return discrepant_directions(points, draws)[:, :2], AXIS_NAMES
-    chosen = (0, 1) if plane is None else plane
-    if not isinstance(chosen, Sequence) or len(chosen) != 2 or len({*chosen} & {*range(dim)}) != 2:
+    chosen: Sequence[int] = (0, 1) if plane is None else plane
+    if isinstance(chosen, Sequence):
+        what, write = "Each of plane's coordinates", "plane=(0, 1)"
+        chosen = [whole(what, place, least=0, most=dim - 1, write=write) for place in chosen]
+    if not isinstance(chosen, Sequence) or len(chosen) != 2 or chosen[0] == chosen[1]:
         raise ValueError(
             f"plane must be two different coordinates from 0 to {dim - 1}, found {plane!r}. Write plane=(0, 1)."
         )
@@ -215,7 +219,8 @@ def _legend_columns(number: int) -> int:
 
 def _as_classes(labels: Rows, count: int) -> np.ndarray:
     """The class of each of so many codes."""
-    classes = as_array(labels, "labels", kinds="biufUS")
+    write = "[str(label) for label in labels]"
+    classes = as_array(labels, "labels", kinds="biufUS", what="numbers or strings", write=write)
     if classes.shape != (count,):
         raise ValueError(
             f"labels must have shape ({count},), one a code, found shape {classes.shape}. Write labels=y[:{count}]."

@@ -39,7 +39,7 @@ def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", 
     if not isinstance(history, Mapping):
         raise TypeError(f"history must be a dict of sequences of numbers, found {type(history).__name__}. {write}")
     if not {"cost", "penalty"} <= history.keys():
-        raise ValueError(f'history must hold "cost" and "penalty", found {sorted(history)}. {write}')
+        raise ValueError(f'history must hold "cost" and "penalty", found {list(history)}. {write}')
     try:
         curves = {key: np.asarray([float(value) for value in history[key]]) for key in ("cost", "penalty")}
     except (TypeError, ValueError) as error:
@@ -52,7 +52,7 @@ def loss_curves(history: Mapping[str, Sequence[float]], *, unit: str = "epoch", 
         )
     unit = text("unit", unit, "what the horizontal axis counts", write='unit="step"')
     counts = np.arange(1, lengths["cost"] + 1)
-    with styled_figure((WIDTH, 3.6 if title else 3.2), title) as figure:
+    with styled_figure((WIDTH, 3.6 if title is not None else 3.2), title) as figure:
         from matplotlib.ticker import MaxNLocator
 
         for axes, (key, curve), colour in zip(figure.subplots(1, 2), curves.items(), (BLUE, ORANGE), strict=True):

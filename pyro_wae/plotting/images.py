@@ -74,8 +74,8 @@ def reconstructions(
     above, below = as_images(inputs, "inputs"), as_images(outputs, "outputs")
     if above.shape != below.shape:
         raise ValueError(
-            f"outputs must have the shape of inputs, {tuple(inputs.shape)}, found {tuple(outputs.shape)}. "
-            "Write outputs.reshape(inputs.shape)."
+            f"outputs must have the shape of inputs, {tuple(np.shape(inputs))}, found {tuple(np.shape(outputs))}. "
+            f"Write torch.as_tensor(outputs).reshape({tuple(np.shape(inputs))})."
         )
     columns = _as_columns(columns, min(10, len(above)))
     rows = []
@@ -132,7 +132,7 @@ def mosaic_of_rows(images: np.ndarray, columns: int, *, group: int = 1) -> tuple
 def mosaic_size(mosaic: np.ndarray, title: str | None, *, margin: float = 0.0) -> tuple[float, float]:
     """Width and height in inches of a figure that shows a mosaic, with a margin at its left."""
     height, width = mosaic.shape[:2]
-    return WIDTH, (WIDTH - margin) * height / width + (0.4 if title else 0.1)
+    return WIDTH, (WIDTH - margin) * height / width + (0.4 if title is not None else 0.1)
 
 
 def show_mosaic(axes: Axes, mosaic: np.ndarray, cmap: str) -> None:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_wae._core.checks import text
+from pyro_wae._core.rows import at_least_float32
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,18 +62,20 @@ def styled_figure(size: tuple[float, float], title: str | None = None) -> Iterat
             figure.suptitle(title)
 
 
-def as_array(values: Any, name: str, *, kinds: str = "biuf") -> np.ndarray:
+def as_array(
+    values: Any, name: str, *, kinds: str = "biuf", what: str = "numbers", write: str = "torch.as_tensor(...)"
+) -> np.ndarray:
     """Numbers as an array of numpy; ``kinds`` are numpy's letters for what is accepted."""
     try:
         if isinstance(values, Tensor):
-            values = values.detach().cpu()
-            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+            values = at_least_float32(values.detach().cpu()).numpy()
         array = np.asarray(values)
+        if array.dtype.kind in "OT":  # as a table's column holds strings
+            array = np.asarray(array.tolist())
     except (RuntimeError, TypeError, ValueError):  # a sparse or a meta tensor, lists of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in kinds:
         raise TypeError(
-            f"{name} must be a tensor or an array of numbers, found {type(values).__name__}. "
-            f"Write {name}=torch.as_tensor(...)."
+            f"{name} must be a tensor or an array of {what}, found {type(values).__name__}. Write {name}={write}."
         )
     return array

@@ -175,13 +175,13 @@ def find_data_plate(latents: Sequence[Node], observed: Sequence[Node], requested
         if len(subsampled) != 1:
             raise ValueError(
                 f"Several plates hold every latent and observed site: {listing}. "
-                f"Say which of them is the data: WAELoss(data_plate='{common[0]}')."
+                f"Say which of them is the data: data_plate='{common[0]}', as in WAELoss(data_plate='{common[0]}')."
             )
         frames = list(next(iter(plates.values())))
         if frames.index(subsampled[0]) > min(frames.index(name) for name in common):
             warnings.warn(
                 f"The subsampled plate '{subsampled[0]}' lies inside another that holds every site, {listing}, and is "
-                f"taken for the data. Say which is: WAELoss(data_plate='{subsampled[0]}').",
+                f"taken for the data. Say which is: data_plate='{subsampled[0]}', as in WAELoss(data_plate=...).",
                 UserWarning,
                 stacklevel=2,
             )
