@@ -20,6 +20,7 @@ from pyro_wae._core.distributions import (
     distribution_tensors,
     family,
     is_discrete,
+    off_edges,
     own_variance,
     support_of,
     widened,
@@ -211,13 +212,14 @@ class NegativeLogLikelihood(Cost):
                 raise ValueError(f"{family(distribution)} has no log_prob. Write cost=SquaredError().") from error
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
-        # A masked value may be NaN or outside the support; a draw never is, and its log density has a finite gradient.
+        # A masked value may be NaN or outside the support. A draw is inside, where the log density has a finite
+        # gradient, unless it has been rounded to an edge. It keeps its dtype: 0.3 would be 0 among whole numbers.
         try:
             with restored_random_state(), torch.no_grad():
-                draw = distribution().to(value)
+                draw = distribution()
         except (NotImplementedError, AssertionError):  # not drawn: a family, a chain without a length
             draw = value.nan_to_num(0.0, 0.0, 0.0)
-        return torch.where(mask, value, draw)
+        return torch.where(mask, value, off_edges(distribution, draw))
 
 
 class FunctionCost(OutputCost):

@@ -113,6 +113,46 @@ def support_of(distribution: Any) -> Any:
     return support
 
 
+@torch.no_grad()
+def off_edges(distribution: Any, draw: Tensor) -> Tensor:
+    """A draw, with a point inside the support where rounding has put it on an edge, at which no density is finite.
+
+    Whole numbers, vectors such as those of a simplex, and families whose support has no bijection stay as they are.
+    """
+    inner, draw = innermost(distribution), at_least_float32(draw)
+    part = component(inner)
+    support = support_of(part)
+    has_edges = support is not constraints.real or isinstance(part, torch.distributions.TransformedDistribution)
+    if not has_edges or support.event_dim or is_discrete(part):
+        return draw
+    try:
+        point = _point_inside(inner, draw)
+    except NotImplementedError:
+        return draw
+    try:
+        # Of the draw itself a transform may know where it came from, before it was rounded.
+        density = widened(inner).log_prob(draw.clone())
+    except (NotImplementedError, KeyError):  # KeyError: of Pyro's flows
+        return draw
+    except ValueError:  # validated as outside of the support
+        return point
+    return draw.where(density.isfinite().reshape(density.shape + (1,) * inner.event_dim), point)
+
+
+def _point_inside(distribution: Any, like: Tensor) -> Tensor:
+    """A point inside the support, in the shape of a draw, or one that broadcasts with it."""
+    inner = innermost(distribution)
+    if isinstance(inner, torch.distributions.MixtureSameFamily):
+        dim = -1 - len(inner.event_shape)
+        return _point_inside(inner.component_distribution, like.unsqueeze(dim)).select(dim, 0)
+    if isinstance(inner, torch.distributions.TransformedDistribution):  # also where its support does not say its edges
+        transform = torch.distributions.ComposeTransform(list(inner.transforms))
+        base = like.new_zeros(transform.inverse_shape(like.shape))
+        point: Tensor = transform(_point_inside(inner.base_dist, base))
+        return point
+    return torch.distributions.biject_to(support_of(inner))(torch.zeros_like(like))
+
+
 def is_discrete(distribution: Any) -> bool:
     """Whether its values are counts, labels or truth values; False where it does not say."""
     return bool(getattr(support_of(distribution), "is_discrete", False))
