@@ -19,6 +19,7 @@ from pyro_wae._core.distributions import (
     component,
     distribution_tensors,
     family,
+    innermost,
     is_discrete,
     off_edges,
     own_variance,
@@ -117,7 +118,7 @@ class OutputCost(Cost):
 
     def output(self, distribution: Any) -> Tensor:
         """G(z), shape ``batch_shape + event_shape``."""
-        return _mean(distribution) if self.decode is None else self.decode(distribution)
+        return mean_of(distribution) if self.decode is None else self.decode(distribution)
 
     def difference(self, value: Tensor, output: Tensor) -> Tensor:
         """The cost of each number of the value, elementwise."""
@@ -304,15 +305,17 @@ def generator_output(distribution: Any) -> Tensor:
             which have no difference along a line. On an accelerator, values are not looked at.
     """
     _check_distribution(distribution)
-    return _mean(distribution)
+    return mean_of(distribution)
 
 
-def _mean(distribution: Any) -> Tensor:
+def mean_of(distribution: Any, *, takes_angles: bool = False) -> Tensor:
+    """The same, with angles' mean direction on request; that of a mixture depends on where the circle is cut."""
     try:
         mean = distribution.mean
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
-    check_no_angles(distribution, mean)
+    if not takes_angles or component(distribution) is not innermost(distribution):
+        check_no_angles(distribution, mean)
     if mean.device.type != "cpu":
         return mean
     # A sum that is finite has no part that is not, and takes a fraction of the time.
