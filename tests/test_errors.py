@@ -234,6 +234,38 @@ def test_a_prior_that_cannot_be_drawn(further):
         step(*programs)
 
 
+@pytest.mark.parametrize("further", [{}, {"u": (lambda x, z: around(z), delta)}], ids=["root", "hierarchy"])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        lambda one: dist.Normal(0 * one, one),
+        lambda one: dist.Uniform(-one, one),
+        lambda one: dist.Laplace(0 * one, one),
+        lambda one: dist.LogNormal(0 * one, one),
+        lambda one: dist.Normal(0 * one, one).mask(True),
+        lambda one: dist.MixtureSameFamily(dist.Categorical(torch.ones(2, 2)), dist.Normal(one.expand(2, 2), 1)),
+    ],
+    ids=["Normal", "Uniform", "Laplace", "LogNormal", "masked", "mixture"],
+)
+def test_a_prior_of_whole_numbers(prior, further):
+    latents = {"z": (lambda x: prior(torch.tensor([1, 1])).to_event(1), delta), **further}
+    programs = sites(latents, lambda z, u=0: around(z + u))
+    with raises(ValueError, "prior at site 'z' (", "has parameters of torch.int64", "torch.tensor([0, 0]).float()"):
+        step(*programs)
+    step(*sites({**latents, "z": (lambda x: prior(torch.ones(2)).to_event(1), delta)}, lambda z, u=0: around(z + u)))
+
+
+@pytest.mark.parametrize("further", [{}, {"u": (lambda x, z: around(z), delta)}], ids=["root", "hierarchy"])
+def test_an_error_of_a_prior_of_the_users_own_is_raised_as_it_is(further):
+    class Broken(Density):
+        def sample(self, sample_shape=()):
+            raise TypeError("the user's own")
+
+    programs = sites({"z": (lambda x: Broken(torch.tensor([0, 0])), delta), **further}, lambda z, u=0: around(z + u))
+    with raises(TypeError, "the user's own"):
+        step(*programs)
+
+
 @pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize(
     ("x", "output", "parts"),

@@ -73,6 +73,14 @@ def not_drawn(name: str, fn: Any) -> str:
     )
 
 
+def prior_of_integers(name: str, fn: Any, dtype: Any) -> str:
+    """Of a site of the model whose distribution is made of whole numbers."""
+    return (
+        f"The prior at site '{name}' ({family(fn)}) has parameters of {dtype}, from which it cannot be drawn. Write "
+        "them as floats: x.new_zeros(d), or torch.tensor([0, 0]).float()."
+    )
+
+
 def observed_by_guide(name: str, fn: Any) -> str:
     """Of a site that the guide observes."""
     return (
