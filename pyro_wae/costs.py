@@ -69,7 +69,7 @@ class Cost(CallRepr, nn.Module):
             Shape ``batch_shape``: event dimensions summed, batch dimensions kept. The costs here take half precision
             up to float32 before they compute anything.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is no cost yet. Define forward(self, distribution, value).")
 
     def per_datum(self, site: Site) -> Tensor:
         """Computes the cost of each datum, without masked elements, times the scale of ``poutine.scale``.

@@ -201,7 +201,8 @@ def _what_is_wrong(value: Any, dtypes: Sequence[torch.dtype], *, is_first: bool)
         return f"empty, of shape {tuple(value.shape)}. Write if len(x): svi.step(x)"
     if value.ndim == 0:
         return "a single number, and data have a dimension of their own. Write x.reshape(1, -1)"
-    return None if value.is_floating_point() else f"of {value.dtype}, in which nothing is drawn. Write x.float()"
+    write = "torch.view_as_real(x).flatten(-2)" if value.is_complex() else "x.float()"
+    return None if value.is_floating_point() else f"of {value.dtype}, in which nothing is drawn. Write {write}"
 
 
 def _holds_tensor(value: Any, depth: int = 3) -> bool:

@@ -56,7 +56,12 @@ def not_reparameterised(name: str, fn: Any) -> str:
 
 
 def code_of_integers(name: str, dtype: Any, prior: Any) -> str:
-    """Of a latent site whose values in the guide are whole numbers or truth values."""
+    """Of a latent site whose values in the guide are whole numbers, truth values or complex."""
+    if dtype.is_complex:
+        return (
+            f"Latent site '{name}' has codes of {dtype} in the guide, and penalties compare real numbers. Give the "
+            "real and the imaginary parts as one code: dist.Delta(torch.view_as_real(z).flatten(-2)).to_event(1)."
+        )
     return (
         f"Latent site '{name}' has codes of {dtype} in the guide: integers, such as those of argmax, have no gradient, "
         f"and the encoder would not be trained. Write {_relaxation(prior)}. If the data have the value, observe it in "
