@@ -16,6 +16,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.rows import at_least_float32
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
@@ -114,6 +115,7 @@ def support_of(distribution: Any) -> Any:
 
 
 @torch.no_grad()
+@batch_norm_at_rest()
 def off_edges(distribution: Any, draw: Tensor) -> Tensor:
     """A draw, with a point inside the support where rounding has put it on an edge, at which no density is finite.
 
@@ -122,8 +124,10 @@ def off_edges(distribution: Any, draw: Tensor) -> Tensor:
     inner, draw = innermost(distribution), at_least_float32(draw)
     part = component(inner)
     support = support_of(part)
-    has_edges = support is not constraints.real or isinstance(part, torch.distributions.TransformedDistribution)
-    if not has_edges or support.event_dim or is_discrete(part):
+    transforms = getattr(part, "transforms", ())
+    has_edges = bool(transforms) or support is not constraints.real
+    counts = any(isinstance(transform, dist.transforms.BatchNorm) for transform in transforms)  # each log_prob
+    if not has_edges or counts or support.event_dim or is_discrete(part):
         return draw
     try:
         point = _point_inside(inner, draw)
@@ -131,7 +135,8 @@ def off_edges(distribution: Any, draw: Tensor) -> Tensor:
         return draw
     try:
         # Of the draw itself a transform may know where it came from, before it was rounded.
-        density = widened(inner).log_prob(draw.clone())
+        with torch.autocast(draw.device.type, enabled=False):
+            density = widened(inner).log_prob(draw.clone())
     except (NotImplementedError, KeyError):  # KeyError: of Pyro's flows
         return draw
     except ValueError:  # validated as outside of the support
