@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,17 +10,14 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import (
-    check_no_angles,
-    component,
-    distribution_tensors,
     family,
-    is_discrete,
+    is_finite,
+    mean_of,
+    off_edges,
     own_variance,
-    support_of,
     widened,
     with_own_total,
 )
@@ -67,7 +63,7 @@ class Cost(CallRepr, nn.Module):
             Shape ``batch_shape``: event dimensions summed, batch dimensions kept. The costs here take half precision
             up to float32 before they compute anything.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is no cost yet. Define forward(self, distribution, value).")
 
     def per_datum(self, site: Site) -> Tensor:
         """Computes the cost of each datum, without masked elements, times the scale of ``poutine.scale``.
@@ -116,7 +112,7 @@ class OutputCost(Cost):
 
     def output(self, distribution: Any) -> Tensor:
         """G(z), shape ``batch_shape + event_shape``."""
-        return _mean(distribution) if self.decode is None else self.decode(distribution)
+        return mean_of(distribution) if self.decode is None else self.decode(distribution)
 
     def difference(self, value: Tensor, output: Tensor) -> Tensor:
         """The cost of each number of the value, elementwise."""
@@ -188,7 +184,7 @@ class ExpectedSquaredError(SquaredError):
                 "cost=NegativeLogLikelihood()."
             ) from error
         if variance.device.type == "cpu":
-            _is_finite(distribution, variance, "variance")
+            is_finite(distribution, variance, "variance")
         return squares + _sum_event(variance, distribution.event_dim)
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
@@ -213,13 +209,14 @@ class NegativeLogLikelihood(Cost):
                 raise ValueError(f"{family(distribution)} has no log_prob. Write cost=SquaredError().") from error
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
-        # A masked value may be NaN or outside the support; a draw never is, and its log density has a finite gradient.
+        # A masked value may be NaN or outside the support. A draw is inside, where the log density has a finite
+        # gradient, unless it has been rounded to an edge. It keeps its dtype: 0.3 would be 0 among whole numbers.
         try:
             with restored_random_state(), torch.no_grad():
-                draw = distribution().to(value)
+                draw = distribution()
         except (NotImplementedError, AssertionError):  # not drawn: a family, a chain without a length
             draw = value.nan_to_num(0.0, 0.0, 0.0)
-        return torch.where(mask, value, draw)
+        return torch.where(mask, value, off_edges(distribution, draw))
 
 
 class FunctionCost(OutputCost):
@@ -304,36 +301,7 @@ def generator_output(distribution: Any) -> Tensor:
             which have no difference along a line. On an accelerator, values are not looked at.
     """
     _check_distribution(distribution)
-    return _mean(distribution)
-
-
-def _mean(distribution: Any) -> Tensor:
-    try:
-        mean = distribution.mean
-    except (NotImplementedError, AttributeError) as error:
-        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {_REMEDY}") from error
-    check_no_angles(distribution, mean)
-    if mean.device.type != "cpu" or not _is_finite(distribution, mean, "mean"):
-        return mean
-    support = support_of(distribution)
-    # Between whole numbers a mean may lie.
-    is_free = support is constraints.real or is_discrete(component(distribution))
-    if not is_free and not bool(support.check(mean).all()):
-        raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {_REMEDY}")
-    return mean
-
-
-def _is_finite(distribution: Any, moment: Tensor, name: str) -> bool:
-    """Whether a moment is finite; parameters that are not are the net's fault, and reported as such."""
-    # A sum that is finite has no part that is not, and takes a fraction of the time.
-    if math.isfinite(moment.detach().sum().item()) or bool(moment.isfinite().all()):
-        return True
-    if all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
-        raise ValueError(f"{family(distribution)} has no finite {name} to compare the data with. {_REMEDY}")
-    return False
-
-
-_REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
+    return mean_of(distribution)
 
 
 def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:

@@ -14,6 +14,7 @@ import torch
 from programs import normal
 from references import program
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from pyro_wae import WAELoss, WAEModule, costs, predict
 from pyro_wae.costs import (
@@ -229,8 +230,17 @@ class Batch:
     x: torch.Tensor
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+
+
 @pytest.mark.parametrize("route", ["loss_and_grads", "micro-batches", "sample"])
-@pytest.mark.parametrize("batch", [{"x": X}, [X, X], (X,), Batch(X), {"x": {"a": X}}], ids=range(5))
+@pytest.mark.parametrize(
+    "batch",
+    [{"x": X}, [X, X], (X,), Batch(X), {"x": {"a": X}}, pack_sequence([X]), Batch(Batch(X)), Slotted(X), [Batch([X])]],
+    ids=range(9),
+)
 def test_a_batch_that_holds_tensors_is_not_what_is_wrong(batch, route):
     """The error is the program's own, or says that there is nothing to split."""
     with pytest.raises((TypeError, ValueError, AttributeError, KeyError, IndexError)) as caught:
@@ -311,3 +321,46 @@ def test_a_batch_of_a_tensor_dataset_has_a_note(batch):
     assert (
         f"a {type(batch).__name__}. If it is a batch of a loader, write svi.step(*batch)" in caught.value.__notes__[0]
     )
+
+
+def by_index(index, x_all):
+    """Data that are an index into a table."""
+    return pyro.plate("data", len(x_all), subsample=index), x_all[index]
+
+
+def of_index(index, x_all):
+    plate, x = by_index(index, x_all)
+    with plate:
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(1, keepdim=True).expand_as(x), 1).to_event(1), obs=x)
+
+
+def guide_of_index(index, x_all):
+    plate, x = by_index(index, x_all)
+    with plate:
+        pyro.sample("z", dist.Delta(x[:, :2]).to_event(1))
+
+
+@pytest.mark.parametrize(("micro_batch", "count"), [(None, 6), (2, 4)])
+def test_an_index_beyond_its_table_has_no_note(micro_batch, count):
+    loss = WAELoss(penalty_weight=1.0, micro_batch=micro_batch)
+    loss.loss(of_index, guide_of_index, torch.arange(count), X)
+    with pytest.raises(IndexError) as caught:
+        loss.loss(of_index, guide_of_index, torch.arange(count) + 7 - count, X)
+    assert not any("Write" in note or "[x_all]" in note for note in getattr(caught.value, "__notes__", []))
+
+
+def test_a_table_that_micro_batches_split_with_its_index_is_told_to_stay_whole_in_a_list():
+    loss, index = WAELoss(penalty_weight=1.0, micro_batch=2), torch.arange(6)
+    with pytest.raises(IndexError) as caught:
+        loss.loss(of_index, guide_of_index, index, X)
+    assert "svi.step(index, [x_all])" in caught.value.__notes__[-1]
+    assert not any("x.float()" in note for note in caught.value.__notes__)
+    loss.loss(lambda i, table: of_index(i, *table), lambda i, table: guide_of_index(i, *table), index, [X])
+
+
+def test_whole_numbers_beside_labels_are_still_named():
+    for args in ((X.long(), X[:, 0]), (X.long(),)):
+        assert "is of torch.int64, in which nothing is drawn. Write x.float()" in message(
+            lambda args=args: WAELoss().loss(lambda x, *_: model(x), lambda x, *_: guide(x), *args)
+        )

@@ -17,8 +17,8 @@ from pyro.infer import SVI
 from references import program
 
 from pyro_wae import WAELoss
-from pyro_wae.costs import NegativeLogLikelihood, Site, SquaredError
-from pyro_wae.penalties import MMD, JensenShannon, KernelStein
+from pyro_wae.costs import Cost, NegativeLogLikelihood, Site, SquaredError
+from pyro_wae.penalties import MMD, JensenShannon, KernelStein, Penalty
 
 N = 6
 
@@ -234,6 +234,38 @@ def test_a_prior_that_cannot_be_drawn(further):
         step(*programs)
 
 
+@pytest.mark.parametrize("further", [{}, {"u": (lambda x, z: around(z), delta)}], ids=["root", "hierarchy"])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        lambda one: dist.Normal(0 * one, one),
+        lambda one: dist.Uniform(-one, one),
+        lambda one: dist.Laplace(0 * one, one),
+        lambda one: dist.LogNormal(0 * one, one),
+        lambda one: dist.Normal(0 * one, one).mask(True),
+        lambda one: dist.MixtureSameFamily(dist.Categorical(torch.ones(2, 2)), dist.Normal(one.expand(2, 2), 1)),
+    ],
+    ids=["Normal", "Uniform", "Laplace", "LogNormal", "masked", "mixture"],
+)
+def test_a_prior_of_whole_numbers(prior, further):
+    latents = {"z": (lambda x: prior(torch.tensor([1, 1])).to_event(1), delta), **further}
+    programs = sites(latents, lambda z, u=0: around(z + u))
+    with raises(ValueError, "prior at site 'z' (", "has parameters of torch.int64", "torch.tensor([0, 0]).float()"):
+        step(*programs)
+    step(*sites({**latents, "z": (lambda x: prior(torch.ones(2)).to_event(1), delta)}, lambda z, u=0: around(z + u)))
+
+
+@pytest.mark.parametrize("further", [{}, {"u": (lambda x, z: around(z), delta)}], ids=["root", "hierarchy"])
+def test_an_error_of_a_prior_of_the_users_own_is_raised_as_it_is(further):
+    class Broken(Density):
+        def sample(self, sample_shape=()):
+            raise TypeError("the user's own")
+
+    programs = sites({"z": (lambda x: Broken(torch.tensor([0, 0])), delta), **further}, lambda z, u=0: around(z + u))
+    with raises(TypeError, "the user's own"):
+        step(*programs)
+
+
 @pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize(
     ("x", "output", "parts"),
@@ -243,9 +275,13 @@ def test_a_prior_that_cannot_be_drawn(further):
         (x_of()[:, :1], torch.zeros(N, 3), ("data of shape (6, 1)", "(Normal) is of shape (6, 3)")),
         (x_of()[:, :1], torch.zeros(N), ("data of shape (6, 1)", "(Normal) is of shape (6, 6)")),
         (x_of(), torch.zeros(N, 1), ("data of shape (6, 2)", "(Normal) is of shape (6, 1)")),
-        (x_of().tolist(), torch.zeros(N, 2), ("are list", "obs=torch.as_tensor(x)")),
-        (x_of().numpy(), torch.zeros(N, 2), ("are ndarray", "obs=torch.as_tensor(x)")),
-        (x_of().cfloat(), torch.zeros(N, 2), ("a tensor (torch.complex64, ", "dense tensors of real numbers")),
+        (x_of().tolist(), torch.zeros(N, 2), ("are list", "torch.as_tensor(x)")),
+        (x_of().numpy(), torch.zeros(N, 2), ("are ndarray", "torch.as_tensor(x)")),
+        (
+            x_of().cfloat(),
+            torch.zeros(N, 2),
+            ("a tensor (torch.complex64, ", "real numbers", "view_as_real(x)"),
+        ),
     ],
 )
 def test_data_that_do_not_fit_the_decoder(validation, x, output, parts):
@@ -283,6 +319,22 @@ def test_a_code_of_integers(validation, prior, code, parts):
 
 
 # Arguments
+
+
+def test_a_code_of_complex_numbers_is_given_as_real_ones(validation):
+    def of(z, d):
+        return program(lambda x: dist.Delta(z(x)).to_event(1), lambda x: normal(x, d), lambda z: around(z[:, :2].real))
+
+    with raises(ValueError, "site 'z' has codes of torch.complex", "dist.Delta(torch.view_as_real(z).flatten(-2))"):
+        step(*of(lambda x: x + 1j, 2))
+    step(*of(lambda x: torch.view_as_real(x + 1j).flatten(-2), 4))
+
+
+@pytest.mark.parametrize(("base", "name"), [(Cost, "forward"), (Penalty, "estimate")])
+def test_a_subclass_that_computes_nothing_is_told_what_to_define(base, name):
+    own = type("Own", (base,), {})()
+    with raises(NotImplementedError, "Own is no ", f"Define {name}("):
+        step(**{"cost" if base is Cost else "penalty": own})
 
 
 @pytest.mark.parametrize("kind", [MMD, JensenShannon, lambda: JensenShannon(optimizer=None)])

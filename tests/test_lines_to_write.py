@@ -232,10 +232,7 @@ CASES = {
         ),
         go((Weighted(nn.Parameter(torch.ones(3))), pair()[1])),
     ),
-    "in model and guide: with pyro.plate('data', 8): pyro.sample('z', ...)": (
-        of_table("no plate"),
-        go(),
-    ),
+    "in model and guide: with pyro.plate('data', 8): pyro.sample('z', ...)": (of_table("no plate"), go()),
     "mask that is computed from the data": (
         go(masked_by(lambda first, x: first > 0)),
         go(masked_by(lambda first, x: x[:, 0] > 0)),
@@ -364,6 +361,10 @@ CASES = {
     "log_prob alone: WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=1.0)))": (
         go(UNDRAWN, penalty=SlicedWasserstein()),
         go(UNDRAWN, penalty=KernelStein(RationalQuadratic(0.5, bandwidth=1.0))),
+    ),
+    "torch.tensor([0, 0]).float()": (
+        go(pair(prior=lambda x: dist.Normal(torch.tensor([0, 0, 0]), 1).to_event(1))),
+        go(pair(prior=lambda x: dist.Normal(torch.tensor([0, 0, 0]).float(), 1).to_event(1))),
     ),
     "has no log_prob. Write cost=SquaredError()": (
         go(pair(output=lambda z: WithoutDensity(z, 1).to_event(1)), cost=NegativeLogLikelihood()),

@@ -460,3 +460,26 @@ def test_the_ends_of_an_interpolation_have_one_condition():
     assert interpolate(model, guide, (x, y), (-x, y), 3, random=True)["x"].shape == (3, 6, 2)
     with pytest.raises(ValueError, match=r"site 'x' differs .* x_a=\(x, y\), x_b=\(other, y\)"):
         interpolate(model, guide, (x, y), (-x, y + 1), 3)
+
+
+X, *REST = data()
+
+
+@pytest.mark.parametrize(
+    "angles", [lambda z: dist.VonMises(z, 5.0), lambda z: dist.VonMises(z, 5.0).mask(True)], ids=["plain", "masked"]
+)
+def test_the_output_of_a_distribution_of_angles_is_its_mean_direction(angles):
+    programs = pair(code=lambda loc: delta(loc.tanh()), output=lambda z: angles(z).to_event(1))
+    found = reconstruct(*programs, X, *REST)["x"]
+    assert torch.equal(found, encode(*programs, X, *REST)["z"])
+    assert sample(programs[0], X, *REST)["x"].shape == X.shape
+
+
+def mixed_angles(z):
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.VonMises(torch.stack([z, -z], -1), 1.0))
+
+
+@pytest.mark.parametrize("family", [lambda z: dist.Cauchy(z, 1.0), mixed_angles], ids=["Cauchy", "MixtureSameFamily"])
+def test_what_has_no_mean_to_return_is_named_by_its_family(family, request):
+    with pytest.raises(ValueError, match=rf"'x' \({request.node.callspec.id}\) has no mean .*Write random=True"):
+        reconstruct(*pair(output=lambda z: family(z).to_event(1)), X, *REST)

@@ -16,8 +16,10 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.rows import at_least_float32
 
+REMEDY = "Write cost=NegativeLogLikelihood(), or say what the output is: cost=SquaredError(decode=lambda fn: ...)."
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
 CHAINS = (HiddenMarkovModel, dist.IndependentHMM, dist.GaussianMRF)
 
@@ -113,6 +115,50 @@ def support_of(distribution: Any) -> Any:
     return support
 
 
+@torch.no_grad()
+@batch_norm_at_rest()
+def off_edges(distribution: Any, draw: Tensor) -> Tensor:
+    """A draw, with a point inside the support where rounding has put it on an edge, at which no density is finite.
+
+    Whole numbers, vectors such as those of a simplex, and families whose support has no bijection stay as they are.
+    """
+    inner, draw = innermost(distribution), at_least_float32(draw)
+    part = component(inner)
+    support = support_of(part)
+    transforms = getattr(part, "transforms", ())
+    has_edges = bool(transforms) or support is not constraints.real
+    counts = any(isinstance(transform, dist.transforms.BatchNorm) for transform in transforms)  # each log_prob
+    if not has_edges or counts or support.event_dim or is_discrete(part):
+        return draw
+    try:
+        point = _point_inside(inner, draw)
+    except NotImplementedError:
+        return draw
+    try:
+        # Of the draw itself a transform may know where it came from, before it was rounded.
+        with torch.autocast(draw.device.type, enabled=False):
+            density = widened(inner).log_prob(draw.clone())
+    except (NotImplementedError, KeyError):  # KeyError: of Pyro's flows
+        return draw
+    except ValueError:  # validated as outside of the support
+        return point
+    return draw.where(density.isfinite().reshape(density.shape + (1,) * inner.event_dim), point)
+
+
+def _point_inside(distribution: Any, like: Tensor) -> Tensor:
+    """A point inside the support, in the shape of a draw, or one that broadcasts with it."""
+    inner = innermost(distribution)
+    if isinstance(inner, torch.distributions.MixtureSameFamily):
+        dim = -1 - len(inner.event_shape)
+        return _point_inside(inner.component_distribution, like.unsqueeze(dim)).select(dim, 0)
+    if isinstance(inner, torch.distributions.TransformedDistribution):  # also where its support does not say its edges
+        transform = torch.distributions.ComposeTransform(list(inner.transforms))
+        base = like.new_zeros(transform.inverse_shape(like.shape))
+        point: Tensor = transform(_point_inside(inner.base_dist, base))
+        return point
+    return torch.distributions.biject_to(support_of(inner))(torch.zeros_like(like))
+
+
 def is_discrete(distribution: Any) -> bool:
     """Whether its values are counts, labels or truth values; False where it does not say."""
     return bool(getattr(support_of(distribution), "is_discrete", False))
@@ -136,6 +182,42 @@ def check_no_angles(distribution: Any, mean: Tensor) -> None:
             "line. Write cost=FunctionCost(lambda x, g: (2 - 2 * (x - g).cos()).reshape(len(x), -1).sum(1), "
             "decode=lambda fn: fn.mean), the squared chord, or cost=NegativeLogLikelihood()."
         )
+
+
+def mean_of(distribution: Any, *, takes_angles: bool = False) -> Tensor:
+    """The mean of a distribution, which a decoder's output is.
+
+    Args:
+        distribution: The distribution.
+        takes_angles: Whether angles have their mean direction; that of a mixture depends on where the circle is cut.
+
+    Raises:
+        ValueError: If there is none, or it is not finite, outside the support, or of angles.
+    """
+    try:
+        mean = distribution.mean
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{family(distribution)} has no mean to compare the data with. {REMEDY}") from error
+    if not takes_angles or component(distribution) is not innermost(distribution):
+        check_no_angles(distribution, mean)
+    if mean.device.type != "cpu" or not is_finite(distribution, mean, "mean"):
+        return mean
+    support = support_of(distribution)
+    # Between whole numbers a mean may lie.
+    is_free = support is constraints.real or is_discrete(component(distribution))
+    if not is_free and not bool(support.check(mean).all()):
+        raise ValueError(f"{family(distribution)} has a mean outside its support for these parameters. {REMEDY}")
+    return mean
+
+
+def is_finite(distribution: Any, moment: Tensor, name: str) -> bool:
+    """Whether a moment is finite; parameters that are not are the net's fault, and reported as such."""
+    # A sum that is finite has no part that is not, and takes a fraction of the time.
+    if math.isfinite(moment.detach().sum().item()) or bool(moment.isfinite().all()):
+        return True
+    if all(bool(part.isfinite().all()) for part in distribution_tensors(distribution)):
+        raise ValueError(f"{family(distribution)} has no finite {name} to compare the data with. {REMEDY}")
+    return False
 
 
 def distribution_of(prior: Any, *, write: str) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
 from pyro_wae._core.random_state import restored_random_state
@@ -166,6 +165,9 @@ def add_note(error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any], *
             notes += [(f"{name}[{key!r}]", _what_is_wrong(own, dtypes, is_first=False)) for key, own in value.items()]
         else:
             is_first = not place and (bool(args) or len(named) == 1)  # keywords are in any order
+            # What is an index into data that come after it is no data.
+            may_be_index = isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
+            is_first = is_first and not (may_be_index and _holds_tensor([other for _, other in named[1:]]))
             notes.append((name, _what_is_wrong(value, dtypes, is_first=is_first)))
     if args and isinstance(args[0], list | tuple) and isinstance(error, TypeError | AttributeError):
         notes.append(
@@ -184,10 +186,9 @@ def _what_is_wrong(value: Any, dtypes: Sequence[torch.dtype], *, is_first: bool)
         if hasattr(value, "__array__"):
             return f"{type(value).__name__}, and data are a tensor. Write torch.as_tensor(x)"
         # An option of the model may be anything, and a batch may be any object that holds tensors.
-        holds = any(isinstance(part, Tensor) for part in tree_leaves(getattr(value, "__dict__", value)))
-        return (
-            None if holds or not is_first else f"{type(value).__name__}, and data are a tensor. Write torch.tensor(x)"
-        )
+        if not is_first or _holds_tensor(value):
+            return None
+        return f"{type(value).__name__}, and data are a tensor. Write torch.tensor(x)"
     if value.layout is not torch.strided:
         return f"a sparse tensor ({value.layout}). Write x.to_dense(), a batch at a time"
     if value.is_meta:
@@ -200,4 +201,16 @@ def _what_is_wrong(value: Any, dtypes: Sequence[torch.dtype], *, is_first: bool)
         return f"empty, of shape {tuple(value.shape)}. Write if len(x): svi.step(x)"
     if value.ndim == 0:
         return "a single number, and data have a dimension of their own. Write x.reshape(1, -1)"
-    return None if value.is_floating_point() else f"of {value.dtype}, in which nothing is drawn. Write x.float()"
+    write = "torch.view_as_real(x).flatten(-2)" if value.is_complex() else "x.float()"
+    return None if value.is_floating_point() else f"of {value.dtype}, in which nothing is drawn. Write {write}"
+
+
+def _holds_tensor(value: Any, depth: int = 3) -> bool:
+    """Whether a value is a tensor, or a container or an object that holds one."""
+    if isinstance(value, Tensor):
+        return True
+    parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    parts += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
+    parts += value.values() if isinstance(value, Mapping) else ()
+    parts += value if isinstance(value, list | tuple | set | frozenset) else ()
+    return depth > 0 and any(_holds_tensor(part, depth - 1) for part in parts)

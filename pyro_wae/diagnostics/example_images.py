@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.random_state import isolated_seed
-from pyro_wae.costs import generator_output
 from pyro_wae.diagnostics.gathering import Gathered
 from pyro_wae.predict import sample
 from pyro_wae.predict.runs import output_nodes, run_model, site_output
@@ -79,7 +78,8 @@ def collect_pictures(
                 "Write shape=(height, width) or shape=(channels, height, width)."
             )
         try:
-            outputs = site.rows(generator_output(site.distribution).expand(site.value.shape), site.event_dim)
+            output = site_output(name, site.distribution, False)
+            outputs = site.rows(output.expand(site.value.shape), site.event_dim)
         except ValueError:
             continue  # a Categorical, say
         options = {"return_sites": [name], "data_plate": data_plate, **kwargs}

@@ -179,7 +179,7 @@ class Penalty(CallRepr, nn.Module):
 
     def estimate(self, codes: Tensor, prior: Tensor, context: PenaltyContext) -> Tensor:
         """Estimates the divergence from checked codes (K, n, d) and prior samples (m, d), outside autocast."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is no penalty yet. Define estimate(codes, prior, context).")
 
     def __add__(self, other: Penalty) -> Penalty:
         return SumPenalty(self, other) if isinstance(other, Penalty) else NotImplemented

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.batch_norm import batch_norm_at_rest
+from pyro_wae._core.distributions import family, mean_of
 from pyro_wae._core.programs import add_note
-from pyro_wae.costs import generator_output
 from pyro_wae.step.observe import Observer, unwrap_factors
 from pyro_wae.step.program import Program, Run, is_random, observed_samples, samples_of
 
@@ -126,9 +126,9 @@ def site_output(name: str, fn: Any, random: bool) -> Tensor:
         with torch.no_grad():
             return fn()
     try:
-        return generator_output(fn).detach().expand(fn.shape())
+        return mean_of(fn, takes_angles=True).detach().expand(fn.shape())
     except ValueError as error:
         raise ValueError(
-            f"The distribution of site '{name}' ({type(fn).__name__}) has no finite mean to take as the generator's "
-            "output. Write random=True for a draw instead."
+            f"The distribution of site '{name}' ({family(fn)}) has no mean to take as the generator's output: none "
+            "that is finite, inside the support, and not of a mixture of angles. Write random=True for a draw instead."
         ) from error

@@ -105,6 +105,14 @@ def _run(observer: Observer, batch: _Batch) -> Step:
             f"micro_batch: this was the run on the data {batch.start} to {batch.start + batch.rows - 1} alone. A plate "
             "takes its size from them, as in pyro.plate('data', len(x))."
         )
+        split = [
+            x for value in (*batch.args, *batch.kwargs.values()) for x in tensors_of(value) if len(x) == batch.rows
+        ]
+        if len(split) > 1 and not split[0].is_floating_point():
+            error.add_note(
+                "micro_batch: every tensor argument as long as the first is split with it, also a table to be indexed. "
+                "Keep that one in a list, which stays whole: svi.step(index, [x_all])."
+            )
         raise
     _check_plates(step, batch)
     return dataclasses.replace(step, runs=[[_latents_alone(run) for run in step.runs[0]]])

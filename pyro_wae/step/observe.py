@@ -278,9 +278,9 @@ def unwrap_factors(trace: Any) -> None:
 
 
 def _check_codes(found: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError if a site has codes of integers, which have no gradient."""
+    """Raises ValueError if a site has codes of integers, which have no gradient, or of complex numbers."""
     for name, site in found.latents.items():
-        if not (site.value.is_floating_point() or site.value.is_complex()):
+        if not site.value.is_floating_point():
             error = ValueError(refusals.code_of_integers(name, site.value.dtype, site.distribution))
             add_note(error, args, kwargs)
             raise error

@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_wae._core.batch_norm import batch_norm_at_rest
-from pyro_wae._core.distributions import innermost, own_methods
+from pyro_wae._core.distributions import component, innermost, own_methods
 from pyro_wae._core.private import InverseTransform
 from pyro_wae._core.random_state import random_state, restored_random_state, same_generators
 from pyro_wae._core.rows import Site, joined, side_by_side
@@ -47,8 +47,9 @@ def draw_prior(run: Run, times: int) -> Tensor | None:
             (site,) = run.latents.values()
             try:
                 drawn = {site.name: (site.distribution(), site.distribution.event_dim)}
-            except NotImplementedError as error:
-                raise ValueError(refusals.not_drawn(site.name, site.distribution)) from error
+            except (NotImplementedError, TypeError) as error:
+                _check_drawn(site.name, site.distribution, error)
+                raise
         else:
             nodes = _rerun_to_last_latent(run)
             _check_masks(run, nodes)
@@ -301,10 +302,10 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
             run.rerun()
     except NonlocalExit:
         pass
-    except NotImplementedError as error:
-        if stop.drawing is None:
-            raise
-        raise ValueError(refusals.not_drawn(stop.drawing["name"], stop.drawing["fn"])) from error
+    except (NotImplementedError, TypeError) as error:
+        if stop.drawing is not None:
+            _check_drawn(stop.drawing["name"], stop.drawing["fn"], error)
+        raise
     missing = [name for name in run.latents if name not in stop.nodes]
     if missing:
         raise ValueError(
@@ -312,6 +313,19 @@ def _rerun_to_last_latent(run: Run, values: Mapping[str, Tensor] | None = None) 
             "that samples the same sites in every run."
         )
     return {name: stop.nodes[name] for name in run.latents}
+
+
+def _check_drawn(name: str, fn: Any, error: Exception) -> None:
+    """Raises ValueError if an error means that a distribution cannot be drawn, as torch's of whole numbers."""
+    part = component(fn)
+    while isinstance(part, torch.distributions.TransformedDistribution):
+        part = component(part.base_dist)
+    own = [value.dtype for value in vars(part).values() if isinstance(value, Tensor)]
+    whole = [dtype for dtype in own if not dtype.is_floating_point]
+    if whole and not own_methods(part.__class__):
+        raise ValueError(refusals.prior_of_integers(name, fn, whole[0])) from error
+    if isinstance(error, NotImplementedError):
+        raise ValueError(refusals.not_drawn(name, fn)) from error
 
 
 def _check_masks(run: Run, nodes: Mapping[str, Any]) -> None:

@@ -292,7 +292,7 @@ def observed_site(name: str, sample: Sample, plate: str) -> Site:
         found = f"a tensor ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
             f"The data of observed site '{name}' are {found}, and costs take dense tensors of real numbers. Write "
-            f"pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time, or obs=torch.as_tensor(x)."
+            f"pyro.sample('{name}', ..., obs=x.to_dense()), a batch at a time, torch.as_tensor(x) or view_as_real(x)."
         )
     if value.ndim == fn.event_dim > 0 and value.shape[0] == shape[data_dim] > 1:
         raise ValueError(refusals.all_data_one_event(name, tuple(value.shape), shape[data_dim], fn.event_dim))

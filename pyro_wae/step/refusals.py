@@ -56,7 +56,12 @@ def not_reparameterised(name: str, fn: Any) -> str:
 
 
 def code_of_integers(name: str, dtype: Any, prior: Any) -> str:
-    """Of a latent site whose values in the guide are whole numbers or truth values."""
+    """Of a latent site whose values in the guide are whole numbers, truth values or complex."""
+    if dtype.is_complex:
+        return (
+            f"Latent site '{name}' has codes of {dtype} in the guide, and penalties compare real numbers. Give the "
+            "real and the imaginary parts as one code: dist.Delta(torch.view_as_real(z).flatten(-2)).to_event(1)."
+        )
     return (
         f"Latent site '{name}' has codes of {dtype} in the guide: integers, such as those of argmax, have no gradient, "
         f"and the encoder would not be trained. Write {_relaxation(prior)}. If the data have the value, observe it in "
@@ -70,6 +75,14 @@ def not_drawn(name: str, fn: Any) -> str:
         f"The prior at site '{name}' ({family(fn)}) cannot be drawn, and codes are compared with prior samples. Write "
         "its sample method, or take a penalty that reads its log_prob alone: "
         "WAELoss(KernelStein(RationalQuadratic(0.5, bandwidth=1.0)))."
+    )
+
+
+def prior_of_integers(name: str, fn: Any, dtype: Any) -> str:
+    """Of a site of the model whose distribution is made of whole numbers."""
+    return (
+        f"The prior at site '{name}' ({family(fn)}) has parameters of {dtype}, from which it cannot be drawn. Write "
+        "them as floats: x.new_zeros(d), or torch.tensor([0, 0]).float()."
     )
 
 
