@@ -209,7 +209,7 @@ def train(setting: Setting, seed: int, data: Data, args: argparse.Namespace) -> 
     def scheduler(adam: torch.optim.Optimizer) -> Any:
         if not setting.prior_last:
             return CosineAnnealingLR(adam, steps)
-        begin, end = (0.8, 1.0) if adam.param_groups[0]["lr"] == setting.rate else (0.0, 0.92)
+        begin, end = (0.78, 1.0) if adam.param_groups[0]["lr"] == setting.rate else (0.0, 0.88)
         return LambdaLR(adam, functools.partial(falling, begin * steps, end * steps))
 
     optimizer = Adam(adam_args, scheduler=scheduler)

@@ -50,7 +50,7 @@ class Setting:
         batch: Data in a step.
         epochs: Passes over the data; None takes those of the command line.
         rate: The learning rate of the prior.
-        prior_last: Whether the networks' rate ends at 92 % of the steps, and the prior's starts to fall at 80 %; both
+        prior_last: Whether the networks' rate ends at 88 % of the steps, and the prior's starts to fall at 78 %; both
             fall along one cosine otherwise.
         average: The decay of an exponential average of the parameters, which is judged in their place.
         noise: The standard deviation of the encoder.
@@ -141,7 +141,7 @@ def prior_table() -> Iterator[Setting]:
     yield Setting(full, learned, "100.0", full, fitted=300)
     yield Setting(f"{full}, JensenShannon", f"{learned} + JensenShannon()", "Constraint(codes=16000)", full)
     both = f"{learned} + JensenShannon()"
-    yield Setting(f"{full}, JensenShannon, prior last", both, "200.0", full, rate=0.01, prior_last=True, fitted=300)
+    yield Setting(f"{full}, JensenShannon, prior last", both, "100.0", full, rate=0.01, prior_last=True, fitted=300)
     yield Setting("VampPrior(encoder, x[:100])", learned, "100.0", "VampPrior(encoder, x[:100])", rate=0.01)
     free = "VampPrior(encoder, x[:100], standardized=False)"
     yield Setting(free, learned, "100.0", free, rate=0.01)
