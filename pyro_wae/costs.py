@@ -80,20 +80,34 @@ class Cost(CallRepr, nn.Module):
             if mask is not None:
                 value = self.fill(site.distribution, value, mask)
             costs = self(site.distribution, value)
+            if mask is not None and type(self).fill is Cost.fill:
+                self._check_mask(site.distribution, value, mask, costs)
         except ValueError as error:
             raise ValueError(f"At observed site '{site.name}': {error}") from error
         event_dim = site.distribution.event_dim
         expected = value.shape[: value.ndim - event_dim]
         _check_costs(self, site.name, costs, tuple(expected))
-        if mask is not None:
-            kept = mask.expand(value.shape).flatten(len(expected)).any(-1) if event_dim else mask
-            costs = costs.where(kept, 0.0)
-        rows = site.rows(at_least_float32(costs) * (site.scale * site.subsample_scale), 0)
+        kept = mask
+        if mask is not None and event_dim:
+            kept = mask.expand(value.shape).flatten(len(expected)).any(-1)
+        rows = site.rows(_scaled(costs, site.scale * site.subsample_scale, kept), 0)
         return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
     def fill(self, distribution: Any, value: Tensor, mask: Tensor) -> Tensor:
         """Replaces masked data by what costs nothing, if this cost knows what that is."""
         return value
+
+    def _check_mask(self, distribution: Any, value: Tensor, mask: Tensor, costs: Tensor) -> None:
+        """Raises ValueError if masked parts of a datum have an influence: only whole data are left out afterwards."""
+        if not any(size > 1 for size in mask.shape[mask.ndim - distribution.event_dim :]):
+            return
+        with restored_random_state(), torch.no_grad():
+            again = self(distribution, NegativeLogLikelihood().fill(distribution, value, mask))
+        if not torch.allclose(again, costs.detach(), equal_nan=True):
+            raise ValueError(
+                f"{type(self).__name__} counts masked elements. Define fill(self, distribution, value, mask), which "
+                "returns data that cost nothing there: torch.where(mask, value, distribution.mean)."
+            )
 
 
 class OutputCost(Cost):
@@ -268,10 +282,9 @@ class FunctionCost(OutputCost):
         particles, n = x.shape[:2]
         costs = self.function(x.flatten(0, 1), g.flatten(0, 1))
         _check_costs(self.function, site.name, costs, (particles * n,))
-        costs = at_least_float32(costs).unflatten(0, (particles, n))
-        if site.mask is not None:  # of a datum that is masked as a whole, f(g, g) may be any number
-            costs = costs.where(site.kept, 0.0)
-        return costs * self._scale(site) * site.subsample_scale
+        costs = costs.unflatten(0, (particles, n))
+        # Of a datum that is masked as a whole, f(g, g) may be any number.
+        return _scaled(costs, self._scale(site) * site.subsample_scale, site.kept)
 
     @staticmethod
     def _scale(site: Site) -> float | Tensor:
@@ -330,6 +343,12 @@ def as_costs(cost: Any) -> Cost | dict[str, Cost]:
 def _as_float(value: Tensor) -> Tensor:
     """Truth values, bytes and half precision as float32; other numbers as they are."""
     return value.float() if value.dtype in (torch.bool, torch.uint8) else at_least_float32(value)
+
+
+def _scaled(costs: Tensor, scale: float | Tensor, kept: Tensor | None) -> Tensor:
+    """Costs times a scale, and 0 of what is masked, also where its scale is infinite."""
+    costs = at_least_float32(costs)
+    return costs * scale if kept is None else (costs.where(kept, 0.0) * scale).where(kept, 0.0)
 
 
 def _check_costs(cost: Any, site: str, found: Any, expected: tuple[int, ...]) -> None:

@@ -113,7 +113,14 @@ class WAE(LightningModule):
         if step.prior_varies or step.kept is not None:
             # A code and a prior sample of one datum are not independent: each datum gives the one or the other.
             codes, prior = codes[1::2], prior[:-1:2]
-        self._rows.update(torch.cat([codes, prior], 1))
+        rows = torch.cat([codes, prior], 1)
+        widths = {part.shape[1] // 2 for part in (*self._rows.value[:1], rows)}
+        if len(widths) > 1:
+            raise ValueError(
+                f"Held-out batches give codes of different sizes, {sorted(widths)}, which have no joint distribution. "
+                "Pad sequences to one length under poutine.mask."
+            )
+        self._rows.update(rows)
         terms = step.add({"": codes.new_zeros(())}, lambda cost: 0.0).terms
         assert terms is not None  # the loss has been added up
         seen = step.data if step.seen is None else int(step.seen.sum())

@@ -157,7 +157,7 @@ class WAELoss(CallRepr, ELBO):
         self.reduction = checks.choice("reduction", reduction, ("mean", "sum"))
         self._runner = make_runner(self.micro_batch, process_group)
         self._seen: set[str] = set()
-        self._once_observed: set[str] = set()
+        self.once_observed: set[str] = set()
         self._hints = Hints(has_state=isinstance(self.penalty_weight, Constraint))
         self.terms = None
         self._has_passed = False
@@ -263,7 +263,7 @@ class WAELoss(CallRepr, ELBO):
             vectorize_particles=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
             condition=self.condition,
-            once_observed=self._once_observed,
+            once_observed=self.once_observed,
         )
 
     def _first_or_later(self) -> AbstractContextManager[None]:

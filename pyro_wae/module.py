@@ -17,6 +17,9 @@ from pyro_wae._core.programs import owners
 from pyro_wae.step.program import Program
 from pyro_wae.step.records import Terms
 
+OPTIONS = {"random", "return_sites"}
+"""Keyword arguments of :mod:`pyro_wae.predict`, which are none of the model's."""
+
 
 class WAEModule(ELBOModule):
     """A WAE loss bound to its model and guide, for plain torch optimisers and everything that takes a module.
@@ -144,7 +147,7 @@ class WAEModule(ELBOModule):
             UserWarning: Once, if the loss depends on parameters that are not among those of this module, and an
                 optimiser has changed these and not those.
         """
-        self._last_call = args, kwargs
+        self._keep(args, kwargs)
         loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
         if loss.requires_grad:
             self._check_parameters(loss, (args, kwargs))
@@ -152,7 +155,7 @@ class WAEModule(ELBOModule):
 
     def encode(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The latent codes of data; see :func:`pyro_wae.predict.encode`."""
-        self._last_call = args, kwargs
+        self._keep(args, kwargs)
         return predict.encode(self.model, self.guide, *args, data_plate=self.elbo.data_plate, **kwargs)
 
     def decode(self, z: Tensor | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -160,8 +163,8 @@ class WAEModule(ELBOModule):
 
         Args:
             z: The codes of each latent site, as :meth:`encode` returns them, or a tensor where there is one site.
-            args: Arguments of the model. Default: those of the last call of this module, of :meth:`encode` or of
-                another method here. Give them where the model is conditional on them.
+            args: Arguments of the model. Default: those of the last call of this module, or of :meth:`encode`,
+                :meth:`decode`, :meth:`reconstruct` or :meth:`sample`. Give them where the model is conditional on them.
             kwargs: Keyword arguments of the model.
         """
         args, kwargs = self._call(args, kwargs, "decode(z, x)")
@@ -169,7 +172,7 @@ class WAEModule(ELBOModule):
 
     def reconstruct(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The reconstructions of data; see :func:`pyro_wae.predict.reconstruct`."""
-        self._last_call = args, kwargs
+        self._keep(args, kwargs)
         return predict.reconstruct(self.model, self.guide, *args, data_plate=self.elbo.data_plate, **kwargs)
 
     def sample(self, num_samples: int, *args: Any, prior: Any = None, **kwargs: Any) -> dict[str, Tensor]:
@@ -191,7 +194,8 @@ class WAEModule(ELBOModule):
         return predict.interpolate(self.model, self.guide, x_a, x_b, steps, data_plate=self.elbo.data_plate, **kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], line: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args or kwargs.keys() - {"random", "return_sites"}:  # options of predict, which go with the last call's
+        if args or kwargs.keys() - OPTIONS:  # which go with the arguments of the last call, too
+            self._keep(args, kwargs)
             return args, kwargs
         if self._last_call is None:
             raise ValueError(
@@ -200,6 +204,9 @@ class WAEModule(ELBOModule):
             )
         args, named = self._last_call
         return args, {**named, **kwargs}
+
+    def _keep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._last_call = args, {name: value for name, value in kwargs.items() if name not in OPTIONS}
 
     def _check_parameters(self, loss: Tensor, arguments: Any) -> None:
         if self._unheld is None:

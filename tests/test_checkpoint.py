@@ -17,6 +17,7 @@ from trainings import LOSSES, OPTIMS, ByPyro, ByTorch, D, assert_same, batch, di
 
 from pyro_wae import WAELoss
 from pyro_wae.checkpoint import load_checkpoint, save_checkpoint
+from pyro_wae.costs import NegativeLogLikelihood, SquaredError
 from pyro_wae.optim import Adam
 from pyro_wae.penalties import MMD, JensenShannon, PriorLikelihood
 from pyro_wae.priors import MixturePrior
@@ -148,6 +149,27 @@ def test_the_recipe_with_a_learned_prior_is_saved_and_loaded(tmp_path):
     nn.init.zeros_(decoder.weight)
     load_checkpoint(tmp_path / "run.pt", wae=wae)
     torch.testing.assert_close(wae(x), value)
+
+
+def test_a_training_goes_on_with_a_batch_that_lacks_a_site_of_its_costs(tmp_path):
+    net = nn.Linear(2, 2)
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1).to_event(1), obs=x)
+            if y is not None:
+                pyro.sample("y", dist.Categorical(logits=net(z)), obs=y)
+
+    _, guide = program()
+    x, y, losses = torch.randn(8, 2), torch.arange(8) % 2, []
+    for step in (lambda wae: wae(x, y), lambda wae: wae(x)):
+        wae = WAELoss(cost={"x": SquaredError(), "y": NegativeLogLikelihood()}, penalty_weight=1.0)(model, guide)
+        if losses:
+            load_checkpoint(tmp_path / "run.pt", wae=wae)
+        losses.append(step(wae).item())
+        save_checkpoint(tmp_path / "run.pt", wae=wae)
+    assert losses[1] < losses[0]  # without the cost of y
 
 
 class OfPyro(PyroModule):

@@ -120,6 +120,33 @@ def test_mmd_takes_a_condition_kernel_as_it_is(kernel):
     assert value.item() == pytest.approx(expected, abs=1e-7)
 
 
+TABLE = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, 0.3], [0.2, 0.3, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "by_hand"),
+    [
+        (Gaussian(1.0), lambda a, b: gaussian(a - b)),
+        (lambda a, b: a @ b.mT + 1, lambda a, b: (a @ b).item() + 1),
+        (lambda a, b: TABLE.to(a)[a.long(), b.long().mT], lambda a, b: TABLE[int(a), int(b)].item()),
+    ],
+    ids=["ordered", "polynomial", "table"],
+)
+def test_a_condition_kernel_receives_labels_as_they_are(kernel, by_hand):
+    codes, prior, y = rows(1, 7, D), rows(1, 7, D), torch.tensor([2, 0, 0, 1, 2, 1, 0])[:, None]
+    expected = by_pairs(gaussian, lambda a, b: by_hand(a.double(), b.double()), codes, prior, y)
+    value = MMD(Gaussian(1.0), condition_kernel=kernel)(codes, prior[0], PenaltyContext(condition=y))
+    assert value.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_condition_kernel_is_not_given_labels_that_coincide():
+    context = PenaltyContext(condition=torch.tensor([2**24, 2**24 + 1, 0])[:, None])
+    codes, prior = rows(3, D).float(), rows(3, D).float()
+    with pytest.raises(ValueError, match=r"labels .* up to 16777217, are not exact in torch.float32.*return_inverse"):
+        MMD(condition_kernel=SameLabel())(codes, prior, context)
+    MMD(condition_kernel=SameLabel())(codes.double(), prior.double(), context)
+
+
 def test_the_v_statistic_of_the_joint_is_never_negative_and_0_for_equal_rows():
     y = torch.arange(6)[:, None] % 2
     codes = rows(6, D)

@@ -275,3 +275,19 @@ def test_without_lightning_the_error_names_the_extra(monkeypatch):
 
 _net = Net()
 model, guide = _net.model, _net.guide
+
+
+def test_held_out_sequences_of_different_lengths_are_refused_by_their_sizes(tmp_path):
+    class Steps(Net):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(x[0].numel()), 1).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x.flatten(1))
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Delta(x.flatten(1)).to_event(1))
+
+    batches = torch.utils.data.DataLoader([torch.randn(20, 3, 2), torch.randn(20, 2, 2)], batch_size=None)
+    with pytest.raises(ValueError, match=r"Held-out batches give codes of different sizes, \[4, 6\].* Pad sequences"):
+        trainer(tmp_path).validate(WAE(Steps()), batches, verbose=False)

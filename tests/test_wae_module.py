@@ -188,6 +188,26 @@ def test_a_file_of_a_bound_module_is_as_large_after_a_batch_as_before():
     assert len(pickle.dumps(wae)) == before
 
 
+def test_the_options_of_a_call_of_a_bound_module_are_its_own_and_the_arguments_stay():
+    def scaled(x, factor=1.0):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+            pyro.sample("x", dist.Normal(factor * z, 100.0).to_event(1), obs=x)
+
+    def encoder(x, factor=1.0):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x).to_event(1))
+
+    wae, z = WAELoss()(scaled, encoder), torch.randn(4, 2)
+    wae.reconstruct(torch.zeros(4, 2), random=True, return_sites=("z", "x"))
+    torch.testing.assert_close(wae.decode(z), {"x": z})
+    wae.sample(3, torch.zeros(4, 2), factor=3.0, return_sites=("z",))
+    torch.testing.assert_close(wae.decode(z), {"x": 3 * z})
+    wae.decode(z, torch.zeros(4, 2), factor=2.0)
+    assert set(wae.sample(3)) == {"x"}
+    torch.testing.assert_close(wae.decode(z), {"x": 2 * z})
+
+
 class Holder(AutoEncoder):
     """A module that keeps the loss of its own model and guide."""
 

@@ -156,10 +156,13 @@ class LossPiece(Piece):
 
     def state(self) -> Any:
         # Guessed at the first step, and guessing again would move an accelerator's random numbers.
-        return {"max_plate_nesting": self.thing.max_plate_nesting}
+        # And a site that a dict of costs names, as labels, may be missing in the next batch.
+        observed = sorted(getattr(self.thing, "once_observed", ()))
+        return {"max_plate_nesting": self.thing.max_plate_nesting, "once_observed": observed}
 
     def restore(self, state: Any) -> None:
         self.thing.max_plate_nesting = state["max_plate_nesting"]
+        getattr(self.thing, "once_observed", set()).update(state.get("once_observed", ()))
 
     def rehearse(self, state: Any, parameters: Mapping[str, Tensor]) -> bool:
         return True

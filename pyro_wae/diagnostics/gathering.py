@@ -30,7 +30,7 @@ class CostSummary:
     """The cost of one observed site, or what a ``pyro.factor`` adds to the loss.
 
     Args:
-        mean: Mean per datum of the batches that have the site.
+        mean: Mean per datum that has the site unmasked; ``loss.terms`` divides by all data of the batch.
         standard_error: Standard error of the mean; None for a single datum.
     """
 

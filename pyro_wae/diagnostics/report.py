@@ -35,8 +35,8 @@ class Report:
 
     Args:
         comparisons: One for each latent site, and with several one more, ``"joint"``, for all joined.
-        costs: The cost of each observed site and of each ``pyro.factor`` in the data plate, per datum of the batches
-            that have it.
+        costs: The cost of each observed site and of each ``pyro.factor`` in the data plate, the mean
+            per datum that has it unmasked.
         batch_norm: The codes in the two modes of BatchNorm layers; None without such layers, or without a batch of at
             least 2 data.
         alarms: Problems that were found; empty if there are none.

@@ -128,7 +128,7 @@ class MMD(Penalty):
             )
         condition_kernel = self.condition_kernel or self.condition_defaults.of(condition)
         kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
-        columns = _label_columns(condition)
+        columns = _by_place(condition) if self.condition_kernel is None else _as_numbers(condition, codes.dtype)
         joint, draws, joint_context = join(codes, prior, context, columns)
         kernel.fit(draws)
         value = squared_discrepancy(kernel, joint, draws, joint_context, unbiased=self.unbiased)
@@ -205,10 +205,25 @@ def _terms(
     return within(rows, particles, size), within(m, repeats, size, of=1), -2 * across(rows, m, n, size)
 
 
-def _label_columns(condition: Tensor) -> Tensor:
+def _by_place(condition: Tensor) -> Tensor:
     """The condition as numbers that are equal where it is: floats as they are, labels (n, 1) by their place."""
     if condition.is_floating_point():
         return condition
     # Large labels differ by less than a float32 can tell; the place in their order is below n.
     labels = condition[:, 0].contiguous().to(torch.int64)
     return torch.searchsorted(labels.sort().values, labels)[:, None]
+
+
+def _as_numbers(condition: Tensor, dtype: torch.dtype) -> Tensor:
+    """The condition as a kernel of the user's own takes it.
+
+    Raises:
+        ValueError: If labels differ by less than the dtype can tell. On an accelerator, values are not looked at.
+    """
+    is_read = condition.device.type == "cpu" and not condition.is_floating_point()
+    if is_read and not torch.equal(condition.to(dtype).to(condition.dtype), condition):
+        raise ValueError(
+            f"The labels of the condition, up to {condition.abs().max().item()}, are not exact in {dtype}, in which a "
+            "condition_kernel receives them. Number them: y.unique(return_inverse=True)[1]."
+        )
+    return condition

@@ -299,9 +299,9 @@ class _StepOfRanks(Step):
     def prior_log_prob(self, z: Tensor) -> Tensor:
         if self.prior_varies:
             raise ValueError(
-                "The prior depends on the datum, and its log density is known only for the data of this rank. Leave "
-                "process_group out, which lets each rank compare its own codes, or take a penalty that needs draws "
-                "alone, such as MMD()."
+                "The prior may depend on the datum, as that of several latent sites or of one beside other random "
+                "choices, and its log density is known only for the data of this rank. Leave process_group out, which "
+                "lets each rank compare its own codes, or take a penalty that needs draws alone, such as MMD()."
             )
         # The own density takes so many rows at a time, which may be any, since the prior is one for all data.
         size = len(self.codes) * self.own.data

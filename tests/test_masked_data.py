@@ -1,4 +1,4 @@
-"""The negative log likelihood of masked data: what stands in for them has no influence, in any family."""
+"""Costs of masked data: what stands in for them has no influence, in any family and under any scale."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.distributions.transforms import AffineTransform, BatchNorm, SigmoidTransform, TanhTransform, affine_coupling
 
-from pyro_wae.costs import NegativeLogLikelihood, Site
+from pyro_wae.costs import Cost, FunctionCost, NegativeLogLikelihood, Site, SquaredError
 
 B, D = 4, 2000
 pytestmark = pytest.mark.usefixtures("single_precision")
@@ -135,3 +135,50 @@ def test_the_running_statistics_of_a_flow_count_a_masked_batch_once():
     x = torch.full((B, D), 0.5)
     NegativeLogLikelihood().per_datum(Site("x", fn, x, (B,), -1, mask=torch.ones(B, 1, dtype=torch.bool)))
     torch.testing.assert_close(norm.moving_mean, torch.full((D,), 0.1 * math.atanh(0.5)))
+
+
+class Squares(Cost):
+    """A cost of one's own that sums all elements of an event."""
+
+    def forward(self, distribution, value):
+        return (value - distribution.mean).square().sum(-1)
+
+
+class FilledSquares(Squares):
+    def fill(self, distribution, value, mask):
+        return torch.where(mask, value, distribution.mean)
+
+
+class Likelihood(Cost):
+    """A cost of one's own that leaves masked elements to the distribution."""
+
+    def forward(self, distribution, value):
+        return -distribution.log_prob(value.nan_to_num())
+
+
+def site_of(mask, *, scale=1.0, hidden=7.0):
+    x = torch.where(mask, torch.ones(4, 3), hidden)
+    return Site("x", dist.Normal(torch.zeros(4, 3), 1.0).mask(mask).to_event(1), x, (4,), -1, mask=mask, scale=scale)
+
+
+@pytest.mark.parametrize("hidden", [7.0, math.nan])
+def test_a_cost_of_ones_own_that_counts_masked_elements_is_told_to_fill_them(hidden):
+    mask = torch.tensor([True, False, False]).expand(4, 3)
+    with pytest.raises(ValueError, match=r"At observed site 'x': Squares counts masked elements. Define fill"):
+        Squares().per_datum(site_of(mask, hidden=hidden))
+    torch.testing.assert_close(FilledSquares().per_datum(site_of(mask, hidden=hidden)), torch.ones(1, 4))
+    found = Likelihood().per_datum(site_of(mask, hidden=hidden))
+    torch.testing.assert_close(found, torch.full((1, 4), 0.5 + math.log(2 * math.pi) / 2))
+
+
+def test_a_cost_of_ones_own_needs_nothing_for_data_that_are_masked_as_a_whole():
+    mask = torch.tensor([True, False, True, True])[:, None]
+    torch.testing.assert_close(Squares().per_datum(site_of(mask)), torch.tensor([[3.0, 0.0, 3.0, 3.0]]))
+
+
+@pytest.mark.parametrize("cost", [FilledSquares(), SquaredError(), FunctionCost(lambda x, g: (x - g).square().sum(1))])
+def test_a_datum_of_which_nothing_is_observed_costs_0_whatever_its_scale(cost):
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True], [True, False, False]])
+    scale = 3 / mask.sum(1)
+    assert scale[1].isinf()
+    torch.testing.assert_close(cost.per_datum(site_of(mask, scale=scale)), torch.tensor([[3.0, 0.0, 3.0, 3.0]]))
