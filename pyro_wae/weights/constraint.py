@@ -66,8 +66,8 @@ class Constraint(FittedBuffers, SteppedWeight):
             first.
         maximum: The largest weight; None takes 300 times the first. A weight that stays there is reported by a
             warning, because the training as it is cannot reach the slack.
-        rate: The largest change of log lambda per step. After 200 steps it changes on every eighth, by up to eight times
-            as much, and where a larger weight has not helped it returns to the last one that did.
+        rate: The largest change of log lambda per step. After 200 steps it changes on every eighth, by up to eight
+            times as much, and where a larger weight has not helped it returns to the last one that did.
         pool: The number of steps that D is measured on, >= 2.
 
     Attributes:
