@@ -82,8 +82,9 @@ PROGRAMS = {
     "masked data": Program(lambda: pair(seen_alone=True), cost=PART * D),
     # Other sites and plates
     "two sites": Program(programs.two_sites),
-    "two sites, one of float32": Program(
-        lambda: programs.two_sites(lambda x: x.float()), but={"float64": "WAELoss({'z2': MMD(), ...})"}
+    "two sites, one of float32": Program(lambda: programs.two_sites(lambda x: x.float())),
+    "sites of two precisions": Program(
+        lambda: programs.two_sites(lambda x: x.float() if x.dtype == torch.float64 else x.double())
     ),
     "hierarchy": Program(programs.hierarchy),
     "inner plate": Program(programs.inner_plate, options={"data_plate": "data"}),
@@ -167,10 +168,6 @@ PROGRAMS = {
     "batch in the event": Program(
         programs.batch_in_the_event,
         error=("'z' is global", "of shape (", "is the data, write .to_event(1) inside pyro.plate('data', "),
-    ),
-    "sites of two dtypes": Program(
-        lambda: programs.two_sites(lambda x: x.float() if x.dtype == torch.float64 else x.double()),
-        error=("'z2' has values of torch.float", "'z1' of torch.float", "WAELoss({'z2': MMD(), ...})"),
     ),
     "nothing shared": Program(programs.nothing_shared, error=("share no latent site", "z = pyro.sample('z', ...)")),
     "nothing observed": Program(programs.nothing_observed, error=("no observed site", "pyro.sample('x', ..., obs=x)")),

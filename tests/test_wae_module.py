@@ -138,7 +138,9 @@ def test_a_functional_call_leaves_the_parameters_as_they_were():
 
 
 @pytest.mark.parametrize(
-    "penalty", [MMD, SlicedWasserstein, CramerWold, KernelStein, lambda: MMD(standardize=True)], ids=str
+    "penalty",
+    [MMD, SlicedWasserstein, CramerWold, KernelStein, lambda: MMD(standardize=True)],
+    ids=["mmd", "sliced", "cramer-wold", "stein", "standardised"],
 )
 def test_a_first_step_under_torch_func_keeps_lengths_that_can_be_saved(penalty):
     net, x = Unregistered(), data()
@@ -161,7 +163,7 @@ def test_a_first_step_under_torch_func_keeps_lengths_that_can_be_saved(penalty):
         ({"penalty": JensenShannon(), "penalty_weight": 1.0}, "JensenShannon trains its discriminator"),
         ({"penalty": MaxSlicedWasserstein(), "penalty_weight": 1.0}, "MaxSlicedWasserstein looks for a direction"),
     ],
-    ids=str,
+    ids=["constraint", "adversary", "direction"],
 )
 def test_what_a_step_changes_is_refused_under_torch_func(option, name):
     net = Unregistered()
