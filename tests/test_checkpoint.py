@@ -134,8 +134,10 @@ def test_a_function_around_a_loss_is_resumed_with_the_loss_that_the_error_asks_f
         training.parts["loss"] = training.loss
         return training
 
+    training = make()
     with pytest.raises(ValueError, match=r"around a WAELoss, whose JensenShannon .* save_checkpoint.*, loss=loss"):
-        save_checkpoint(tmp_path / "run.pt", svi=make().svi)
+        save_checkpoint(tmp_path / "run.pt", svi=training.svi)
+    save_checkpoint(tmp_path / "run.pt", svi=training.svi, wae=training.loss(training.net.model, training.net.guide))
     assert_resumes(make, tmp_path / "run.pt", at=6)
 
 

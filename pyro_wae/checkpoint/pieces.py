@@ -330,7 +330,8 @@ def _pieces_of_loss(name: str, loss: Any) -> dict[str, Piece]:
 
 
 def _check_loss(name: str, svi: SVI, pieces: Mapping[str, Piece]) -> None:
-    seen = {id(piece.thing) for piece in pieces.values()}
+    modules = [piece.thing for piece in pieces.values() if isinstance(piece, ModulePiece)]
+    seen = {id(part) for module in modules for part in module.modules()}
     hidden = [part for part in owners(svi.loss) if isinstance(part, Penalty) and id(part) not in seen]
     if hidden:
         raise ValueError(
