@@ -80,13 +80,13 @@ class Cost(CallRepr, nn.Module):
             if mask is not None:
                 value = self.fill(site.distribution, value, mask)
             costs = self(site.distribution, value)
-            if mask is not None and type(self).fill is Cost.fill:
-                self._check_mask(site.distribution, value, mask, costs)
         except ValueError as error:
             raise ValueError(f"At observed site '{site.name}': {error}") from error
         event_dim = site.distribution.event_dim
         expected = value.shape[: value.ndim - event_dim]
         _check_costs(self, site.name, costs, tuple(expected))
+        if mask is not None and type(self).fill is Cost.fill:
+            self._check_mask(site, value, mask, costs)
         kept = mask
         if mask is not None and event_dim:
             kept = mask.expand(value.shape).flatten(len(expected)).any(-1)
@@ -97,16 +97,18 @@ class Cost(CallRepr, nn.Module):
         """Replaces masked data by what costs nothing, if this cost knows what that is."""
         return value
 
-    def _check_mask(self, distribution: Any, value: Tensor, mask: Tensor, costs: Tensor) -> None:
+    def _check_mask(self, site: Site, value: Tensor, mask: Tensor, costs: Tensor) -> None:
         """Raises ValueError if masked parts of a datum have an influence: only whole data are left out afterwards."""
-        if not any(size > 1 for size in mask.shape[mask.ndim - distribution.event_dim :]):
+        if not any(size > 1 for size in mask.shape[mask.ndim - site.event_dim :]):
             return
+        filled = NegativeLogLikelihood().fill(site.distribution, value, mask).to(value)
         with restored_random_state(), torch.no_grad():
-            again = self(distribution, NegativeLogLikelihood().fill(distribution, value, mask))
+            again = self(site.distribution, filled)
         if not torch.allclose(again, costs.detach(), equal_nan=True):
             raise ValueError(
-                f"{type(self).__name__} counts masked elements. Define fill(self, distribution, value, mask), which "
-                "returns data that cost nothing there: torch.where(mask, value, distribution.mean)."
+                f"At observed site '{site.name}': {type(self).__name__} counts masked elements. Define "
+                "fill(self, distribution, value, mask), which returns data that cost nothing there: "
+                "torch.where(mask, value, distribution.mean)."
             )
 
 

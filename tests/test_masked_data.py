@@ -156,9 +156,10 @@ class Likelihood(Cost):
         return -distribution.log_prob(value.nan_to_num())
 
 
-def site_of(mask, *, scale=1.0, hidden=7.0):
-    x = torch.where(mask, torch.ones(4, 3), hidden)
-    return Site("x", dist.Normal(torch.zeros(4, 3), 1.0).mask(mask).to_event(1), x, (4,), -1, mask=mask, scale=scale)
+def site_of(mask, *, scale=1.0, hidden=7.0, dtype=torch.float32):
+    x = torch.where(mask, torch.ones(4, 3), hidden).to(dtype)
+    normal = dist.Normal(torch.zeros(4, 3, dtype=dtype), 1.0)
+    return Site("x", normal.mask(mask).to_event(1), x, (4,), -1, mask=mask, scale=scale)
 
 
 @pytest.mark.parametrize("hidden", [7.0, math.nan])
@@ -167,8 +168,10 @@ def test_a_cost_of_ones_own_that_counts_masked_elements_is_told_to_fill_them(hid
     with pytest.raises(ValueError, match=r"At observed site 'x': Squares counts masked elements. Define fill"):
         Squares().per_datum(site_of(mask, hidden=hidden))
     torch.testing.assert_close(FilledSquares().per_datum(site_of(mask, hidden=hidden)), torch.ones(1, 4))
-    found = Likelihood().per_datum(site_of(mask, hidden=hidden))
-    torch.testing.assert_close(found, torch.full((1, 4), 0.5 + math.log(2 * math.pi) / 2))
+    for dtype in (torch.float16, torch.float32):
+        found = Likelihood().per_datum(site_of(mask, hidden=hidden, dtype=dtype))
+        expected = torch.full((1, 4), 0.5 + math.log(2 * math.pi) / 2)
+        torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def test_a_cost_of_ones_own_needs_nothing_for_data_that_are_masked_as_a_whole():
