@@ -340,18 +340,6 @@ def test_second_derivatives_count_pairs_of_equal_codes():
     torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("closed_form", [False, True])
-@pytest.mark.parametrize("n", [20, 100])
-@pytest.mark.parametrize("penalty", [MMD, EnergyDistance, lambda: CramerWold(0.5)], ids=["mmd", "energy", "cw"])
-def test_torch_func_gives_the_gradients_of_autograd(penalty, n, closed_form, monkeypatch):
-    monkeypatch.setattr("pyro_wae.penalties.mmd.MOST_ROWS", 30)
-    prior = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
-    penalty, context = penalty(), PenaltyContext(prior=(lambda: prior) if closed_form else None)
-    codes, draws = rows(n, 3), prior.sample((n,))
-    _, by_codes = value_and_gradients(lambda q: penalty(q, draws, context), codes)
-    torch.testing.assert_close(torch.func.grad(lambda q: penalty(q, draws, context))(codes), by_codes)
-
-
 def test_the_gradient_is_multiplied_by_what_comes_from_above(small_blocks):
     codes, prior = rows(20, 3).requires_grad_(), rows(30, 3)
     (plain,) = torch.autograd.grad(MMD(Gaussian(1.0))(codes, prior), codes)

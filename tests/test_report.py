@@ -28,7 +28,7 @@ def kinds(found):
 
 
 def test_a_report_under_autocast_compares_codes_in_their_own_precision():
-    # Model and guide hold no matrix product, so that the codes are the same; the shift is a third of a deviation.
+    # Model and guide hold no matrix product, and the codes are the same; the shift is a third of a deviation.
     programs, x = pair(lambda x: x + 0.3), data(500)
     expected = report(*programs, x, **FAST).to_dict()
     with torch.autocast("cpu", dtype=torch.bfloat16):
