@@ -79,14 +79,19 @@ class Cost(CallRepr, nn.Module):
         try:
             if mask is not None:
                 value = self.fill(site.distribution, value, mask)
+            again = self._of_others_masked(site, value)  # first: a cost that draws then has the same random numbers
             costs = self(site.distribution, value)
         except ValueError as error:
             raise ValueError(f"At observed site '{site.name}': {error}") from error
         event_dim = site.distribution.event_dim
         expected = value.shape[: value.ndim - event_dim]
         _check_costs(self, site.name, costs, tuple(expected))
-        if mask is not None and type(self).fill is Cost.fill:
-            self._check_mask(site, value, mask, costs)
+        if again is not None and not torch.allclose(again, costs.detach(), equal_nan=True):
+            raise ValueError(
+                f"At observed site '{site.name}': {type(self).__name__} counts masked elements. Define "
+                "fill(self, distribution, value, mask), which returns data that cost nothing there: "
+                "torch.where(mask, value, distribution.mean)."
+            )
         kept = mask
         if mask is not None and event_dim:
             kept = mask.expand(value.shape).flatten(len(expected)).any(-1)
@@ -97,19 +102,15 @@ class Cost(CallRepr, nn.Module):
         """Replaces masked data by what costs nothing, if this cost knows what that is."""
         return value
 
-    def _check_mask(self, site: Site, value: Tensor, mask: Tensor, costs: Tensor) -> None:
-        """Raises ValueError if masked parts of a datum have an influence: only whole data are left out afterwards."""
+    def _of_others_masked(self, site: Site, value: Tensor) -> Tensor | None:
+        """The cost with other data under a mask of elements, which only a cost of one's own may count; else None."""
+        mask = site.mask
+        if mask is None or type(self).fill is not Cost.fill:
+            return None
         if not any(size > 1 for size in mask.shape[mask.ndim - site.event_dim :]):
-            return
-        filled = NegativeLogLikelihood().fill(site.distribution, value, mask).to(value)
+            return None  # whole data are left out of the costs
         with restored_random_state(), torch.no_grad():
-            again = self(site.distribution, filled)
-        if not torch.allclose(again, costs.detach(), equal_nan=True):
-            raise ValueError(
-                f"At observed site '{site.name}': {type(self).__name__} counts masked elements. Define "
-                "fill(self, distribution, value, mask), which returns data that cost nothing there: "
-                "torch.where(mask, value, distribution.mean)."
-            )
+            return self(site.distribution, NegativeLogLikelihood().fill(site.distribution, value, mask).to(value))
 
 
 class OutputCost(Cost):
