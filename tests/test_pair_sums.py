@@ -24,7 +24,7 @@ from pyro_wae.kernels import (
 )
 from pyro_wae.kernels.base import SCRATCH
 from pyro_wae.kernels.function import as_kernel
-from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, pair_sums
+from pyro_wae.penalties import MMD, CramerWold, EnergyDistance, KernelStein, PenaltyContext, kernel_mean, pair_sums
 from pyro_wae.penalties.null_variance import NullVariance, centred_square
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -241,6 +241,25 @@ class OverriddenGram(Cauchy):
         return super().gram(x, y) * (1 + x[:, :1]) * (1 + y[:, 0])
 
 
+class Cubed:
+    """Another profile than that of the class beside it."""
+
+    def profile(self, u):
+        return (1 + u) ** -3
+
+
+class CubedMultiquadratic(Cubed, InverseMultiquadratic):
+    pass
+
+
+class Stretched(Gaussian):
+    """A Gaussian kernel of other lengths in each dimension."""
+
+    def gram(self, x, y):
+        lengths = x.new_tensor([1.0, 3.0, 0.5])
+        return super().gram(x / lengths, y / lengths)
+
+
 def bilinear(x, y):
     return (1 + x @ y.mT) ** 2
 
@@ -253,6 +272,10 @@ USERS = {
     "slope not written out": lambda: Cauchy(1.5),
     "sum with it": lambda: Cauchy(1.5) + Laplace(1.0),
     "gram overridden": lambda: OverriddenGram(1.5),
+    "another profile": lambda: CubedMultiquadratic(1.5),
+    "another profile at scales": lambda: MultiScale(CubedMultiquadratic(1.5), (0.5, 2.0)),
+    "another gram": lambda: Stretched(1.5),
+    "another gram in a sum": lambda: Stretched(1.5) + 2.0 * Stretched(0.5),
     "function": lambda: bilinear,
     "function in a sum": lambda: Gaussian(1.0) + 0.5 * as_kernel(bilinear),
     "pyro": pyro_matern,
@@ -269,6 +292,20 @@ def test_kernels_of_users_by_blocks_are_those_of_the_whole_matrix(name, context,
     whole = value_and_gradients(mmd, codes, prior)
     take_small_blocks(monkeypatch)
     torch.testing.assert_close(value_and_gradients(mmd, codes, prior), whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kernel", [CubedMultiquadratic(1.5), MultiScale(CubedMultiquadratic(1.5), (2.0,)), Stretched(1.5)], ids=repr
+)
+@pytest.mark.parametrize("compose", [lambda k: k, lambda k: k + k, lambda k: 3.0 * k], ids=["alone", "sum", "multiple"])
+def test_a_closed_form_is_not_inherited_by_another_kernel(kernel, compose):
+    prior = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
+    assert kernel_mean(compose(kernel), prior) is None
+
+
+def test_a_kernel_at_scales_is_one_of_the_distance_alone():
+    with pytest.raises(TypeError, match=r"Stretched has a gram of its own.* k1 \+ k2"):
+        MultiScale(Stretched(1.5), (1.0,))
 
 
 def test_a_function_receives_blocks_of_its_own_precision(small_blocks):

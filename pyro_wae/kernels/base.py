@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ Scratch = tuple[Tensor, ...]
 
 SCRATCH = 5
 """The number of them."""
+
+FOLLOWS = {
+    "gram": ("is_radial", "gaussian_terms"),
+    "scaled_squares": ("is_radial", "gaussian_terms"),
+    "profile": ("profile_and_slope", "profile_and_slope_at_scales", "gaussian_terms"),
+}
+"""What is true of a kernel because of how it is written, and is written for the same kernel."""
 
 
 class Kernel(CallRepr, nn.Module):
@@ -37,6 +45,17 @@ class Kernel(CallRepr, nn.Module):
 
     is_function = False
     """Whether it calls a plain function or module, which receives codes in their own precision."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Takes back what a parent states of its own kernel, where the subclass is another."""
+        super().__init_subclass__(**options)
+        order = cls.__mro__
+        for written, names in FOLLOWS.items():
+            above = order[next(i for i, base in enumerate(order) if written in vars(base)) + 1 :]
+            for name in names:
+                owners = [base for base in order if name in vars(base)]
+                if owners and owners[0] in above:
+                    setattr(cls, name, vars(owners[-1])[name])
 
     def __init__(self) -> None:
         super().__init__()

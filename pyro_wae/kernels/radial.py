@@ -55,7 +55,7 @@ class RadialKernel(FittedBuffers, Kernel):
 
     @property
     def is_radial(self) -> bool:
-        return type(self).gram is Kernel.gram
+        return True
 
     @property
     def is_smooth(self) -> bool:
@@ -95,7 +95,7 @@ class MultiScale(Kernel):
             lengths.)
 
     Raises:
-        TypeError: If the kernel has no length.
+        TypeError: If the kernel has no length, or a ``gram`` of its own.
         ValueError: If there is no factor, or one is not positive.
 
     Example:
@@ -111,6 +111,11 @@ class MultiScale(Kernel):
         self.kernel = checks.instance(
             "MultiScale's kernel", kernel, RadialKernel, "a kernel that has a length", write=write
         )
+        if not kernel.is_radial:
+            raise TypeError(
+                f"MultiScale's kernel must be one of the distance alone, and {type(kernel).__name__} has a gram of its "
+                "own, which no factor reaches. Write a sum of kernels of several lengths: k1 + k2."
+            )
         self.factors = checks.numbers("MultiScale's factors", factors, above=0, write="factors=(0.5, 1.0, 2.0)")
 
     @property
