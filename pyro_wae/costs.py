@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.distributions import (
+    distribution_tensors,
     family,
     is_finite,
     mean_of,
@@ -218,7 +220,9 @@ class NegativeLogLikelihood(Cost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
-        value = value if value.is_floating_point() else value.float()  # Bernoulli takes no integers
+        # Bernoulli takes no integers, and float32 would round what is beside float64.
+        dtypes = (part.dtype for part in distribution_tensors(distribution) if part.is_floating_point())
+        value = value.to(functools.reduce(torch.promote_types, (value.dtype, *dtypes), torch.float32))
         with torch.autocast(value.device.type, enabled=False):
             try:
                 return -widened(distribution).log_prob(value)

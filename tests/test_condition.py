@@ -349,8 +349,9 @@ REFUSED = {
     "scale": ({"penalty": SlicedWasserstein()}, [torch.ones(N)], r"'y' has a total variance of 0"),
     "labels": ({"penalty": SlicedWasserstein()}, [Y], r"SlicedWasserstein.*labels \(torch.int64\).*one_hot"),
     "gan": ({"penalty": MMD() + JensenShannon()}, [Y % 3], r"(?s)JensenShannon.*one_hot"),
-    "stein": ({"penalty": KernelStein()}, [rows(N)], r"condition='y': KernelStein"),
-    "chain": ({"penalty": MMD() + 0.5 * Chain(step_size=1)}, [rows(N)], r"condition='y': Chain"),
+    "stein": ({"penalty": KernelStein()}, [rows(N)], "KernelStein accepts no condition.*such as MMD"),
+    "chain": ({"penalty": MMD() + 0.5 * Chain(step_size=1)}, [rows(N)], "Chain accepts no condition"),
+    "steps": ({"penalty": Chain(step_size=D)}, [rows(N)], "Chain accepts no condition"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pyro.distributions as dist
@@ -51,9 +52,25 @@ def test_unit_mean_divides_by_the_mean_of_the_first_rows_and_adds_a_constant():
     kernel = UnitMean(SameLabel(), constant=1.0)
     kernel.fit(labels)
     kernel.fit(torch.zeros(4, 1))
-    # Of 16 pairs 9 + 1 are of one label.
-    torch.testing.assert_close(kernel(labels[:1], labels), torch.tensor([[2.6, 2.6, 2.6, 1.0]]) / 2)
-    assert kernel(labels, labels).mean() == pytest.approx(1)
+    # Of 12 pairs of two rows 6 are of one label.
+    torch.testing.assert_close(kernel(labels[:1], labels), torch.tensor([[3.0, 3.0, 3.0, 1.0]]) / 2)
+    values = kernel(labels, labels)
+    assert (values.sum() - values.trace()) / 12 == pytest.approx(1)
+    alone = UnitMean(SameLabel())
+    alone.fit(torch.arange(4.0)[:, None])
+    torch.testing.assert_close(alone(labels[:1], labels), torch.tensor([[4.0, 4.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("labels", [2, 10, 20])
+def test_the_default_for_labels_is_the_mean_over_pairs_of_one_label(labels, draws):
+    q, p, y = 1.5 * rows(40, D), rows(40 * draws, D), torch.arange(40) % labels
+    value = MMD(Gaussian(1.0))(q, p, PenaltyContext(condition=y[:, None]))
+    same = (y[:, None] == y) & ~torch.eye(40, dtype=torch.bool)
+    k, blocks = Gaussian(1.0), p.split(40)
+    within = torch.stack([k(a, b)[same].mean() for a in blocks for b in blocks]).mean()
+    across = torch.stack([k(q, a)[same].mean() for a in blocks]).mean()
+    assert value.item() == pytest.approx((k(q, q)[same].mean() + within - 2 * across).item(), rel=1e-9)
 
 
 def test_unit_mean_refuses_what_has_no_positive_mean():
@@ -95,8 +112,8 @@ def test_mmd_of_labels_is_the_product_kernels_mean_over_pairs_of_different_data(
     n = 5
     codes, prior = rows(repeats[0], n, D), rows(repeats[1], n, D)
     y = torch.tensor([3, 3, 10**9, 10**9 + 1, 10**9])[:, None]  # which a float32 cannot tell apart
-    # 4 + 4 + 1 of 25 pairs are of one label.
-    expected = by_pairs(gaussian, lambda a, b: (a == b).item() * 25 / 9, codes, prior, y)
+    # 2 + 2 of 20 pairs of two data are of one label.
+    expected = by_pairs(gaussian, lambda a, b: (a == b).item() * 20 / 4, codes, prior, y)
     value = MMD(Gaussian(1.0))(codes, prior.flatten(0, 1), PenaltyContext(condition=y))
     assert value.item() == pytest.approx(expected, abs=1e-12)
     as_float32 = MMD(Gaussian(1.0))(codes.float(), prior.flatten(0, 1).float(), PenaltyContext(condition=y))
@@ -106,7 +123,7 @@ def test_mmd_of_labels_is_the_product_kernels_mean_over_pairs_of_different_data(
 def test_mmd_of_floats_is_the_product_kernels_mean_over_pairs_of_different_data():
     codes, prior, y = rows(1, 6, D), rows(1, 6, D), 5 * rows(6, 3)
     half = y.var(0).sum().item()
-    mean = sum(gaussian(a - b, half / 4) for a in y for b in y) / 36
+    mean = sum(gaussian(a - b, half / 4) for a, b in itertools.permutations(y, 2)) / 30
     expected = by_pairs(gaussian, lambda a, b: gaussian(a - b, half / 4) / mean, codes, prior, y)
     value = MMD(Gaussian(1.0))(codes, prior[0], PenaltyContext(condition=y))
     assert value.item() == pytest.approx(expected, abs=1e-12)

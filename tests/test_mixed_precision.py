@@ -443,3 +443,21 @@ def test_fp16_with_a_grad_scaler_trains_through_an_overflow():
             assert all(map(torch.equal, before, net.parameters()))
     assert scales[-1] == scales[-50] > 0
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
+
+
+# Data of whole numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_data_have_the_likelihood_of_the_same_numbers_in_the_decoders_precision(kind, dtype):
+    data = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    logits = torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(2, 3).to(dtype)
+    fn = dist.Bernoulli(logits=logits).to_event(1)
+    assert torch.equal(NegativeLogLikelihood()(fn, data.to(kind)), -fn.log_prob(data.to(dtype)))
+
+
+def test_whole_numbers_are_not_rounded_beside_a_decoder_in_float64():
+    seconds = 1_700_000_000 + torch.arange(5)
+    fn = dist.Normal(torch.full((5,), 1.7e9, dtype=torch.float64), 2.0)
+    assert torch.equal(NegativeLogLikelihood()(fn, seconds), -fn.log_prob(seconds.double()))

@@ -299,6 +299,16 @@ def test_who_accepts_a_condition_says_so():
     assert not any(part.accepts_condition for part in (MMD() + Chain()).modules() if isinstance(part, Chain))
 
 
+@pytest.mark.parametrize(
+    "penalty", [KernelStein(), MMD() + KernelStein(), 2.0 * Chain(step_size=1), Chain(step_size=D)]
+)
+def test_a_condition_is_refused_by_who_accepts_none(penalty):
+    codes, normal = torch.randn(20, D), dist.Normal(torch.zeros(D), 1.0).to_event(1)
+    context = PenaltyContext(condition=torch.randn(20, 1), prior=lambda: normal, prior_log_prob=normal.log_prob)
+    with pytest.raises(ValueError, match=r"(KernelStein|Chain) accepts no condition.*such as MMD\(\)"):
+        penalty(codes, torch.randn(20, D), context)
+
+
 def test_fit_reaches_every_part_that_has_a_length():
     prior = 2 * torch.randn(50, D)
     parts = [MMD(Gaussian()), Sinkhorn(), MMD(Gaussian())]

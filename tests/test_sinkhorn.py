@@ -34,6 +34,14 @@ def test_a_shift_by_v_has_the_value_v_squared(blur, dtype):
     assert Sinkhorn(blur=blur)(prior + shift, prior).item() == pytest.approx(shift.square().sum().item(), rel=1e-5)
 
 
+def test_the_iterations_do_not_depend_on_the_last_digits_of_the_spread():
+    codes, prior = codes_and_prior()
+    right = Sinkhorn(scaling=0.98)(codes, prior).item()
+    values = [Sinkhorn()(unit * codes, unit * prior).item() / unit**2 for unit in (1 + i / 20 for i in range(20))]
+    assert max(values) - min(values) < 1e-9 * right
+    assert values[0] == pytest.approx(right, rel=0.02)
+
+
 def means_apart(codes, prior):
     return (codes.mean(0) - prior.mean(0)).square().sum()
 

@@ -56,7 +56,7 @@ class UnitMean(FittedBuffers, Kernel):
         >>> kernel = UnitMean(SameLabel())
         >>> kernel.fit(torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
         >>> kernel(torch.zeros(1, 1), torch.tensor([[0.0], [1.0]]))
-        tensor([[2., 0.]])
+        tensor([[3., 0.]])
     """
 
     mean: Tensor
@@ -68,14 +68,25 @@ class UnitMean(FittedBuffers, Kernel):
         self.register_fitted("mean")
 
     def fit(self, prior: Tensor) -> None:
-        """Takes the lengths, and the mean over all pairs of rows, from the first rows that it receives."""
+        """Takes the lengths, and the mean over pairs of two rows, from the first rows that it receives.
+
+        If the kernel is 0 between any two rows, as between labels that all differ, the mean is that over all pairs, a
+        row's pair with itself included.
+        """
         self.kernel.fit(prior)
         if self.is_fitted("mean"):
             return
+        n, between, own = len(prior), [], []
         with torch.no_grad():
             # Some rows at a time: the first batch may be a large one, whose pairs MMD never holds at once either.
-            parts = prior.split(max(1, MOST_FITTED_PAIRS // len(prior)))
-            mean = torch.stack([self.kernel.gram(part, prior).sum() for part in parts]).sum() / len(prior) ** 2
+            size = max(1, MOST_FITTED_PAIRS // n)
+            for start in range(0, n, size):
+                values = self.kernel.gram(prior[start : start + size], prior).clone()
+                own.append(values.diagonal(start).sum())
+                values.diagonal(start).zero_()
+                between.append(values.sum())
+            total = torch.stack(between).sum()
+            mean = total / (n * (n - 1)) if total > 0 else (total + torch.stack(own).sum()) / n**2
         if not (torch.isfinite(mean) and mean > 0):
             raise ValueError(
                 f"{self!r} divides by the mean of its kernel, found {mean.item():g}. Use a kernel that is positive, "

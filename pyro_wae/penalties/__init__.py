@@ -1,8 +1,9 @@
 """Penalties: estimates of D(Q_Z, P_Z) from codes and prior samples, usable with plain PyTorch."""
 
 from pyro_wae.penalties.adversarial import JensenShannon
-from pyro_wae.penalties.base import FunctionPenalty, Penalty, PenaltyContext, ScaledPenalty, SumPenalty, as_penalty
+from pyro_wae.penalties.base import FunctionPenalty, Penalty, ScaledPenalty, SumPenalty, as_penalty
 from pyro_wae.penalties.chain import Chain
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.cramer_wold import CramerWold
 from pyro_wae.penalties.energy import EnergyDistance
 from pyro_wae.penalties.guards import LogVarianceL1, UnitVarianceKL

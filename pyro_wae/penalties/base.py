@@ -1,13 +1,10 @@
-"""The base class of penalties, the context of an estimate, sums and multiples, and plain functions as penalties."""
+"""The base class of penalties, sums and multiples of them, and plain functions as penalties."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,65 +13,7 @@ from pyro_wae._core import checks
 from pyro_wae._core.repr import CallRepr
 from pyro_wae._core.rows import at_least_float32
 from pyro_wae.kernels import Kernel
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("prior", "prior_log_prob", "encoder_variance", "encoder_kl", "kept"), (Callable, "a function")),
-    "sites": (Mapping, "a dict of slices, the columns of each site,"),
-    **dict.fromkeys(("condition", "condition_scale"), (Tensor, "a tensor")),
-}
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PenaltyContext:
-    """What is known of the codes and the prior beyond their draws. Everything has a default.
-
-    What takes time to compute is a function, called only by a penalty that needs it.
-
-    Args:
-        data_size: Number of data that Q_Z averages over, where it is known and larger than the batch.
-        shared_data: Whether row i of the codes and row i of the prior samples (counted modulo the number of data)
-            come from the same datum and so are not independent: with masks, or a prior that depends on the data.
-        prior: Returns the prior of one code as a distribution with ``batch_shape`` () and ``event_shape`` (d,), or None
-            where it is not one distribution.
-        prior_log_prob: Maps codes of shape (J, n, d) to the log density of the prior, shape (J, n).
-        encoder_variance: Returns the variance of each coordinate of a code given its datum, shape (K, n, d).
-        encoder_kl: Returns the Kullback-Leibler divergence of q(z | x) from the prior for each datum, shape (K, n).
-        sites: The columns of each latent site in a code, in the model's order; None where a code has no sites.
-        kept: Returns where codes are not masked, booleans of shape (K, n, d), or None without a mask.
-        condition: The observed y of each datum, shape (n, c), where a penalty is to compare the joint of (z, y) with
-            that of (z', y), z' ~ p(z | y): floats, or labels as integers of shape (n, 1). The prior samples then come
-            in multiples of the data, as with ``shared_data``.
-        condition_scale: Factor of the condition's floats where they stand beside a code as further columns, a scalar.
-
-    Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If ``data_size`` is not an integer >= 1.
-    """
-
-    data_size: int | None = None
-    shared_data: bool = False
-    prior: Callable[[], Any] | None = None
-    prior_log_prob: Callable[[Tensor], Tensor] | None = None
-    encoder_variance: Callable[[], Tensor] | None = None
-    encoder_kl: Callable[[], Tensor] | None = None
-    sites: Mapping[str, slice] | None = None
-    kept: Callable[[], Tensor | None] | None = None
-    condition: Tensor | None = None
-    condition_scale: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.data_size is not None:
-            size = checks.whole("PenaltyContext's data_size", self.data_size, write="PenaltyContext(data_size=60000)")
-            object.__setattr__(self, "data_size", size)
-        if not isinstance(self.shared_data, bool):
-            shared = checks.flag(
-                "PenaltyContext's shared_data", self.shared_data, write="PenaltyContext(shared_data=True)"
-            )
-            object.__setattr__(self, "shared_data", shared)
-        for name, (kind, what) in _KINDS.items():
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
-                write = f"PenaltyContext({name}=None)"
-                checks.instance(f"PenaltyContext's {name}", getattr(self, name), kind, f"{what} or None", write=write)
+from pyro_wae.penalties.context import PenaltyContext, join, share_out
 
 
 class Penalty(CallRepr, nn.Module):
@@ -117,6 +56,27 @@ class Penalty(CallRepr, nn.Module):
         """Calls :meth:`prepare`, for codes whose latent sites may be known by their columns."""
         self.prepare(codes)
 
+    def beside(self, codes: Tensor, condition: Tensor | None) -> Tensor:
+        """Codes (K, n, d) with c more columns for a condition (n, c), for what depends on their number alone.
+
+        Raises:
+            ValueError: If the penalty accepts no condition, or it has another shape.
+        """
+        if condition is None:
+            return codes
+        for part in self.modules():
+            if isinstance(part, Penalty) and not part.accepts_condition:
+                raise ValueError(
+                    f"{type(part).__name__} accepts no condition: it compares codes without what they are conditional "
+                    "on. Take another penalty, such as MMD()."
+                )
+        if condition.ndim != 2 or (not condition.is_floating_point() and condition.shape[1] != 1):
+            raise ValueError(
+                f"A condition has shape (n, c), and (n, 1) if it holds labels, found {tuple(condition.shape)} of "
+                f"{condition.dtype}. Write labels[:, None], or y.float().flatten(1) for what has a distance."
+            )
+        return torch.cat([codes, codes.new_zeros(*codes.shape[:-1], condition.shape[1])], dim=-1)
+
     def forward(self, codes: Tensor, prior: Tensor | None = None, context: PenaltyContext | None = None) -> Tensor:
         """Estimates the divergence.
 
@@ -153,9 +113,8 @@ class Penalty(CallRepr, nn.Module):
         codes, prior = at_least_float32(codes), at_least_float32(prior)
         check_codes(codes, prior)
         codes = codes[None] if codes.ndim == 2 else codes
-        rows = codes if context.condition is None else beside(codes, context.condition)
         with torch.inference_mode(False):  # what is made there could never be trained
-            self.prepare_sites(rows, context.sites)
+            self.prepare_sites(self.beside(codes, context.condition), context.sites)
         with torch.autocast(codes.device.type, enabled=False):
             value = self.estimate_with_condition(codes, prior, context)
         return value.to(codes.dtype)
@@ -291,67 +250,6 @@ class FunctionPenalty(Penalty):
                 "Reduce it over the codes: write ....mean()."
             )
         return value
-
-
-def share_out(prior: Tensor, codes: Tensor, context: PenaltyContext) -> Tensor:
-    """The prior samples (m, d) that each of K particles (K, n, d) is compared with, shape (K, m / K, d) or (K, m, d).
-
-    A share has 2 rows or more, and where rows come from data one of each datum; where it cannot, each has all.
-    """
-    particles, n, d = codes.shape
-    unit = particles * (n if context.shared_data else 1)
-    is_shared = len(prior) % unit == 0 and len(prior) >= 2 * particles
-    return prior.reshape(particles, -1, d) if is_shared else prior.expand(particles, -1, -1)
-
-
-def beside(codes: Tensor, condition: Tensor) -> Tensor:
-    """Codes (K, n, d) with c more columns for a condition (n, c), for what depends on their number alone.
-
-    Raises:
-        ValueError: If the condition has another shape.
-    """
-    if condition.ndim != 2 or (not condition.is_floating_point() and condition.shape[1] != 1):
-        raise ValueError(
-            f"A condition has shape (n, c), and (n, 1) if it holds labels, found {tuple(condition.shape)} of "
-            f"{condition.dtype}. Write labels[:, None], or y.float().flatten(1) for what has a distance."
-        )
-    return torch.cat([codes, codes.new_zeros(*codes.shape[:-1], condition.shape[1])], dim=-1)
-
-
-def join(
-    codes: Tensor, prior: Tensor, context: PenaltyContext, columns: Tensor
-) -> tuple[Tensor, Tensor, PenaltyContext]:
-    """Sets a datum's condition beside each of its codes and of its prior samples.
-
-    Args:
-        codes: Shape (K, n, d).
-        prior: Shape (J n, d): J draws of each datum, one block after the other.
-        context: How they were drawn.
-        columns: Shape (n, c), the condition as numbers.
-
-    Returns:
-        Shapes (K, n, d + c) and (J n, d + c), and a context for them: without a condition, with shared data.
-
-    Raises:
-        ValueError: If the condition has not a row for each datum, or the prior samples are no multiple of the data.
-    """
-    n, d = codes.shape[1:]
-    repeats, rest = divmod(len(prior), n)
-    if len(columns) != n or rest or not repeats:
-        raise ValueError(
-            f"A condition has a row for each datum, and prior sample i has the datum of code i: with {n} data found "
-            f"{len(columns)} rows of the condition and {len(prior)} prior samples. Draw the prior once or several "
-            "times for each datum."
-        )
-    columns = columns.detach().to(codes)
-    joint = torch.cat([codes, columns.expand(len(codes), *columns.shape)], dim=2)
-    draws = torch.cat([prior, columns.repeat(repeats, 1)], dim=1)
-    # p(z, y) and p(z | y) differ by a factor that codes and prior samples of one datum share.
-    own = context.prior_log_prob
-    log_prob = None if own is None else lambda rows: own(rows[..., :d])
-    return joint, draws, dataclasses.replace(
-        context, condition=None, shared_data=True, prior=None, prior_log_prob=log_prob, kept=None
-    )  # fmt: skip
 
 
 def as_penalty(penalty: Penalty | Callable[[Tensor, Tensor], Tensor]) -> Penalty:

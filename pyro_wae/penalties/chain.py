@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_wae._core import checks
-from pyro_wae.penalties.base import Penalty, PenaltyContext, as_penalty
+from pyro_wae.penalties.base import Penalty, as_penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.mmd import MMD
 
 
@@ -25,7 +27,8 @@ class Chain(Penalty):
     Markov chains, the value is 0 only where the whole sequences have one law. Each comparison is in 2 d dimensions,
     where the joint code of T steps has T d: pairs detect more in long chains with short memory, the joint code in short
     or slowly mixing ones. One penalty serves all pairs: a kernel's length is taken once, from the spread of the prior
-    samples within a pair, in the mean over pairs.
+    samples within a pair, in the mean over pairs. (:class:`~pyro_wae.penalties.CramerWold` takes it from the first
+    pair: give it a gamma.)
 
     Steps are the latent sites in the model's order, as a loop in ``pyro.markov`` makes them; their number may change
     from batch to batch. Or, with ``step_size``, the cuts of a site that holds a whole sequence. Of ragged sequences, a
@@ -92,13 +95,15 @@ class Chain(Penalty):
                 "compare. Look at the mask, or use a larger batch."
             )
         if self.needs_prior_draws:
-            # Lengths that are still unset are taken from all runs together, each about its own mean.
-            self.penalty.fit(torch.cat([draws.detach() - draws.detach().mean(0) for _, draws, _ in runs]))
+            # Lengths that are still unset are taken from all runs together, each about its own mean, which takes a
+            # degree of freedom.
+            rows = torch.cat([draws.detach() - draws.detach().mean(0) for _, draws, _ in runs])
+            self.penalty.fit(rows * math.sqrt((len(rows) - 1) / (len(rows) - len(runs))))
+        total, count = sum(codes.shape[1] for codes, _, _ in runs), len(runs)
         if self.runs is not None:
-            runs = [runs[index] for index in torch.randperm(len(runs), device="cpu")[: self.runs].tolist()]
-        data = [codes.shape[1] for codes, _, _ in runs]
-        values = [weight * self.penalty.estimate(*run) for weight, run in zip(data, runs, strict=True)]
-        return torch.stack(values).sum() / sum(data)
+            runs = [runs[index] for index in torch.randperm(count, device="cpu")[: self.runs].tolist()]
+        values = [run[0].shape[1] * self.penalty.estimate(*run) for run in runs]
+        return torch.stack(values).sum() * (count / len(runs) / total)  # the mean over choices of runs is that of all
 
     def _size(self, width: int, sites: Mapping[str, slice] | None) -> int:
         if self.step_size is not None:

@@ -15,7 +15,8 @@ from pyro_wae._core import checks
 from pyro_wae._core.distributions import own_methods
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import RadialKernel
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.kernel_means import known_prior, register_kernel_mean
 from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 

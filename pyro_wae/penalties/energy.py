@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae.kernels import Energy
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.mmd import known_mean, squared_discrepancy
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 
 class _VarianceGuard(Penalty):

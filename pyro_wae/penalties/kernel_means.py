@@ -21,7 +21,7 @@ from pyro_wae._core.distributions import own_methods
 from pyro_wae._core.private import is_transforming
 from pyro_wae._core.rows import working_precision
 from pyro_wae.kernels import Gaussian, InverseMultiquadratic, Kernel, Laplace, Matern, MultiScale, Scaled, Sum
-from pyro_wae.penalties.base import PenaltyContext
+from pyro_wae.penalties.context import PenaltyContext
 
 
 class KernelMean(Protocol):

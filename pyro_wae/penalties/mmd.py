@@ -11,7 +11,8 @@ from pyro_wae._core import checks
 from pyro_wae.kernels import Conditional, Kernel, Laplace
 from pyro_wae.kernels.conditional import DefaultConditionKernels
 from pyro_wae.kernels.function import as_kernel
-from pyro_wae.penalties.base import Penalty, PenaltyContext, join
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext, join
 from pyro_wae.penalties.kernel_means import KernelMean, kernel_mean, known_prior, row_total
 from pyro_wae.penalties.null_variance import NullVariance, pair_variance
 from pyro_wae.penalties.pair_sums import PairTerm, across, every, pair_total, within
@@ -130,7 +131,7 @@ class MMD(Penalty):
         kernel = Conditional(self.kernel, condition_kernel, condition.shape[1])
         columns = _by_place(condition) if self.condition_kernel is None else _as_numbers(condition, codes.dtype)
         joint, draws, joint_context = join(codes, prior, context, columns)
-        kernel.fit(draws)
+        kernel.fit(draws[: len(columns)])  # one row for each datum, whose conditions do not repeat
         value = squared_discrepancy(kernel, joint, draws, joint_context, unbiased=self.unbiased)
         if self.null is None:
             return value

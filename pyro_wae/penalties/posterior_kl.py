@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 
 class PosteriorKL(Penalty):

@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 
 class PriorLikelihood(Penalty):

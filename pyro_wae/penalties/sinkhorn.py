@@ -12,10 +12,13 @@ from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
 from pyro_wae._core.private import is_transforming
 from pyro_wae._core.rows import working_precision
-from pyro_wae.penalties.base import Penalty, PenaltyContext, share_out
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext, share_out
 
 BLUR_FRACTION = 0.5
-DIAMETER_MULTIPLE = 4.0
+# A bit more than 4: geomloss halves the blur from there to half the spread, in steps counted by numpy.arange, which for
+# a whole number of steps has one more or less by the last digit of the spread.
+DIAMETER_MULTIPLE = 4.0 * (1 + 1e-6)
 
 
 class Sinkhorn(FittedBuffers, Penalty):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 
 FIRST_STRIDE = 0.5
 STRIDE_RATIO = 0.8

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.rows import working_precision
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.sliced import match_quantiles, power
 
 NORM_TOLERANCE, COARSE_TOLERANCE = 1e-3, 2.0**-7

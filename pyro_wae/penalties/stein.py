@@ -10,7 +10,8 @@ from torch import Tensor
 from pyro_wae._core import checks
 from pyro_wae._core.rows import squared_distances, working_precision
 from pyro_wae.kernels import Kernel, RadialKernel, RationalQuadratic
-from pyro_wae.penalties.base import Penalty, PenaltyContext
+from pyro_wae.penalties.base import Penalty
+from pyro_wae.penalties.context import PenaltyContext
 from pyro_wae.penalties.kernel_means import known_prior
 from pyro_wae.penalties.pair_sums import pair_total, within
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pyro_wae._core.private import without_graph
 from pyro_wae._core.rows import joined, working_precision
 from pyro_wae.penalties import Penalty, PenaltyContext
-from pyro_wae.penalties.base import beside
 from pyro_wae.step.condition import Condition
 from pyro_wae.step.encoder import divergence, variances
 from pyro_wae.step.options import PenaltyOption, check_names, site_label, sites_of
@@ -200,8 +199,7 @@ class Step:
         # What is made in an evaluation under torch.inference_mode() could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             for _, _, own, penalty in self._parts(option):
-                codes = own.codes if own.condition is None else beside(own.codes, own.condition)
-                penalty.prepare_sites(codes, own.columns)
+                penalty.prepare_sites(penalty.beside(own.codes, own.condition), own.columns)
 
     def compare(self, option: PenaltyOption, condition: Condition | None) -> dict[str, Tensor]:
         """The scaled penalty of each latent site or group, or under the name "" that of the joint code.
@@ -327,16 +325,10 @@ class Step:
             draws: Its prior samples without masked data, shape (m, d), or None.
 
         Raises:
-            ValueError: If the penalty cannot take a condition, or a mask drops conditions and no codes.
+            ValueError: If a mask drops conditions and no codes.
         """
         assert self.condition is not None
         name = condition.name
-        for part in penalty.modules():
-            if isinstance(part, Penalty) and not part.accepts_condition:
-                raise ValueError(
-                    f"condition='{name}': {type(part).__name__} compares codes without what they are conditional on. "
-                    "Take another penalty, such as MMD()."
-                )
         if self.condition_is_masked:
             raise ValueError(
                 f"condition='{name}' is masked where the latent sites {list(self.columns)} are not: some codes "
