@@ -157,6 +157,13 @@ def test_the_features_product_is_the_mean_kernel():
     assert (phi @ phi.T - expected).abs().max() < 0.0064
 
 
+def test_codes_far_from_0_have_the_features_that_they_have_there():
+    """Up to a turn of each frequency, which the product of two of them does not see."""
+    prior = torch.randn(50, 3, dtype=torch.float64)
+    near, far = (RandomFeatures.draw(prior + shift, 64, seed=0).waves(prior + shift) for shift in (0.0, 1e8))
+    torch.testing.assert_close(far @ far.T, near @ near.T, rtol=0, atol=1e-3)
+
+
 def test_the_trace_is_the_null_variance_of_the_features_kernel():
     # Both estimate E h^2 of one kernel without bias; the mean over 200 sets of 100 draws has a relative error of ~2 %.
     torch.manual_seed(0)

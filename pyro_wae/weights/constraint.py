@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae._core.fitted import FittedBuffers
+from pyro_wae._core.rows import at_least_float32
 from pyro_wae.penalties.null_variance import pair_variance
 from pyro_wae.weights.base import SteppedWeight
 
@@ -314,7 +315,7 @@ class RandomFeatures:
         squares = torch.empty(fine, **placed).normal_(generator=generator).square().clamp(min=LEAST_SQUARE)
         rates = torch.cat([rates, 1 / (squares * cycled(LENGTHS, fine).square())])
         # Draws that coincide have no spread; any length then detects codes that are elsewhere.
-        mean_square = (2 * prior.float().var(0).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+        mean_square = (2 * at_least_float32(prior).var(0).sum()).float().clamp(min=torch.finfo(torch.float32).tiny)
         widths = (2 * rates).sqrt().to(prior.device) / mean_square.sqrt()
         return cls(widths, widths.new_empty(0, count)).extend(prior.shape[1], seed)
 
@@ -339,7 +340,11 @@ class RandomFeatures:
         """The features (n, 2 F) of rows (n, d) over their height, in float32; d may be less than the frequencies'."""
         waves = self.frequencies.new_empty(len(x), 2 * len(self.widths))
         cosines, phases = waves.chunk(2, 1)
-        torch.mm(x.float(), self.frequencies[: x.shape[1]], out=phases)
+        frequencies = self.frequencies[: x.shape[1]]
+        if x.dtype == torch.float64:  # far from 0 the turns would be lost in float32
+            phases.copy_((x @ frequencies.double()).remainder_(2 * math.pi))
+        else:
+            torch.mm(x.float(), frequencies, out=phases)
         torch.cos(phases, out=cosines)
         phases.sin_()
         return waves
