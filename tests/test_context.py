@@ -19,10 +19,12 @@ from pyro_wae import WAELoss
 from pyro_wae.kernels import Gaussian, RationalQuadratic
 from pyro_wae.penalties import (
     MMD,
+    Chain,
     FunctionPenalty,
     KernelStein,
     LogVarianceL1,
     PenaltyContext,
+    PosteriorKL,
     Sinkhorn,
     UnitVarianceKL,
 )
@@ -346,3 +348,37 @@ def test_each_particle_is_compared_with_prior_samples_of_all_data(kind, repeats)
     # Beside a condition, too: the label of a datum says where its codes lie.
     context = PenaltyContext(condition=centres[:, :1])
     assert penalty(centres.expand(2, 8, 2), centres.repeat(repeats, 1), context).item() == pytest.approx(0, abs=1e-6)
+
+
+# By itself
+
+
+@pytest.mark.parametrize(
+    ("penalty", "name", "right", "wrong"),
+    [
+        (lambda: LogVarianceL1(), "encoder_variance", (N, 4), (N,)),
+        (lambda: UnitVarianceKL(), "encoder_variance", (4,), (4, N)),
+        (lambda: Chain(LogVarianceL1(), step_size=1), "encoder_variance", (N, 4), (2, N, 4)),
+        (lambda: PosteriorKL(), "encoder_kl", (N,), (N, 4)),
+        (lambda: Chain(MMD(Gaussian(1.0)), step_size=1), "kept", (N, 4), (4, N)),
+    ],
+)
+def test_what_a_function_returns_is_laid_out_as_the_codes_or_refused(penalty, name, right, wrong):
+    codes, prior, whole = rows(N, 4), rows(N, 4), {"encoder_kl": (1, N)}.get(name, (1, N, 4))
+    values = torch.rand(right) > 0.2 if name == "kept" else torch.rand(right).double() + 0.5
+
+    def value(found):
+        return penalty()(codes, prior, PenaltyContext(shared_data=True, **{name: lambda: found}))
+
+    torch.testing.assert_close(value(values), value(values.expand(whole)))
+    for found in (torch.rand(wrong), 2.0, None if name != "kept" else [True]):
+        with pytest.raises(
+            ValueError, match=rf"{name} must return a tensor of shape \({str(whole)[1:-1]}\) here, found"
+        ):
+            value(found)
+
+
+def test_a_chain_with_masks_takes_prior_samples_in_multiples_of_the_data():
+    context = PenaltyContext(shared_data=True, kept=lambda: torch.ones(1, N, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=f"multiples of the {N} data.*found 15. Draw the prior"):
+        Chain(step_size=1)(rows(N, 4), rows(15, 4), context)

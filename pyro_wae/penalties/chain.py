@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from pyro_wae._core import checks
 from pyro_wae.penalties.base import Penalty, as_penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.context import PenaltyContext, laid_out
 from pyro_wae.penalties.mmd import MMD
 
 
@@ -134,7 +134,14 @@ class Chain(Penalty):
     ) -> Iterator[tuple[Tensor, Tensor, PenaltyContext]]:
         """Codes, prior samples and context of each run of steps."""
         size = self._size(codes.shape[-1], context.sites)
+        shape = codes.shape
         kept = None if context.kept is None else context.kept()
+        kept = None if kept is None else laid_out("kept", kept, shape)
+        if kept is not None and self.needs_prior_draws and len(prior) % shape[1]:
+            raise ValueError(
+                f"With PenaltyContext's kept, prior samples come in multiples of the {shape[1]} data, whose masks they "
+                f"share, found {len(prior)}. Draw the prior once or several times for each datum."
+            )
         # Of fewer steps than a run has, the rest is 0 on both sides, as in every masked code.
         short = (0, max(0, self.order * size - codes.shape[-1]))
         codes, prior = pad(codes, short), pad(prior, short)
@@ -144,7 +151,7 @@ class Chain(Penalty):
             stop = start + self.order
             columns = slice(start * size, stop * size)
             if reached is None:
-                yield codes[..., columns], prior[..., columns], _part_of(context, columns, None)
+                yield codes[..., columns], prior[..., columns], _part_of(context, shape, columns, None)
                 continue
             # The first run is of all data, or those that are shorter than a run would never be seen.
             here = reached[:, :stop].any(1) if start == 0 else reached[:, stop - 1]
@@ -153,18 +160,18 @@ class Chain(Penalty):
                 draws = prior[:, columns]
                 if self.needs_prior_draws:
                     draws = draws.unflatten(0, (-1, codes.shape[1]))[:, rows].flatten(0, 1)
-                yield codes[:, rows][..., columns], draws, _part_of(context, columns, rows)
+                yield codes[:, rows][..., columns], draws, _part_of(context, shape, columns, rows)
 
 
-def _part_of(context: PenaltyContext, columns: slice, rows: Tensor | None) -> PenaltyContext:
-    """What is known of some columns and data of a code."""
+def _part_of(context: PenaltyContext, shape: torch.Size, columns: slice, rows: Tensor | None) -> PenaltyContext:
+    """What is known of some columns and data of codes of a shape."""
     part = PenaltyContext(data_size=context.data_size, shared_data=context.shared_data)
     whole = context.encoder_variance
     if whole is None:
         return part
 
     def variance() -> Tensor:
-        known = whole()
+        known = laid_out("encoder_variance", whole(), shape)
         known = pad(known, (0, max(0, columns.stop - known.shape[-1])), value=1.0)[..., columns]
         return known if rows is None else known[:, rows]
 

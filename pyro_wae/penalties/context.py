@@ -72,6 +72,23 @@ class PenaltyContext:
                 checks.instance(f"PenaltyContext's {name}", getattr(self, name), kind, f"{what} or None", write=write)
 
 
+def laid_out(name: str, found: Any, shape: torch.Size) -> Tensor:
+    """What one of a context's functions has returned, expanded to a shape.
+
+    Raises:
+        ValueError: If it does not expand.
+    """
+    try:
+        expanded: Tensor = found.expand(shape)
+    except (AttributeError, RuntimeError) as error:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r}"
+        raise ValueError(
+            f"PenaltyContext's {name} must return a tensor of shape {tuple(shape)} here, found {what}. Write "
+            f"PenaltyContext({name}=lambda: values), with values of that shape."
+        ) from error
+    return expanded
+
+
 def share_out(prior: Tensor, codes: Tensor, context: PenaltyContext) -> Tensor:
     """The prior samples (m, d) that each of K particles (K, n, d) is compared with, shape (K, m / K, d) or (K, m, d).
 

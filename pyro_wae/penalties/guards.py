@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_wae._core import checks
 from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.context import PenaltyContext, laid_out
 
 
 class _VarianceGuard(Penalty):
@@ -34,7 +34,7 @@ class _VarianceGuard(Penalty):
                 f"stochastic guide, found none. Write WAELoss(MMD() + {self!r}), or outside of it "
                 f"{name}()(codes, context=PenaltyContext(encoder_variance=lambda: variance))."
             )
-        variance = context.encoder_variance()
+        variance = laid_out("encoder_variance", context.encoder_variance(), codes.shape)
         usable = (variance > 0) & torch.isfinite(variance)
         # On an accelerator a look at the values would wait for it: there the NaN tells.
         if variance.device.type == "cpu" and not bool(usable.all()):

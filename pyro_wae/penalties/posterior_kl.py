@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyro_wae.penalties.base import Penalty
-from pyro_wae.penalties.context import PenaltyContext
+from pyro_wae.penalties.context import PenaltyContext, laid_out
 
 
 class PosteriorKL(Penalty):
@@ -47,4 +47,4 @@ class PosteriorKL(Penalty):
                 "PosteriorKL reads the densities of guide and prior, which are known only inside WAELoss, found none. "
                 "Write WAELoss(MMD() + 0.1 * PosteriorKL())."
             )
-        return context.encoder_kl().mean()
+        return laid_out("encoder_kl", context.encoder_kl(), codes.shape[:2]).mean()
