@@ -16,7 +16,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_wae._core.distributions import distribution_tensors, leaves
+from pyro_wae._core.distributions import distribution_tensors, is_learnable, leaves
 from pyro_wae._core.programs import closure_of
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.step.observe import Observer
@@ -122,8 +122,8 @@ class Hints:
 
     def _without_gradient(self, step: Step) -> None:
         for name, site in step.first.observed.items():
-            costs, learnt = step.costs.get(name), (t.requires_grad for t in distribution_tensors(site.distribution))
-            if costs is not None and not costs.requires_grad and any(learnt) and bool(costs.any()):  # 0 is meant
+            costs, learnable = step.costs.get(name), is_learnable(site.distribution)
+            if costs is not None and not costs.requires_grad and learnable and bool(costs.any()):  # 0 is meant
                 self._say(
                     f"cost {name}",
                     f"The cost of observed site '{name}' has no gradient: the decoder does not learn from it. Write "

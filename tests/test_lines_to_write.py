@@ -23,11 +23,12 @@ from programs import (
     encoded,
     normal,
     pair,
+    shift,
     sites,
 )
 from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
-from references import of_no_size, with_line
+from references import of_no_size, two_structures, with_line
 from torch import nn
 
 from pyro_wae import WAELoss
@@ -40,9 +41,7 @@ from pyro_wae.priors import MixturePrior
 PACKAGE = Path(__file__).parents[1] / "pyro_wae"
 FILES = [path for room in ("step/*", "predict/*", "loss", "costs") for path in sorted(PACKAGE.glob(f"{room}.py"))]
 X, INDEX, SEEN = data()
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Found ", "ignore:pyro.factor", "ignore:z\nIf you want", "ignore:The prior"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Found ", "ignore:pyro.factor", "ignore:z\nIf", "ignore:The prior")
 
 
 def go(programs=None, **options):
@@ -140,28 +139,13 @@ def masked_by(mask_of):
     )
 
 
-def two_structures(varies):
-    """Codes of one number in the first run and, if it varies, of two in the second."""
-    runs = []
-
-    def size():
-        return 2 if varies and len(runs) > 1 else 1
-
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x, size()))
-            pyro.sample("x", around(z.sum(-1, keepdim=True).expand(len(x), 3)), obs=x)
-
-    def guide(x, index, seen):
-        runs.append(1)
-        with all_data(x, index):
-            pyro.sample("z", delta(x[:, : size()]))
-
-    return model, guide
-
-
 def no_variance(loc):
     return dist.TransformedDistribution(dist.Normal(loc, 1), [dist.transforms.TanhTransform()]).to_event(1)
+
+
+def choice(logits=lambda b: b):
+    """A guide that draws a truth value beside its codes."""
+    return go(pair(guide_line=lambda x, seen: pyro.sample("k", dist.Bernoulli(logits=logits(x[:, 0] * shift())))))
 
 
 def angles(z):
@@ -316,6 +300,7 @@ CASES = {
         of_table("discrete"),
         go(pair(code=lambda loc: dist.OneHotCategoricalStraightThrough(logits=loc))),
     ),
+    "or detached parameters, such as logits.detach()": (choice(), choice(lambda logits: logits.detach())),
     "in the model and leave it out of the guide: WAELoss(condition='y')": (
         go(sites({"y": (lambda x: dist.Categorical(x.new_ones(3)), lambda x: dist.Delta(x.argmax(-1)))}, one_hot)),
         go(of_condition("y", "z", "x"), condition="y"),
