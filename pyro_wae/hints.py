@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -87,7 +86,7 @@ class Hints:
                 "and codes: kernel lengths, the penalty weight, a discriminator. Make a WAELoss for each model.",
             )
         self._training.steps += 1
-        if step.prior is not None and torch.is_grad_enabled():
+        if step.prior is not None:
             self._lost_gradient(step)
         if self._training.steps == 1:
             self._without_gradient(step)

@@ -72,6 +72,12 @@ def test_losses_made_anew_in_each_step_are_said(route, options):
     assert all("created in each step for the same model" in text for text in texts)
 
 
+def test_losses_for_a_step_without_gradients_each_are_none_made_anew():
+    net = AutoEncoder(3, 2)
+    with torch.no_grad():
+        assert [text for _ in range(7) for text in said(train, WAELoss(), net)] == []
+
+
 def test_losses_that_train_on_are_not_made_anew_for_each_step():
     net = AutoEncoder(3, 2)
     for _ in range(6):
