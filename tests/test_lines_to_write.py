@@ -27,6 +27,8 @@ from programs import (
     sites,
 )
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroSample
 from references import of_no_size, two_structures, with_line
 from torch import nn
@@ -146,6 +148,11 @@ def no_variance(loc):
 def choice(logits=lambda b: b):
     """A guide that draws a truth value beside its codes."""
     return go(pair(guide_line=lambda x, seen: pyro.sample("k", dist.Bernoulli(logits=logits(x[:, 0] * shift())))))
+
+
+def by_itself(kind):
+    """The divergence of a guide that Pyro makes of the model."""
+    return lambda: go((model := pair()[0], kind(model)), penalty=PosteriorKL())()
 
 
 def angles(z):
@@ -319,6 +326,7 @@ CASES = {
         go(two_structures(False), num_particles=2),
     ),
     "guard out, or write dist.Normal(loc, scale) in the guide": (go(**GUARD), go(GAUSSIAN_GUIDE, **GUARD)),
+    "or AutoNormalMessenger(model)": (by_itself(AutoNormal), by_itself(AutoNormalMessenger)),
     "needs. Write dist.Normal(loc, scale) in the guide": (
         go(pair(code=no_variance), **GUARD),
         go(GAUSSIAN_GUIDE, **GUARD),
