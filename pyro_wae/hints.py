@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_wae._core.distributions import distribution_tensors, is_learnable, leaves
 from pyro_wae._core.programs import closure_of
 from pyro_wae.costs import NegativeLogLikelihood
+from pyro_wae.step.condition import candidates
 from pyro_wae.step.observe import Observer
 from pyro_wae.step.prior import depends_on_data
 from pyro_wae.step.records import Step
@@ -71,7 +72,7 @@ class Hints:
                 "number: WAELoss(penalty_weight=100.0).",
             )
 
-    def trained(self, observer: Observer, step: Step) -> None:
+    def trained(self, observer: Observer, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """After a training step: whether the loss is used for another model, is made anew, or leaves something out."""
         program, parts = _identity(observer)
         if self._training is None:
@@ -95,10 +96,15 @@ class Hints:
         if observer.condition is None and "condition" not in self._given and step.prior_varies:
             self._given.add("condition")  # asked at the first step alone, which may wait for an accelerator
             if (name := depends_on_data(step.first)) is not None:
+                found: list[str] = []
+                with suppress(ValueError, TypeError):  # of a callable that does not say what its arguments are
+                    found = candidates(step.first, (observer.model, args, kwargs))
+                among = f" ({', '.join(map(repr, found))})" if len(found) > 1 else ""
                 warnings.warn(
                     f"The prior of latent site '{name}' differs between data, and WAELoss compares all codes with all "
                     "prior samples, whatever they are conditional on: samples need not belong to their inputs. Name "
-                    "what the prior depends on, an argument of the model or an observed site: WAELoss(condition='y').",
+                    f"what the prior depends on, an argument of the model or an observed site{among}: "
+                    f"WAELoss(condition={(found or ['y'])[0]!r}).",
                     UserWarning,
                     stacklevel=4,
                 )

@@ -214,7 +214,7 @@ class WAELoss(CallRepr, ELBO):
         if torch.is_grad_enabled():
             if HANDLERS:  # as of an SVI that was given this method, which trains what it is told of
                 self._register()
-            self._hints.trained(observer, step)
+            self._hints.trained(observer, step, args, kwargs)
             self._show_weight(step)
         return step.loss
 
@@ -242,7 +242,7 @@ class WAELoss(CallRepr, ELBO):
                 with torch.autocast(step.loss.device.type, enabled=False), slopes:
                     step.loss.backward(retain_graph=self.retain_graph)
         if torch.is_grad_enabled():  # else an evaluation, as of svi.step under no_grad
-            self._hints.trained(observer, step)
+            self._hints.trained(observer, step, args, kwargs)
             self._show_weight(step)
         return value
 
