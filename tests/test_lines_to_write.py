@@ -37,7 +37,7 @@ from pyro_wae import WAELoss
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
 from pyro_wae.kernels import Gaussian, RationalQuadratic
 from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, PosteriorKL, SlicedWasserstein
-from pyro_wae.predict import decode, reconstruct, sample
+from pyro_wae.predict import decode, encode, reconstruct, sample
 from pyro_wae.priors import MixturePrior
 
 PACKAGE = Path(__file__).parents[1] / "pyro_wae"
@@ -179,6 +179,7 @@ def masked_prior(x):
 GUARD = {"penalty": MMD(Gaussian(1.0)) + LogVarianceL1()}
 GAUSSIAN_GUIDE = pair(code=lambda loc: dist.Normal(loc, 1.0).to_event(1))
 # The message, by what it shows: a program that it is for, and the same with the line that it says to write.
+WITHOUT_Y = with_line(lambda x, z: pyro.sample("y", around(z)))
 UNDRAWN = pair(prior=lambda x: WithoutDraws(x.new_zeros(3), 1).to_event(1))
 CASES = {
     "penalty={'z1': MMD(), ('z2', 'z3'): MMD()}": (
@@ -407,6 +408,10 @@ CASES = {
     "dist.Independent(...)": (
         go(pair(output=lambda z: torch.distributions.Independent(torch.distributions.Normal(z, 1.0), 1))),
         go(pair(output=lambda z: dist.Independent(dist.Normal(z, 1.0), 1))),
+    ),
+    "x, return_sites=('y',)), with the same arguments": (
+        lambda: reconstruct(*WITHOUT_Y, X, INDEX, SEEN, return_sites=("y",)),
+        lambda: decode(WITHOUT_Y[0], encode(*WITHOUT_Y, X, INDEX, SEEN), X, INDEX, SEEN, return_sites=("y",)),
     ),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),

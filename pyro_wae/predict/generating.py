@@ -161,11 +161,13 @@ def reconstruct(
         {'x': tensor([[2., 2.]])}
     """
     encoded = encoded_run(model, guide, args, kwargs, data_plate)
-    names = list(encoded.observed) if return_sites is None else return_sites
+    names = list(output_nodes(encoded.model)) if return_sites is None else return_sites
     # What ``obs_mask`` has made of data and draws is computed, too.
     computed = {name: node["value"] for name, node in computed_nodes(encoded.model).items()}
     known = {**{name: site.value for name, site in encoded.latents.items()}, **computed}
-    check_return_sites(names, {**encoded.observed, **known})
+    # Drawn in a run of the model, and no output of the codes.
+    drawn = [name for name, node in encoded.model.nodes.items() if is_random(node) and name not in known]
+    check_return_sites(names, {**encoded.observed, **known}, drawn)
     return {
         name: _reconstruction(encoded.observed[name], random) if name in encoded.observed else known[name]
         for name in names

@@ -80,8 +80,7 @@ class Run:
         is_root: Whether the code is one site that no other random choice precedes.
 
     Raises:
-        ValueError: If a latent cannot be part of a code, there is no code or no observed site, or the data plate is
-            ambiguous.
+        ValueError: If a latent cannot be part of a code, there is no code, or the data plate is ambiguous.
     """
 
     def __init__(self, model: Any, guide: Any, rerun: Callable[[], Any], data_plate: str | None) -> None:
@@ -95,8 +94,6 @@ class Run:
         if not latents:
             own = [[name for name, s in found.items() if not s.node["is_observed"]] for found in (samples, in_guide)]
             raise ValueError(refusals.nothing_shared(*own))
-        if not observed:
-            raise ValueError(refusals.nothing_observed())
         nodes = [sample.node for sample in latents.values()]
         self.plate = plate = find_data_plate(nodes, [sample.node for sample in observed.values()], data_plate)
         self.data_size = data_size(data_frame(nodes[0], plate))
