@@ -20,7 +20,7 @@ from pyro_wae._core.programs import closure_of
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.step.condition import candidates
 from pyro_wae.step.observe import Observer
-from pyro_wae.step.prior import depends_on_data
+from pyro_wae.step.prior import depends_on_data, drawn_beside_codes
 from pyro_wae.step.records import Step
 
 
@@ -111,18 +111,27 @@ class Hints:
 
     def _lost_gradient(self, step: Step) -> None:
         """Whether the prior has learnable parameters whose gradient neither its draws nor the penalty give."""
-        for name, site in step.first.latents.items():
-            if site.distribution.has_rsample or f"gradient {name}" in self._given:
+        beside = drawn_beside_codes(step.first)
+        for name, fn in {**{name: site.distribution for name, site in step.first.latents.items()}, **beside}.items():
+            if fn.has_rsample or f"gradient {name}" in self._given:
                 continue
-            parameters = {leaf for tensor in distribution_tensors(site.distribution) for leaf in leaves(tensor)}
+            parameters = {leaf for tensor in distribution_tensors(fn) for leaf in leaves(tensor)}
             # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
             if parameters and not parameters <= {leaf for value in step.penalties.values() for leaf in leaves(value)}:
+                remedy = (
+                    "WAELoss(MMD() + PriorLikelihood()), which trains them by the prior's density, take a prior with "
+                    "rsample, such as NormalMixture,"
+                )
+                if name in beside:
+                    remedy = (
+                        "a mixture as the prior of one site, NormalMixture(dist.Categorical(logits=logits), "
+                        "dist.Normal(loc, scale).to_event(1)),"
+                    )
                 self._say(
                     f"gradient {name}",
-                    f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but "
-                    "cannot be reparameterised: prior samples give them no gradient. Write "
-                    "WAELoss(MMD() + PriorLikelihood()), which trains them by the prior's density, take a prior with "
-                    "rsample, such as NormalMixture, or detach them if they are not to be learned.",
+                    f"The prior at site '{name}' ({type(fn).__name__}) has learnable parameters but cannot be "
+                    f"reparameterised: prior samples give them no gradient. Write {remedy} or detach them if they are "
+                    "not to be learned.",
                 )
 
     def _without_gradient(self, step: Step) -> None:
