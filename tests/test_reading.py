@@ -12,6 +12,7 @@ import torch
 from programs import around, delta, normal, pair
 from pyro import poutine
 from pyro.contrib.autoname import scope
+from pyro.infer.autoguide.effect import AutoNormalMessenger
 from references import Seen, program
 from torch import nn
 from torch.distributions import constraints
@@ -233,9 +234,11 @@ def test_the_condition_of_all_data_in_a_plate_made_elsewhere_is_refused_by_name(
 
 
 def test_a_guide_without_a_density_at_its_site_is_an_error_that_names_one_with_it():
-    guide = pyro.infer.autoguide.AutoDiagonalNormal(program()[0])
-    with pytest.raises(ValueError, match=r"write .*AutoNormal\(model\)"):
-        WAELoss(MMD() + PosteriorKL()).loss(program()[0], guide, torch.randn(N, 2))
+    model, x = program()[0], torch.randn(N, 2)
+    for kind in (pyro.infer.autoguide.AutoDiagonalNormal, pyro.infer.autoguide.AutoNormal):
+        with pytest.raises(ValueError, match=r"write .*AutoNormalMessenger\(model\)"):
+            WAELoss(MMD() + PosteriorKL()).loss(model, kind(model), x)
+    assert math.isfinite(WAELoss(MMD() + PosteriorKL()).loss(model, AutoNormalMessenger(model), x))
 
 
 # Choices of the guide beside its codes
