@@ -6,21 +6,21 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_wae._core.distributions import distribution_tensors, leaves
+from pyro_wae._core.distributions import distribution_tensors, is_learnable, leaves
 from pyro_wae._core.programs import closure_of
 from pyro_wae.costs import NegativeLogLikelihood
+from pyro_wae.step.condition import candidates
 from pyro_wae.step.observe import Observer
-from pyro_wae.step.prior import depends_on_data
+from pyro_wae.step.prior import depends_on_data, drawn_beside_codes
 from pyro_wae.step.records import Step
 
 
@@ -72,7 +72,7 @@ class Hints:
                 "number: WAELoss(penalty_weight=100.0).",
             )
 
-    def trained(self, observer: Observer, step: Step) -> None:
+    def trained(self, observer: Observer, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """After a training step: whether the loss is used for another model, is made anew, or leaves something out."""
         program, parts = _identity(observer)
         if self._training is None:
@@ -87,7 +87,7 @@ class Hints:
                 "and codes: kernel lengths, the penalty weight, a discriminator. Make a WAELoss for each model.",
             )
         self._training.steps += 1
-        if step.prior is not None and torch.is_grad_enabled():
+        if step.prior is not None:
             self._lost_gradient(step)
         if self._training.steps == 1:
             self._without_gradient(step)
@@ -96,34 +96,48 @@ class Hints:
         if observer.condition is None and "condition" not in self._given and step.prior_varies:
             self._given.add("condition")  # asked at the first step alone, which may wait for an accelerator
             if (name := depends_on_data(step.first)) is not None:
+                found: list[str] = []
+                with suppress(ValueError, TypeError):  # of a callable that does not say what its arguments are
+                    found = candidates(step.first, (observer.model, args, kwargs))
+                among = f" ({', '.join(map(repr, found))})" if len(found) > 1 else ""
                 warnings.warn(
                     f"The prior of latent site '{name}' differs between data, and WAELoss compares all codes with all "
                     "prior samples, whatever they are conditional on: samples need not belong to their inputs. Name "
-                    "what the prior depends on, an argument of the model or an observed site: WAELoss(condition='y').",
+                    f"what the prior depends on, an argument of the model or an observed site{among}: "
+                    f"WAELoss(condition={(found or ['y'])[0]!r}).",
                     UserWarning,
                     stacklevel=4,
                 )
 
     def _lost_gradient(self, step: Step) -> None:
         """Whether the prior has learnable parameters whose gradient neither its draws nor the penalty give."""
-        for name, site in step.first.latents.items():
-            if site.distribution.has_rsample or f"gradient {name}" in self._given:
+        beside = drawn_beside_codes(step.first)
+        for name, fn in {**{name: site.distribution for name, site in step.first.latents.items()}, **beside}.items():
+            if fn.has_rsample or f"gradient {name}" in self._given:
                 continue
-            parameters = {leaf for tensor in distribution_tensors(site.distribution) for leaf in leaves(tensor)}
+            parameters = {leaf for tensor in distribution_tensors(fn) for leaf in leaves(tensor)}
             # A penalty may know the prior by its density or its means, which have a gradient where draws have none.
             if parameters and not parameters <= {leaf for value in step.penalties.values() for leaf in leaves(value)}:
+                remedy = (
+                    "WAELoss(MMD() + PriorLikelihood()), which trains them by the prior's density, take a prior with "
+                    "rsample, such as NormalMixture,"
+                )
+                if name in beside:
+                    remedy = (
+                        "a mixture as the prior of one site, NormalMixture(dist.Categorical(logits=logits), "
+                        "dist.Normal(loc, scale).to_event(1)),"
+                    )
                 self._say(
                     f"gradient {name}",
-                    f"The prior at site '{name}' ({type(site.distribution).__name__}) has learnable parameters but "
-                    "cannot be reparameterised: prior samples give them no gradient. Write "
-                    "WAELoss(MMD() + PriorLikelihood()), which trains them by the prior's density, take a prior with "
-                    "rsample, such as NormalMixture, or detach them if they are not to be learned.",
+                    f"The prior at site '{name}' ({type(fn).__name__}) has learnable parameters but cannot be "
+                    f"reparameterised: prior samples give them no gradient. Write {remedy} or detach them if they are "
+                    "not to be learned.",
                 )
 
     def _without_gradient(self, step: Step) -> None:
         for name, site in step.first.observed.items():
-            costs, learnt = step.costs.get(name), (t.requires_grad for t in distribution_tensors(site.distribution))
-            if costs is not None and not costs.requires_grad and any(learnt) and bool(costs.any()):  # 0 is meant
+            costs, learnable = step.costs.get(name), is_learnable(site.distribution)
+            if costs is not None and not costs.requires_grad and learnable and bool(costs.any()):  # 0 is meant
                 self._say(
                     f"cost {name}",
                     f"The cost of observed site '{name}' has no gradient: the decoder does not learn from it. Write "

@@ -214,7 +214,7 @@ class WAELoss(CallRepr, ELBO):
         if torch.is_grad_enabled():
             if HANDLERS:  # as of an SVI that was given this method, which trains what it is told of
                 self._register()
-            self._hints.trained(observer, step)
+            self._hints.trained(observer, step, args, kwargs)
             self._show_weight(step)
         return step.loss
 
@@ -241,8 +241,9 @@ class WAELoss(CallRepr, ELBO):
                 # Autocast around the whole step would round the slopes of what was computed in full precision.
                 with torch.autocast(step.loss.device.type, enabled=False), slopes:
                     step.loss.backward(retain_graph=self.retain_graph)
-        self._hints.trained(observer, step)
-        self._show_weight(step)
+        if torch.is_grad_enabled():  # else an evaluation, as of svi.step under no_grad
+            self._hints.trained(observer, step, args, kwargs)
+            self._show_weight(step)
         return value
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -158,6 +158,26 @@ def of_no_size(plate):
     return model
 
 
+def two_structures(varies):
+    """Codes of one number in the first run and, if it varies, of two in the second."""
+    runs = []
+
+    def size():
+        return 2 if varies and len(runs) > 1 else 1
+
+    def model(x, index, seen):
+        with all_data(x, index):
+            z = pyro.sample("z", normal(x, size()))
+            pyro.sample("x", around(z.sum(-1, keepdim=True).expand(len(x), 3)), obs=x)
+
+    def guide(x, index, seen):
+        runs.append(1)
+        with all_data(x, index):
+            pyro.sample("z", delta(x[:, : size()]))
+
+    return model, guide
+
+
 def with_line(line):
     """A model with a line in its data plate, and its guide."""
 

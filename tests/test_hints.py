@@ -5,15 +5,18 @@ import warnings
 from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder
+from programs import AutoEncoder, around
 from pyro import poutine
 from pyro.infer import SVI
+from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.penalties import MMD, JensenShannon, SlicedWasserstein
+from pyro_wae.priors import NormalMixture
 
 X = torch.linspace(-1, 1, 48).reshape(16, 3)
 
@@ -70,6 +73,12 @@ def test_losses_made_anew_in_each_step_are_said(route, options):
     texts = [text for texts in found for text in texts]
     assert bool(texts) == (not options)
     assert all("created in each step for the same model" in text for text in texts)
+
+
+def test_losses_for_a_step_without_gradients_each_are_none_made_anew():
+    net = AutoEncoder(3, 2)
+    with torch.no_grad():
+        assert [text for _ in range(7) for text in said(train, WAELoss(), net)] == []
 
 
 def test_losses_that_train_on_are_not_made_anew_for_each_step():
@@ -162,6 +171,51 @@ def test_a_program_may_refer_to_what_has_not_been_assigned_yet():
     assert said(WAELoss()(model, net.guide), X) == []
     if X.isnan().any():
         late = X
+
+
+LOGITS, LOC = nn.Parameter(torch.tensor([0.3, -0.1, 0.0])), nn.Parameter(3 * torch.eye(3)[:, :2])
+
+
+def with_choice(where, logits=LOGITS):
+    """A model with a choice that the guide does not sample, and the latent that it is the prior of, or is not."""
+
+    def model(x):
+        def choice(**observed):
+            return pyro.sample("k", dist.Categorical(logits=logits), **observed)
+
+        with pyro.plate("data", len(x)):
+            if where == "imputed":
+                choice(obs=torch.zeros(len(x)).long(), obs_mask=torch.arange(len(x)) < 5)
+            if where == "one site":
+                prior = NormalMixture(dist.Categorical(logits=logits), dist.Normal(LOC, 0.3).to_event(1))
+            else:
+                prior = dist.Normal(LOC[choice()] if where == "before" else LOC[0], 0.3).to_event(1)
+            z = pyro.sample("z", prior)
+            shift = LOC[choice()].sum(-1, keepdim=True) if where == "after" else 0.0
+            pyro.sample("x", around(z.sum(-1, keepdim=True) + shift + 0 * x), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "is_said"),
+    [
+        (with_choice("before"), True),
+        (with_choice("before", LOGITS.detach()), False),
+        (with_choice("one site"), False),
+        (with_choice("after"), False),
+        (with_choice("imputed"), False),
+    ],
+    ids=["before", "constant", "one site", "after", "imputed"],
+)
+def test_learnt_weights_of_a_mixture_in_a_site_of_the_model_alone_are_said_once(model, is_said):
+    net, loss = AutoEncoder(3, 2), WAELoss(SlicedWasserstein(), penalty_weight=1.0, cost=NegativeLogLikelihood())
+    found = [text for _ in range(2) for text in said(loss.loss_and_grads, model, net.guide, X) if "learnable" in text]
+    assert len(found) == is_said
+    assert all("prior at site 'k' (Categorical)" in text and "NormalMixture(dist.Cat" in text for text in found)
+    LOGITS.grad = None
+    WAELoss(SlicedWasserstein(), penalty_weight=1.0).loss_and_grads(with_choice("one site"), net.guide, X)
+    assert LOGITS.grad.any()
 
 
 COSTS_WITHOUT_A_GRADIENT = {

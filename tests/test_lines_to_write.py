@@ -23,26 +23,27 @@ from programs import (
     encoded,
     normal,
     pair,
+    shift,
     sites,
 )
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroSample
-from references import of_no_size, with_line
+from references import of_no_size, two_structures, with_line
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import ExpectedSquaredError, FunctionCost, NegativeLogLikelihood, SquaredError
 from pyro_wae.kernels import Gaussian, RationalQuadratic
 from pyro_wae.penalties import MMD, KernelStein, LogVarianceL1, PosteriorKL, SlicedWasserstein
-from pyro_wae.predict import decode, reconstruct, sample
+from pyro_wae.predict import decode, encode, reconstruct, sample
 from pyro_wae.priors import MixturePrior
 
 PACKAGE = Path(__file__).parents[1] / "pyro_wae"
 FILES = [path for room in ("step/*", "predict/*", "loss", "costs") for path in sorted(PACKAGE.glob(f"{room}.py"))]
 X, INDEX, SEEN = data()
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Found ", "ignore:pyro.factor", "ignore:z\nIf you want", "ignore:The prior"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Found ", "ignore:pyro.factor", "ignore:z\nIf", "ignore:The prior")
 
 
 def go(programs=None, **options):
@@ -140,28 +141,18 @@ def masked_by(mask_of):
     )
 
 
-def two_structures(varies):
-    """Codes of one number in the first run and, if it varies, of two in the second."""
-    runs = []
-
-    def size():
-        return 2 if varies and len(runs) > 1 else 1
-
-    def model(x, index, seen):
-        with all_data(x, index):
-            z = pyro.sample("z", normal(x, size()))
-            pyro.sample("x", around(z.sum(-1, keepdim=True).expand(len(x), 3)), obs=x)
-
-    def guide(x, index, seen):
-        runs.append(1)
-        with all_data(x, index):
-            pyro.sample("z", delta(x[:, : size()]))
-
-    return model, guide
-
-
 def no_variance(loc):
     return dist.TransformedDistribution(dist.Normal(loc, 1), [dist.transforms.TanhTransform()]).to_event(1)
+
+
+def choice(logits=lambda b: b):
+    """A guide that draws a truth value beside its codes."""
+    return go(pair(guide_line=lambda x, seen: pyro.sample("k", dist.Bernoulli(logits=logits(x[:, 0] * shift())))))
+
+
+def by_itself(kind):
+    """The divergence of a guide that Pyro makes of the model."""
+    return lambda: go((model := pair()[0], kind(model)), penalty=PosteriorKL())()
 
 
 def angles(z):
@@ -188,6 +179,7 @@ def masked_prior(x):
 GUARD = {"penalty": MMD(Gaussian(1.0)) + LogVarianceL1()}
 GAUSSIAN_GUIDE = pair(code=lambda loc: dist.Normal(loc, 1.0).to_event(1))
 # The message, by what it shows: a program that it is for, and the same with the line that it says to write.
+WITHOUT_Y = with_line(lambda x, z: pyro.sample("y", around(z)))
 UNDRAWN = pair(prior=lambda x: WithoutDraws(x.new_zeros(3), 1).to_event(1))
 CASES = {
     "penalty={'z1': MMD(), ('z2', 'z3'): MMD()}": (
@@ -316,6 +308,7 @@ CASES = {
         of_table("discrete"),
         go(pair(code=lambda loc: dist.OneHotCategoricalStraightThrough(logits=loc))),
     ),
+    "or detached parameters, such as logits.detach()": (choice(), choice(lambda logits: logits.detach())),
     "in the model and leave it out of the guide: WAELoss(condition='y')": (
         go(sites({"y": (lambda x: dist.Categorical(x.new_ones(3)), lambda x: dist.Delta(x.argmax(-1)))}, one_hot)),
         go(of_condition("y", "z", "x"), condition="y"),
@@ -334,6 +327,7 @@ CASES = {
         go(two_structures(False), num_particles=2),
     ),
     "guard out, or write dist.Normal(loc, scale) in the guide": (go(**GUARD), go(GAUSSIAN_GUIDE, **GUARD)),
+    "or AutoNormalMessenger(model)": (by_itself(AutoNormal), by_itself(AutoNormalMessenger)),
     "needs. Write dist.Normal(loc, scale) in the guide": (
         go(pair(code=no_variance), **GUARD),
         go(GAUSSIAN_GUIDE, **GUARD),
@@ -414,6 +408,10 @@ CASES = {
     "dist.Independent(...)": (
         go(pair(output=lambda z: torch.distributions.Independent(torch.distributions.Normal(z, 1.0), 1))),
         go(pair(output=lambda z: dist.Independent(dist.Normal(z, 1.0), 1))),
+    ),
+    "x, return_sites=('y',)), with the same arguments": (
+        lambda: reconstruct(*WITHOUT_Y, X, INDEX, SEEN, return_sites=("y",)),
+        lambda: decode(WITHOUT_Y[0], encode(*WITHOUT_Y, X, INDEX, SEEN), X, INDEX, SEEN, return_sites=("y",)),
     ),
     "return_sites=('z',)": (
         lambda: sample(pair()[0], X, INDEX, SEEN, return_sites=["w"]),

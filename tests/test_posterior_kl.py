@@ -9,13 +9,15 @@ import torch
 from programs import AutoEncoder, around, delta, normal, sites
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.effect import AutoNormalMessenger
 from references import every_particles, nested, program
 from torch import nn
 
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.kernels import Gaussian
-from pyro_wae.penalties import MMD, PosteriorKL
+from pyro_wae.penalties import MMD, LogVarianceL1, PosteriorKL
 
 N, D = 9, 3
 
@@ -64,6 +66,25 @@ def test_with_the_likelihood_as_its_cost_it_is_pyros_elbo(encoder, elbo):
     found = loss.loss(net.model, net.guide, x)
     pyro.set_rng_seed(3)
     assert found == pytest.approx(elbo().loss(net.model, net.guide, x) / N, rel=1e-10)
+
+
+@pytest.mark.parametrize("penalty", [PosteriorKL(), MMD() + LogVarianceL1()], ids=["divergence", "guard"])
+def test_a_code_that_an_autoguide_computes_from_noise_is_not_called_deterministic(penalty):
+    model, x = net_of().model, data()
+    guide = AutoNormal(model)
+    with pytest.raises(ValueError, match=r"computes the code of site 'z' \(Delta\) from 'z_unconstrained'"):
+        WAELoss(penalty, penalty_weight=1.0).loss(model, guide, x)
+
+
+def test_the_divergence_of_an_autoguide_that_samples_the_site_itself_is_that_of_pyros_elbo():
+    model, x = net_of().model, data()
+    guide = AutoNormalMessenger(model)
+    guide(x)
+    loss = WAELoss(PosteriorKL(), penalty_weight=1.0, cost=NegativeLogLikelihood())
+    pyro.set_rng_seed(3)
+    found = loss.loss(model, guide, x)
+    pyro.set_rng_seed(3)
+    assert found == pytest.approx(TraceMeanField_ELBO().loss(model, guide, x) / N, rel=1e-6)
 
 
 def test_beside_mmd_it_is_the_sum_and_the_nets_run_once():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import warnings
+from contextlib import suppress
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import AutoEncoder, delta, normal
+from programs import AutoEncoder, around, delta, normal
 from pyro.distributions import transforms
 from references import program
 from torch import nn
@@ -180,3 +184,118 @@ def test_a_fit_that_diverges_leaves_the_prior_as_it_was(make):
     assert all(torch.equal(value, before[name]) for name, value in prior.state_dict().items())
     assert all(parameter.grad is None for parameter in prior.parameters())
     assert getattr(prior, "standardized", True)
+
+
+# Draws outside of the support of a site
+
+
+class Rows:
+    """A prior that draws the rows of a table, from the first to the last."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def sample(self, shape):
+        return self.rows[: shape[0]]
+
+
+def of_sizes(prior, line=lambda size: size):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", around(line(pyro.sample("size", prior(x)))), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("size", dist.LogNormal(x, 0.3).to_event(1))
+
+    return model, guide
+
+
+def said(call):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with suppress(ValueError):
+            call()
+    return [str(warning.message) for warning in found]
+
+
+def log_normal(x):
+    return dist.LogNormal(torch.zeros_like(x), 1.0).to_event(1)
+
+
+def test_draws_of_a_prior_outside_the_support_of_a_site_are_counted_in_one_warning():
+    rows = torch.rand(10, D) + 0.1
+    rows[[1, 4, 7], 0], rows[4, 1] = -1.0, -2.0
+    model, _ = of_sizes(log_normal)
+    (text,) = said(lambda: sample(model, torch.zeros(10, D), prior=Rows(rows)))
+    assert text.startswith("3 of 10 draws of prior lie outside the support of latent site 'size' (LogNormal)")
+    assert said(lambda: sample(model, torch.zeros(5, D), prior=Rows(rows), num_samples=10)) == [text]
+    assert said(lambda: sample(model, torch.zeros(10, D), prior=Rows(rows.abs()), return_sites=("size", "x"))) == []
+    # A decoder that takes their logarithm fails by an error of its own, after the warning.
+    model, _ = of_sizes(log_normal, lambda size: dist.Normal(size.log(), 1.0).sample())
+    assert said(lambda: sample(model, torch.zeros(10, D), prior=Rows(rows))) == [text]
+
+
+def test_the_prior_that_the_warning_names_draws_inside_the_support():
+    class Positive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixture = MixturePrior(100, D)
+
+        def forward(self):
+            positive = torch.distributions.biject_to(dist.LogNormal(0.0, 1.0).support)
+            return dist.TransformedDistribution(self.mixture(), [positive])
+
+    programs, x = of_sizes(log_normal), torch.randn(60, D)
+    mixture = priors.fit(*programs, x, prior=MixturePrior(2, D), steps=20)
+    (text,) = said(lambda: sample(programs[0], x, prior=mixture, num_samples=300))
+    named = text.partition("returns ")[2].partition(", with")[0]
+    assert named == (
+        "dist.TransformedDistribution(self.mixture(), [torch.distributions.biject_to(dist.LogNormal(...).support)])"
+    )
+    fitted = priors.fit(*programs, x, prior=Positive(), steps=20)
+    draws = {}
+    names = ("size",)
+    assert said(lambda: draws.update(sample(programs[0], x, prior=fitted, num_samples=300, return_sites=names))) == []
+    assert (draws["size"] > 0).all()
+
+
+class Unknown(dist.Normal):
+    @property
+    def support(self):
+        raise NotImplementedError
+
+
+QUIET = {
+    "no support": (lambda x: Unknown(x, 1.0).to_event(1), torch.randn(10, D)),
+    "masked": (lambda x: dist.LogNormal(x, 1.0).mask(x > 1).to_event(1), torch.randn(10, D)),
+    "simplex": (lambda x: dist.Dirichlet(x.new_ones(1000)), (5 * torch.randn(10, 1000)).softmax(-1)),
+    "sphere": (lambda x: dist.ProjectedNormal(x.new_zeros(1000)), nn.functional.normalize(torch.randn(10, 1000))),
+    "rounded at an edge": (lambda x: dist.Uniform(0.0, 0.1 + 0 * x).to_event(1), torch.full((10, D), 0.1000001)),
+    "of the datum": (
+        lambda x: dist.Uniform(0.0, torch.arange(1.0, 11)[:, None].expand(10, D)).to_event(1),
+        torch.arange(1.0, 11)[:, None] - torch.rand(10, D),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_draws_of_a_prior_inside_the_support_up_to_rounding_give_no_warning(name):
+    site, rows = QUIET[name]
+    model, _ = of_sizes(site, lambda size: size[..., :D])
+    assert said(lambda: sample(model, torch.zeros(10, D), prior=Rows(rows))) == []
+
+
+def test_the_support_is_that_given_the_sites_before():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.LogNormal(x.new_zeros(()), 1.0))
+            part = pyro.sample("part", dist.Uniform(0.0, top))
+            pyro.sample("x", dist.Normal(part, 1), obs=x)
+
+    top = 100 * torch.rand(8) + 1
+    parts = top * torch.linspace(0.1, 1.5, 8)  # two of them above 1
+    inside, outside = (Rows(torch.stack([top, part], 1)) for part in (parts.minimum(top), parts))
+    assert said(lambda: sample(model, torch.zeros(8), prior=inside)) == []
+    (text,) = said(lambda: sample(model, torch.zeros(8), prior=outside))
+    assert re.match(f"{int((parts > top).sum())} of 8 draws of prior lie .* latent site 'part'", text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 
 import pyro
@@ -263,6 +265,39 @@ def test_a_prior_that_differs_between_data_is_said_once(kind, is_root):
     found = [str(warning.message) for warning in said if "differs between data" in str(warning.message)]
     assert len(found) == differs, found
     assert all("latent site 'z'" in text and "WAELoss(condition='y')" in text for text in found)
+
+
+CONDITIONAL = {
+    "argument": (lambda xs, ys: xs, ["xs"], "condition='xs'"),
+    "one of two arguments": (lambda xs, ys, c: xs + c, ["xs", "c"], "site ('xs', 'c'): WAELoss(condition='xs')"),
+    "key of an argument": (lambda ys, batch: batch["label"], ["batch"], "condition='label'"),
+    "site": (lambda ys: pyro.sample("w", around(torch.zeros(8, 2)), obs=torch.randn(8, 2)), [], "condition='w'"),
+}
+
+
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_the_hint_on_a_conditional_prior_names_what_it_may_depend_on(kind):
+    prior, given, named = CONDITIONAL[kind]
+
+    def model(ys, xs=None, c=None, batch=None):
+        given = {"ys": ys, "xs": xs, "c": c, "batch": batch}
+        with pyro.plate("data", 8):
+            loc = prior(**{name: given[name] for name in inspect.signature(prior).parameters})
+            z = pyro.sample("z", dist.Normal(loc, 1).to_event(1))
+            pyro.sample("y", around(z), obs=ys)
+
+    def guide(ys, **_):
+        with pyro.plate("data", 8):
+            pyro.sample("z", delta(ys))
+
+    batch = {"label": torch.randn(8, 2), "names": ["a"] * 8, "size": torch.tensor(3.0)}
+    options = {name: batch if name == "batch" else torch.randn(8, 2) for name in given}
+    with pytest.warns(UserWarning, match="differs between data") as found:
+        WAELoss().loss_and_grads(model, guide, torch.randn(8, 2), **options)
+    (text,) = (str(warning.message) for warning in found if "differs" in str(warning.message))
+    assert named in text
+    line = eval(text.rpartition(": ")[2].removesuffix("."))
+    assert math.isfinite(line.loss_and_grads(model, guide, torch.randn(8, 2), **options))
 
 
 def moved(transform):

@@ -12,6 +12,7 @@ import torch
 from programs import around, delta, normal, pair
 from pyro import poutine
 from pyro.contrib.autoname import scope
+from pyro.infer.autoguide.effect import AutoNormalMessenger
 from references import Seen, program
 from torch import nn
 from torch.distributions import constraints
@@ -19,7 +20,7 @@ from torch.distributions import constraints
 from pyro_wae import WAELoss
 from pyro_wae.costs import NegativeLogLikelihood
 from pyro_wae.penalties import MMD, PosteriorKL
-from pyro_wae.predict import decode
+from pyro_wae.predict import decode, encode
 
 N = 8
 
@@ -233,6 +234,48 @@ def test_the_condition_of_all_data_in_a_plate_made_elsewhere_is_refused_by_name(
 
 
 def test_a_guide_without_a_density_at_its_site_is_an_error_that_names_one_with_it():
-    guide = pyro.infer.autoguide.AutoDiagonalNormal(program()[0])
-    with pytest.raises(ValueError, match=r"write .*AutoNormal\(model\)"):
-        WAELoss(MMD() + PosteriorKL()).loss(program()[0], guide, torch.randn(N, 2))
+    model, x = program()[0], torch.randn(N, 2)
+    for kind in (pyro.infer.autoguide.AutoDiagonalNormal, pyro.infer.autoguide.AutoNormal):
+        with pytest.raises(ValueError, match=r"write .*AutoNormalMessenger\(model\)"):
+            WAELoss(MMD() + PosteriorKL()).loss(model, kind(model), x)
+    assert math.isfinite(WAELoss(MMD() + PosteriorKL()).loss(model, AutoNormalMessenger(model), x))
+
+
+# Choices of the guide beside its codes
+
+
+def with_choice(site, logits, family=dist.OneHotCategorical, handler=lambda guide: guide):
+    """A code around one of three places, which a guide draws beside it: noise, or the value that a label is missing."""
+
+    def model(x):
+        with pyro.plate("data", N):
+            z = pyro.sample("z", normal(x, 2))
+            if site == "y_unobserved":
+                label = torch.eye(3)[torch.arange(N) % 3]
+                pyro.sample("y", dist.OneHotCategorical(x.new_ones(3)), obs=label, obs_mask=torch.arange(N) < 3)
+            pyro.sample("x", around(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", N):
+            k = handler(pyro.sample)(site, family(logits=logits()), infer={"is_auxiliary": site == "k"})
+            pyro.sample("z", delta(x + k @ torch.eye(3)[:, :2]))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("site", ["k", "y_unobserved"])
+def test_what_a_guide_draws_beside_its_codes_without_a_gradient_is_refused_where_it_has_parameters(site):
+    x, logits = torch.randn(N, 2), nn.Parameter(torch.zeros(N, 3))
+    programs = with_choice(site, lambda: logits)
+    with pytest.raises(ValueError, match=rf"'{site}' of the guide is no code.*OneHotCategorical.*logits.detach"):
+        WAELoss().loss_and_grads(*programs, x)
+    loss = WAELoss(penalty_weight=1.0)
+    assert list(encode(*programs, x)) == ["z"]
+    assert math.isfinite(loss.loss(*programs, x))
+    with torch.no_grad():
+        assert math.isfinite(loss.differentiable_loss(*programs, x))
+    masked = with_choice(site, lambda: logits, handler=lambda draw: poutine.mask(draw, mask=False))
+    for quiet in (masked, with_choice(site, lambda: logits.detach()), with_choice(site, lambda: torch.zeros(N, 3))):
+        assert math.isfinite(loss.loss_and_grads(*quiet, x))
+    loss.loss_and_grads(*with_choice(site, lambda: logits, dist.OneHotCategoricalStraightThrough), x)
+    assert logits.grad.any()

@@ -11,7 +11,7 @@ import torch
 from programs import delta
 from references import program
 
-from pyro_wae.predict import decode, interpolate, reconstruct, sample
+from pyro_wae.predict import decode, encode, interpolate, reconstruct, sample
 
 # G(z) = 3 z + 1, with much noise around it.
 model, guide = program(lambda x: delta(x - 5), output=lambda z: dist.Normal(3 * z + 1, 100).to_event(1))
@@ -239,3 +239,26 @@ def test_a_computed_site_whose_data_dimension_is_not_known_is_refused():
         with pytest.raises(ValueError, match=r"Write pyro.deterministic\('mu', value, event_dim=1\)"):
             call()
     torch.testing.assert_close(decode(model, z, x, event_dim=1, return_sites=("mu",))["mu"], 3 * z)
+
+
+def test_data_whose_output_is_not_known_yet_have_codes():
+    """A conditional generator that is called without its output, which it then computes."""
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x, 1).to_event(1))
+            if y is None:
+                pyro.deterministic("y", 2 * z, event_dim=1)
+            else:
+                pyro.sample("y", dist.Normal(2 * z, 1).to_event(1), obs=y)
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", delta(x if y is None else y))
+
+    x = torch.randn(6, 2)
+    torch.testing.assert_close(encode(model, guide, x), {"z": x})
+    torch.testing.assert_close(decode(model, encode(model, guide, x), x, return_sites=("y",)), {"y": 2 * x})
+    torch.testing.assert_close(reconstruct(model, guide, x, return_sites=("y",)), {"y": 2 * x})
+    with pytest.raises(ValueError, match=r"The model has no observed site.*return_sites=\('x',\)"):
+        reconstruct(model, guide, x)

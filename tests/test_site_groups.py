@@ -77,8 +77,16 @@ def test_the_scale_of_a_group_is_that_of_its_sites():
     loss = WAELoss({("a", "b"): Seen(1.0), "c": Seen(10.0)})
     loss.loss(model, guide, x_of(), (2.0, 2.0, 3.0))
     assert {name: value.item() for name, value in loss.terms.penalties.items()} == {"a-b": 2, "c": 30}
-    with pytest.raises(ValueError, match=r"different scales \('b': 2, 'c': 3\).*WAELoss\(\{'z1': MMD\("):
+    with pytest.raises(ValueError, match=r"different scales \('b': 2, 'c': 3\).*{'b': MMD\(\), 'c': MMD\(\), \.\.\.}"):
         WAELoss({"a": Seen(1.0), ("b", "c"): Seen(1.0)}).loss(model, guide, x_of(), (2.0, 2.0, 3.0))
+
+
+def test_the_line_for_sites_of_different_scales_names_them_and_runs():
+    with pytest.raises(ValueError, match="different scales") as raised:
+        WAELoss().loss(model, guide, x_of(), (2.0, 3.0, 4.0))
+    line = str(raised.value).rpartition("each: ")[2].removesuffix(".")
+    assert line == "WAELoss({'a': MMD(), 'b': MMD(), 'c': MMD()})"
+    eval(line).loss(model, guide, x_of(), (2.0, 3.0, 4.0))
 
 
 def test_masked_data_of_a_group_are_those_that_all_its_sites_mask():

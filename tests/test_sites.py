@@ -196,6 +196,10 @@ CASES = {
         program(lambda x, z: 0 * pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})[..., None]),
         "'k' of the model is to be enumerated",
     ),
+    "auxiliary or imputed site of the guide, learnable and without `rsample`": (
+        program(guide_line=lambda *_: pyro.sample("u", dist.Bernoulli(logits=pyro.param("p", F)))),
+        "'u' of the guide is no code",
+    ),
     "other keys of `infer`": becomes(
         handled(
             poutine.infer_config,
@@ -286,28 +290,23 @@ def stable(x, skew=0.0):
     return dist.Stable(1.5, x.new_zeros(D) + skew).to_event(1)
 
 
+def at_z(kind, *args):
+    return lambda: {"z": kind(*args)}
+
+
 REPARAMETRISATIONS = {
-    "LocScaleReparam": (
-        lambda x: dist.Normal(x.new_ones(D), 2).to_event(1),
-        lambda: {"z": reparam.LocScaleReparam(0.0)},
-    ),
-    "TransformReparam": (
-        lambda x: dist.LogNormal(x.new_zeros(D), 1).to_event(1),
-        lambda: {"z": reparam.TransformReparam()},
-    ),
-    "ProjectedNormalReparam": (
-        lambda x: dist.ProjectedNormal(x.new_zeros(D)),
-        lambda: {"z": reparam.ProjectedNormalReparam()},
-    ),
+    "LocScaleReparam": (lambda x: dist.Normal(x.new_ones(D), 2).to_event(1), at_z(reparam.LocScaleReparam, 0.0)),
+    "TransformReparam": (lambda x: dist.LogNormal(x.new_zeros(D), 1).to_event(1), at_z(reparam.TransformReparam)),
+    "ProjectedNormalReparam": (lambda x: dist.ProjectedNormal(x.new_zeros(D)), at_z(reparam.ProjectedNormalReparam)),
     "GumbelSoftmaxReparam": (
         lambda x: dist.RelaxedOneHotCategorical(torch.tensor(0.5), logits=x.new_zeros(D)),
-        lambda: {"z": reparam.GumbelSoftmaxReparam()},
+        at_z(reparam.GumbelSoftmaxReparam),
     ),
-    "DiscreteCosineReparam": (lambda x: normal(x, D), lambda: {"z": reparam.DiscreteCosineReparam()}),
-    "HaarReparam": (lambda x: normal(x, D), lambda: {"z": reparam.HaarReparam()}),
-    "LatentStableReparam": (stable, lambda: {"z": reparam.LatentStableReparam()}),
-    "SymmetricStableReparam": (stable, lambda: {"z": reparam.SymmetricStableReparam()}),
-    "StableReparam": (lambda x: stable(x, 0.3), lambda: {"z": reparam.StableReparam()}),
+    "DiscreteCosineReparam": (lambda x: normal(x, D), at_z(reparam.DiscreteCosineReparam)),
+    "HaarReparam": (lambda x: normal(x, D), at_z(reparam.HaarReparam)),
+    "LatentStableReparam": (stable, at_z(reparam.LatentStableReparam)),
+    "SymmetricStableReparam": (stable, at_z(reparam.SymmetricStableReparam)),
+    "StableReparam": (lambda x: stable(x, 0.3), at_z(reparam.StableReparam)),
     "LinearHMMReparam": (
         lambda x: dist.LinearHMM(
             dist.Normal(x.new_zeros(1), 1).to_event(1),
@@ -321,10 +320,7 @@ REPARAMETRISATIONS = {
             "z": reparam.LinearHMMReparam(trans=reparam.SymmetricStableReparam(), obs=reparam.StudentTReparam()),
         },
     ),
-    "StudentTReparam": (
-        lambda x: dist.StudentT(4.0, x.new_zeros(D)).to_event(1),
-        lambda: {"z": reparam.StudentTReparam()},
-    ),
+    "StudentTReparam": (lambda x: dist.StudentT(4.0, x.new_zeros(D)).to_event(1), at_z(reparam.StudentTReparam)),
     "AutoReparam": (lambda x: dist.Normal(x.new_ones(D), 2).to_event(1), reparam.AutoReparam),
     "MinimalReparam": (stable, reparam.MinimalReparam),
 }

@@ -65,6 +65,24 @@ def test_evaluation_does_not_count_as_a_step():
     assert loss.penalty_weight.step == 1
 
 
+@pytest.mark.parametrize("make", [Constraint, lambda: LinearSchedule(0.0, 100.0, steps=10)])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 16}, {"process_group": "world"}], ids=str)
+def test_a_step_of_svi_without_gradients_is_an_evaluation(make, options, one_rank):
+    loss, net, x = WAELoss(penalty_weight=make(), **options), make_net(), torch.randn(64, D)
+    svi = SVI(net.model, net.guide, pyro.optim.SGD({"lr": 1e-2}), loss=loss)
+    for _ in range(3):
+        svi.step(x)
+    before = copy.deepcopy((loss.penalty_weight.state_dict(), net.state_dict()))
+    values = []
+    with torch.no_grad():
+        for evaluate in (svi.evaluate_loss, svi.step):
+            pyro.set_rng_seed(0)
+            values.append(evaluate(3 * x))
+    assert values[0] == values[1]
+    for found, kept in zip((loss.penalty_weight.state_dict(), net.state_dict()), before, strict=True):
+        torch.testing.assert_close(found, kept, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_nan_step_is_not_seen_by_the_weight():
     loss, net = WAELoss(penalty_weight=Constraint()), make_net()
     step(loss, net)

@@ -273,6 +273,11 @@ def distribution_tensors(value: Any, depth: int = 5) -> Iterator[Tensor]:
                 yield from distribution_tensors(item, depth - 1)
 
 
+def is_learnable(distribution: Any) -> bool:
+    """Whether a distribution has learnable parameters, where gradients are computed."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in distribution_tensors(distribution))
+
+
 def widened(value: Any) -> Any:
     """A distribution, or a part of one, with tensors of half precision cast up to float32."""
     if isinstance(value, Tensor):

@@ -23,6 +23,7 @@ from pyro_wae.predict.runs import (
     site_output,
     site_values,
 )
+from pyro_wae.predict.support import DrawsInSupport
 from pyro_wae.step.prior import ReplaySubsamples
 from pyro_wae.step.program import Program, find_data_plate, is_imputed, is_random, layout
 
@@ -160,11 +161,13 @@ def reconstruct(
         {'x': tensor([[2., 2.]])}
     """
     encoded = encoded_run(model, guide, args, kwargs, data_plate)
-    names = list(encoded.observed) if return_sites is None else return_sites
+    names = list(output_nodes(encoded.model)) if return_sites is None else return_sites
     # What ``obs_mask`` has made of data and draws is computed, too.
     computed = {name: node["value"] for name, node in computed_nodes(encoded.model).items()}
     known = {**{name: site.value for name, site in encoded.latents.items()}, **computed}
-    check_return_sites(names, {**encoded.observed, **known})
+    # Drawn in a run of the model, and no output of the codes.
+    drawn = [name for name, node in encoded.model.nodes.items() if is_random(node) and name not in known]
+    check_return_sites(names, {**encoded.observed, **known}, drawn)
     return {
         name: _reconstruction(encoded.observed[name], random) if name in encoded.observed else known[name]
         for name in names
@@ -194,7 +197,8 @@ def sample(
         prior: Replaces the model's own prior: one fitted by :func:`pyro_wae.priors.fit`, a
             distribution of one code, or a module whose call returns one, such as a flow of zuko. A draw is a row of
             :func:`code_rows`: all latent sites, joined in the order of the model; or those that are not discrete, if
-            they have the size of a draw. The model draws the others.
+            they have the size of a draw. The model draws the others. Draws outside the support of a site are decoded,
+            with a warning.
         return_sites: Names of the sites to return; None returns the observed ones. ``pyro.deterministic`` and latent
             sites may be named: their values are those that the others come from. An unobserved site is latent if an
             observed site follows it or a later site depends on its value; otherwise it holds data, and its mean is
@@ -234,7 +238,9 @@ def sample(
     if prior is not None:
         outputs = {name: site for name, site in sites.items() if name not in latents}
         codes = _codes_of(prior, trace, outputs, num_samples, data_plate)
-        return decode(model, codes, *args, return_sites=return_sites, random=random, data_plate=data_plate, **kwargs)
+        options: dict[str, Any] = {"return_sites": return_sites, "random": random, "data_plate": data_plate}
+        with DrawsInSupport(codes):
+            return decode(model, codes, *args, **options, **kwargs)
     parts = [site_values(sites, latents, random)]
     if num_samples is None:
         return parts[0]

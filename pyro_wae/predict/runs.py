@@ -95,11 +95,16 @@ def computed_nodes(trace: Any) -> dict[str, Node]:
     return {name: site for name, site in sites if site["infer"].get("_deterministic")}
 
 
-def check_return_sites(return_sites: Sequence[str], known: Mapping[str, Any]) -> None:
+def check_return_sites(return_sites: Sequence[str], known: Mapping[str, Any], drawn: Collection[str] = ()) -> None:
     """Raises ValueError if a name is not among the known sites, or there is none, and TypeError for other things."""
     is_names = isinstance(return_sites, Sequence | Set) and not isinstance(return_sites, str | bytes)
     checks.accepted("return_sites", return_sites, is_names, "a tuple of names", write="return_sites=('x',)")
     unknown = [name for name in return_sites if name not in known]
+    if unknown and unknown[0] in drawn:
+        raise ValueError(
+            f"return_sites names '{unknown[0]}', which is not observed in this call, and is not reconstructed. Write "
+            f"decode(model, encode(model, guide, x), x, return_sites=('{unknown[0]}',)), with the same arguments."
+        )
     if unknown or not return_sites:
         found = f"names '{unknown[0]}', which is not among the sites {list(known)}" if unknown else "is empty"
         raise ValueError(f"return_sites {found}. Write return_sites=('{next(iter(known), 'x')}',).")

@@ -90,11 +90,7 @@ def read_condition(
     if name in run.observed:
         site = run.observed[name]
         return _flat(name, site.value_rows()[0]), _lacks_some(site, run)
-    arguments = _arguments(*program)
-    given = dict(arguments)
-    for batch in arguments.values():
-        if isinstance(batch, Mapping):
-            given |= {key: value for key, value in batch.items() if key not in given}
+    given = _given(*program)
     if name not in given:
         is_latent = " It is latent here; a condition is given: obs=..." if name in run.latents else ""
         raise ValueError(
@@ -103,6 +99,23 @@ def read_condition(
             f"Write pyro.sample('{name}', ..., obs={variable(name)}) in the data plate, or name an argument."
         )
     return _flat(name, _rows_of(name, given[name], run)), False
+
+
+def candidates(run: Run, program: tuple[Program, Sequence[Any], Mapping[str, Any]]) -> list[str]:
+    """What the prior of a run may be conditional on: arguments that are no data of a cost, and sites observed before.
+
+    None are known of a run that has kept its latent sites alone.
+    """
+    if not run.observed:
+        return []
+    nodes = list(run.model.nodes.items())
+    data = [node["value"] for _, node in nodes if node["type"] == "sample" and node["is_observed"]]
+    given = {name: value for name, value in _given(*program).items() if isinstance(value, Tensor) and value.ndim}
+    # The name of an observed site means that site.
+    names = [name for name in given if len(given[name]) in (run.data, run.data_size) and name not in run.observed]
+    first = min(place for place, (name, _) in enumerate(nodes) if name in run.latents)
+    before = [name for name, _ in nodes[:first] if name in run.observed]
+    return [name for name in names if not any(given[name] is value for value in data)] + before or names
 
 
 def _lacks_some(site: Site, run: Run) -> bool:
@@ -169,6 +182,15 @@ def _flat(name: str, rows: Tensor) -> Tensor:
             f"{variable(name)}.float()."
         )
     return flat
+
+
+def _given(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, and what those that are dicts hold."""
+    given = _arguments(model, args, kwargs)
+    for batch in list(given.values()):
+        if isinstance(batch, Mapping):
+            given |= {key: value for key, value in batch.items() if key not in given}
+    return given
 
 
 def _arguments(model: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_wae._core.distributions import innermost, own_methods
 from pyro_wae._core.rows import Site, at_least_float32, side_by_side
-from pyro_wae.step.program import Run, layers, subsample_scales
+from pyro_wae.step.program import Run, is_random, layers, subsample_scales
 
 
 def variances(run: Run, names: Iterable[str]) -> Tensor:
@@ -24,7 +24,7 @@ def variances(run: Run, names: Iterable[str]) -> Tensor:
     rows = {}
     for name in names:
         site, node = run.latents[name], run.guide.nodes[name]
-        variance = _variance(site, node["fn"]).expand(node["value"].shape)
+        variance = _variance(run, site, node["fn"]).expand(node["value"].shape)
         rows[name] = site.rows(variance, node["fn"].event_dim)
     return side_by_side(rows, {})[0]
 
@@ -53,8 +53,8 @@ def _of_site(run: Run, name: str, *, in_closed_form: bool) -> Tensor:
     site, encoder = run.latents[name], run.guide.nodes[name]["fn"]
     if isinstance(innermost(encoder), dist.Delta):
         raise ValueError(
-            f"The guide is deterministic at site '{name}' (Delta), and its divergence from the prior is infinite. "
-            "Leave PosteriorKL out, or write dist.Normal(loc, scale) in the guide, or AutoNormal(model)."
+            f"{_as_a_point(run, name)}: a Delta has no density to compare with the prior's. Leave PosteriorKL out, or "
+            "write dist.Normal(loc, scale) in the guide, or AutoNormalMessenger(model)."
         )
     if len({_has_mask(fn) for fn in (encoder, site.distribution)}) > 1:
         raise ValueError(
@@ -88,12 +88,12 @@ def _between(name: str, encoder: Any, prior: Any, code: Tensor, *, in_closed_for
         ) from error
 
 
-def _variance(site: Site, guide: Any) -> Tensor:
+def _variance(run: Run, site: Site, guide: Any) -> Tensor:
     inner = innermost(guide)
     if isinstance(inner, dist.Delta):
         raise ValueError(
-            f"The guide is deterministic at site '{site.name}' (Delta): there is no variance to guard. Leave the "
-            "guard out, or write dist.Normal(loc, scale) in the guide."
+            f"{_as_a_point(run, site.name)}: a Delta has no variance to guard. Leave the guard out, or write "
+            "dist.Normal(loc, scale) in the guide."
         )
     try:
         return guide.variance
@@ -102,3 +102,12 @@ def _variance(site: Site, guide: Any) -> Tensor:
             f"The guide's {type(inner).__name__} at site '{site.name}' has no variance in closed form, which the guard "
             "needs. Write dist.Normal(loc, scale) in the guide."
         ) from error
+
+
+def _as_a_point(run: Run, name: str) -> str:
+    """Of a Delta in the guide: that the guide is deterministic, or what its point is computed from."""
+    nodes = run.guide.nodes.items()
+    noise = [f"'{other}'" for other, node in nodes if is_random(node) and node["infer"].get("is_auxiliary")]
+    if noise:
+        return f"The guide computes the code of site '{name}' (Delta) from {', '.join(noise)}, as in AutoNormal"
+    return f"The guide is deterministic at site '{name}' (Delta)"

@@ -126,6 +126,8 @@ class Observer:
     def _read(self, found: Run, args: Sequence[Any], kwargs: Mapping[str, Any], first: Step | None) -> Step:
         """Reads one run; what is the same for all particles is taken from the first."""
         n = found.data
+        if not found.observed:
+            raise ValueError(refusals.nothing_observed())
         for site in (*found.latents.values(), *found.observed.values()):
             _check_data(found, site, n)
         codes, columns, kept = _codes(found)

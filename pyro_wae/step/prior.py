@@ -25,7 +25,7 @@ from pyro_wae._core.random_state import random_state, restored_random_state, sam
 from pyro_wae._core.rows import Site, joined, side_by_side
 from pyro_wae.penalties.mmd import MOST_COMPONENTS
 from pyro_wae.step import refusals
-from pyro_wae.step.program import Run, Sample, is_random, mask_of
+from pyro_wae.step.program import Run, Sample, is_imputed, is_random, mask_of
 
 
 def draw_prior(run: Run, times: int) -> Tensor | None:
@@ -57,6 +57,15 @@ def draw_prior(run: Run, times: int) -> Tensor | None:
         rows = {name: _rows_of_draws(run.latents[name], *value) for name, value in drawn.items()}
         draws.append(side_by_side(rows, {})[0])
     return joined(draws) if draws else None
+
+
+def drawn_beside_codes(run: Run) -> dict[str, Any]:
+    """The distributions of the sites that the model alone draws on the way to its last latent site."""
+    nodes = run.model.nodes
+    names = list(nodes)
+    before = names[: max(names.index(name) for name in run.latents)]
+    own = [name for name in before if is_random(nodes[name]) and name not in run.guide.nodes]
+    return {name: nodes[name]["fn"] for name in own if name not in run.latents and not is_imputed(name, nodes)}
 
 
 def _rows_of_draws(site: Site, value: Tensor, event_dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_wae._core import checks
-from pyro_wae._core.distributions import WRAPPERS, family, has_event
+from pyro_wae._core.distributions import WRAPPERS, family, has_event, is_learnable
 from pyro_wae._core.private import OBSERVED, PARTICLE_PLATE, UNOBSERVED, is_part
 from pyro_wae._core.rows import Site
 from pyro_wae.step import refusals
@@ -80,30 +80,20 @@ class Run:
         is_root: Whether the code is one site that no other random choice precedes.
 
     Raises:
-        ValueError: If a latent cannot be part of a code, there is no code or no observed site, or the data plate is
-            ambiguous.
+        ValueError: If a latent cannot be part of a code, there is no code, or the data plate is ambiguous.
     """
 
     def __init__(self, model: Any, guide: Any, rerun: Callable[[], Any], data_plate: str | None) -> None:
         self.model, self.guide, self.rerun = model, guide, rerun
         samples, in_guide = samples_of(model), samples_of(guide)
-        _check_guide(in_guide)
         for sample in samples.values():
             _check_point(sample)
         latents = dict(_latents(samples, in_guide))
+        _check_guide(in_guide)
         observed = dict(observed_samples(samples))
         if not latents:
             own = [[name for name, s in found.items() if not s.node["is_observed"]] for found in (samples, in_guide)]
-            raise ValueError(
-                f"Model and guide share no latent site, and so there are no codes: those of the model are {own[0]}, "
-                f"those of the guide {own[1]}. Sample one under the same name in both, inside the data plate: "
-                "z = pyro.sample('z', ...)."
-            )
-        if not observed:
-            raise ValueError(
-                "The model has no observed site, and so nothing is reconstructed. Write pyro.sample('x', ..., obs=x); "
-                "pyro.factor and pyro.deterministic are not reconstructions."
-            )
+            raise ValueError(refusals.nothing_shared(*own))
         nodes = [sample.node for sample in latents.values()]
         self.plate = plate = find_data_plate(nodes, [sample.node for sample in observed.values()], data_plate)
         self.data_size = data_size(data_frame(nodes[0], plate))
@@ -333,11 +323,16 @@ def _latents(samples: Mapping[str, Sample], guide: Mapping[str, Sample]) -> Iter
 
 
 def _check_guide(samples: Mapping[str, Sample]) -> None:
-    """Raises ValueError if the guide observes a site: a term of an ELBO that has no place here."""
+    """Raises ValueError if the guide observes a site, a term of an ELBO, or draws one beside the codes untrained."""
     for name, sample in samples.items():
-        is_term = sample.node["is_observed"] and not site_is_factor(sample.node) and not sample.is_masked_out
-        if is_term and not sample.node["infer"].get("_deterministic"):
-            raise ValueError(refusals.observed_by_guide(name, sample.fn))
+        if sample.is_masked_out:
+            continue
+        if sample.node["is_observed"]:
+            if not site_is_factor(sample.node) and not sample.node["infer"].get("_deterministic"):
+                raise ValueError(refusals.observed_by_guide(name, sample.fn))
+        # A code that cannot be reparameterised has been refused by now, whatever it is drawn from.
+        elif not getattr(sample.fn, "has_rsample", False) and is_learnable(sample.fn):
+            raise ValueError(refusals.untrained_beside_codes(name, sample.fn))
 
 
 def _check_point(sample: Sample) -> None:

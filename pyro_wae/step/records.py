@@ -280,9 +280,11 @@ class Step:
             numbers = {site: scale.item() if isinstance(scale, Tensor) else scale for site, scale in scales.items()}
             if not all(math.isclose(number, next(iter(numbers.values())), rel_tol=1e-5) for number in numbers.values()):
                 found = ", ".join(f"'{site}': {number:g}" for site, number in numbers.items())
+                others = ["..."] if len(numbers) < len(self.first.latents) else []
+                each = ", ".join([f"'{site}': MMD()" for site in numbers] + others)
                 raise ValueError(
                     f"The latent sites have different scales ({found}), and one penalty compares their joint code. "
-                    "Give them one poutine.scale, or a penalty each: WAELoss({'z1': MMD(), 'z2': MMD()})."
+                    f"Give them one poutine.scale, or a penalty each: WAELoss({{{each}}})."
                 )
         return next(iter(scales.values()))
 

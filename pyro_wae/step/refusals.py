@@ -41,6 +41,23 @@ def listing(frames: Mapping[str, Any]) -> str:
     return ", ".join(f"'{f.name}' (dim={f.dim}, size {f.size})" for f in frames.values())
 
 
+def nothing_shared(of_model: Sequence[str], of_guide: Sequence[str]) -> str:
+    """Of latent sites of model and guide that have no name in common."""
+    return (
+        f"Model and guide share no latent site, and so there are no codes: those of the model are {of_model}, "
+        f"those of the guide {of_guide}. Sample one under the same name in both, inside the data plate: "
+        "z = pyro.sample('z', ...)."
+    )
+
+
+def nothing_observed() -> str:
+    """Of a model that has no site with a cost."""
+    return (
+        "The model has no observed site, and so nothing is reconstructed. Write pyro.sample('x', ..., obs=x); "
+        "pyro.factor and pyro.deterministic are not reconstructions."
+    )
+
+
 def not_reparameterised(name: str, fn: Any) -> str:
     """Of a latent site whose distribution in the guide has no gradient."""
     if is_discrete(fn):
@@ -52,6 +69,16 @@ def not_reparameterised(name: str, fn: Any) -> str:
         f"Latent site '{name}' cannot be reparameterised in the guide ({family(fn)} has no rsample): no "
         "gradient of the penalty reaches the encoder. Write dist.Normal(loc, scale), or dist.Delta(loc) for a "
         "deterministic encoder."
+    )
+
+
+def untrained_beside_codes(name: str, fn: Any) -> str:
+    """Of a site of the guide that is no code, whose learnable parameters have no gradient."""
+    return (
+        f"Site '{name}' of the guide is no code, cannot be reparameterised ({family(fn)} has no rsample) and has "
+        "learnable parameters: no gradient of the loss reaches them. Write "
+        f"{_relaxed(fn) or 'a family with rsample, such as dist.Normal(loc, scale)'}, or detached parameters, such as "
+        "logits.detach(), if another term or loss trains them."
     )
 
 
@@ -184,11 +211,15 @@ def not_of_pyro(name: str, fn: Any) -> str:
 
 
 def _relaxation(fn: Any) -> str:
-    relaxation = {
-        "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...), or ",
-        "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical, or ",
-    }.get(family(fn).removeprefix("OneHot"), "")  # counts have none
-    return f"{relaxation}a Delta on a continuous code, dist.Delta(loc)"
+    return ", or ".join(filter(None, [_relaxed(fn), "a Delta on a continuous code, dist.Delta(loc)"]))
+
+
+def _relaxed(fn: Any) -> str | None:
+    """The relaxations of a discrete family; counts have none."""
+    return {
+        "Bernoulli": "dist.RelaxedBernoulliStraightThrough(temperature, logits=...)",
+        "Categorical": "dist.OneHotCategoricalStraightThrough or dist.RelaxedOneHotCategorical",
+    }.get(family(fn).removeprefix("OneHot"))
 
 
 def _known(plates: Plates) -> dict[str, Any]:
