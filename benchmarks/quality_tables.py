@@ -165,7 +165,10 @@ def normal_table() -> Iterator[Setting]:
     yield dataclasses.replace(fine, name="... batch 200", batch=200)
     for codes in (4000, 16_000):
         name = f"... with JensenShannon, {codes:,} codes"
-        yield dataclasses.replace(both, name=name, weight=f"Constraint(codes={codes})")
+        strict = dataclasses.replace(both, name=name, weight=f"Constraint(codes={codes})")
+        yield strict
+        for zdim in (6, 5, 4) if codes == 4000 else ():
+            yield dataclasses.replace(strict, zdim=zdim, fitted=100)
     longer = "... with JensenShannon, weight 300, 30 epochs"
     yield dataclasses.replace(both, name=longer, weight="300.0", epochs=30, fitted=100)
     all_of_it = "deeper, with JensenShannon, 4,000 codes"

@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--zdim", type=int, default=8, help="numbers in a code")
-    parser.add_argument("--penalty-weight", type=float, default=100.0)
+    parser.add_argument("--penalty-weight", type=float, default=500.0)
     parser.add_argument(
         "--constant", type=float, default=0.0, help="share of pairs of different labels, over the others'"
     )
