@@ -232,7 +232,8 @@ def draw_pictures(n: int) -> Tensor:
 
 def make_loss(args: argparse.Namespace) -> WAELoss:
     """The loss of all trainings; its kernel is short, so that it sees what is fine in a prior, such as arms."""
-    return WAELoss(MMD(MultiScale(Laplace(), [0.1])), penalty_weight=args.penalty_weight)
+    penalty = MMD(MultiScale(Laplace(), [0.1]))
+    return WAELoss(penalty, penalty_weight=args.penalty_weight, prior_draws=args.prior_draws)
 
 
 def train(prior: Prior, seed: int, args: argparse.Namespace) -> ZooWAE:
@@ -317,7 +318,8 @@ def page(report: Report) -> str:
     return f"""{table(header, rows)}
 
 {made_by(report)}
-{options["steps"]} steps with batches of {options["batch_size"]} images.
+{options["steps"]} steps with batches of {options["batch_size"]} images, and {options["prior_draws"]}
+prior samples for each.
 
 - *p*: of the aggregated two-sample test of {options["held_out"]} codes of held-out images and as many prior samples.
 - *standard deviations under the null*: the statistic of the kernel that distinguishes them best, in these.
@@ -338,6 +340,7 @@ BENCH.option("--steps", type=int, default=2000)
 BENCH.option("--batch-size", type=int, default=256)
 BENCH.option("--learning-rate", type=float, default=3e-3)
 BENCH.option("--penalty-weight", type=float, default=3000.0)
+BENCH.option("--prior-draws", type=int, default=4, help="prior samples for each code")
 BENCH.option("--held-out", type=int, default=HELD_OUT, help="images of the test")
 BENCH.option("--permutations", type=int, default=499)
 
