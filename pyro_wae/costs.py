@@ -220,9 +220,9 @@ class NegativeLogLikelihood(Cost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
-        # Bernoulli takes no integers, and float32 would round what is beside float64.
-        dtypes = (part.dtype for part in distribution_tensors(distribution) if part.is_floating_point())
-        value = value.to(functools.reduce(torch.promote_types, (value.dtype, *dtypes), torch.float32))
+        if not value.is_floating_point():  # Bernoulli takes no integers, and float32 would round large ones
+            dtypes = (part.dtype for part in distribution_tensors(distribution) if part.is_floating_point())
+            value = value.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
         with torch.autocast(value.device.type, enabled=False):
             try:
                 return -widened(distribution).log_prob(value)
