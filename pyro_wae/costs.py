@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -220,9 +219,10 @@ class NegativeLogLikelihood(Cost):
 
     def forward(self, distribution: Any, value: Tensor) -> Tensor:
         value = _checked(distribution, value)
-        if not value.is_floating_point():  # Bernoulli takes no integers, and float32 would round large ones
-            dtypes = (part.dtype for part in distribution_tensors(distribution) if part.is_floating_point())
-            value = value.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
+        # Bernoulli takes no integers, and float32 would round what is beside float64. VonMises has tensors of both.
+        dtypes = [part.dtype for part in distribution_tensors(distribution) if part.is_floating_point()]
+        least = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+        value = value.to(torch.promote_types(torch.promote_types(value.dtype, least), torch.float32))
         with torch.autocast(value.device.type, enabled=False):
             try:
                 return -widened(distribution).log_prob(value)

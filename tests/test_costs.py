@@ -220,7 +220,7 @@ def test_expected_squared_error_is_the_mean_over_outputs(fn):
     [
         (normal(), torch_dist.Normal(G, SCALE), X),
         (dist.Laplace(G, SCALE).to_event(1), torch_dist.Laplace(G, SCALE), X),
-        (dist.Bernoulli(logits=G).to_event(1), torch_dist.Bernoulli(logits=G), (X > 2).float()),
+        (dist.Bernoulli(logits=G).to_event(1), torch_dist.Bernoulli(logits=G), (X > 2).to(G.dtype)),
         (dist.Poisson(G).to_event(1), torch_dist.Poisson(G), X),
         (dist.Cauchy(G, SCALE).to_event(1), torch_dist.Cauchy(G, SCALE), X),
     ],
@@ -431,7 +431,7 @@ def test_whole_numbers_are_data():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
 def test_truth_values_and_whole_numbers_have_the_likelihood_of_the_same_floats(dtype):
-    bits, fn = (X > 0).float(), dist.Bernoulli(logits=G).to_event(1)
+    bits, fn = (X > 0).to(G.dtype), dist.Bernoulli(logits=G).to_event(1)
     assert torch.equal(NegativeLogLikelihood()(fn, bits.to(dtype)), -fn.log_prob(bits))
     assert torch.equal(SquaredError()(fn, bits.to(dtype)), (bits - G.sigmoid()).square().sum(1))
 

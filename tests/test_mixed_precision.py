@@ -449,11 +449,12 @@ def test_fp16_with_a_grad_scaler_trains_through_an_overflow():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_whole_numbers_have_the_likelihood_of_the_same_numbers_in_the_decoders_precision(dtype):
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_data_have_the_likelihood_of_the_same_numbers_in_the_decoders_precision(kind, dtype):
     data = torch.tensor([[0, 1, 1], [1, 0, 1]])
     logits = torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(2, 3).to(dtype)
     fn = dist.Bernoulli(logits=logits).to_event(1)
-    assert torch.equal(NegativeLogLikelihood()(fn, data), -fn.log_prob(data.to(dtype)))
+    assert torch.equal(NegativeLogLikelihood()(fn, data.to(kind)), -fn.log_prob(data.to(dtype)))
 
 
 def test_whole_numbers_are_not_rounded_beside_a_decoder_in_float64():
