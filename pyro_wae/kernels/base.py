@@ -54,7 +54,7 @@ class Kernel(CallRepr, nn.Module):
             above = order[next(i for i, base in enumerate(order) if written in vars(base)) + 1 :]
             for name in names:
                 owners = [base for base in order if name in vars(base)]
-                if owners and owners[0] in above:
+                if len(owners) > 1 and owners[0] in above:
                     setattr(cls, name, vars(owners[-1])[name])
 
     def __init__(self) -> None:
