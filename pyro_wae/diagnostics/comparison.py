@@ -105,7 +105,7 @@ class Coverage:
         radius: The 0.99 quantile of the distances from prior samples to the nearest of a second set of them, in
             prior standard deviations.
         holes: Share of prior samples with no code within the radius; 0.01 are expected if codes match the prior, and
-            about 0.02 of 100, because the quantile of few distances is uncertain.
+            more of few prior samples, because the quantile of few distances is uncertain.
         stray: Share of codes with no prior sample within the radius; 0.01 likewise.
         outliers: Codes that lie at least one prior standard deviation, and twice as far as any prior sample, from the
             nearest prior sample: their places in the data.

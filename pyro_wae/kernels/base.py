@@ -24,7 +24,7 @@ FOLLOWS = {
     "scaled_squares": ("is_radial", "gaussian_terms"),
     "profile": ("profile_and_slope", "profile_and_slope_at_scales", "gaussian_terms"),
 }
-"""What is true of a kernel because of how it is written, and is written for the same kernel."""
+"""Methods that define a kernel, and those that describe the same kernel: who overrides the first inherits no second."""
 
 
 class Kernel(CallRepr, nn.Module):
@@ -47,7 +47,7 @@ class Kernel(CallRepr, nn.Module):
     """Whether it calls a plain function or module, which receives codes in their own precision."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Takes back what a parent states of its own kernel, where the subclass is another."""
+        """Resets to the base class what describes a parent's kernel, where the subclass defines another."""
         super().__init_subclass__(**options)
         order = cls.__mro__
         for written, names in FOLLOWS.items():

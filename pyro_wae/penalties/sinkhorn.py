@@ -117,9 +117,9 @@ class Sinkhorn(FittedBuffers, Penalty):
         self.fit(prior)
         draws = share_out(prior, codes, context)
         blur = BLUR_FRACTION * self._spread if self.blur is None else self.blur
-        # geomloss lowers the blur from the diameter by the scaling, in steps that numpy.arange counts, and ends at the
-        # blur. A last step that falls short of it leaves a value up to a fifth too small. Here it reaches the blur, a
-        # little early so that no rounding takes it away.
+        # geomloss lowers the blur from the diameter by the scaling, in steps that numpy.arange counts, and then takes
+        # the blur itself. The value is too small if the steps before have not come near it. Here the last of them is
+        # the blur, and a bit more: rounding could leave out a step at the end of the range.
         descent = math.log(max(DIAMETER_MULTIPLE * self._spread / blur, 1.0)) / -math.log(self.scaling)
         loss = _import_samples_loss()(
             "sinkhorn",
